@@ -1,0 +1,1 @@
+//! Checkpoints on disk: safetensors, configs, tensor names, tokenizers.

@@ -1,0 +1,1 @@
+//! Token in, token out: models, blocks, KV cache, sampling, sessions, evaluation.

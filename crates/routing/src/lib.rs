@@ -1,0 +1,1 @@
+//! Which expert: scores to picks and weights.

@@ -1,0 +1,1 @@
+//! Tiny checkpoints, golden files and tolerances for tests (dev-dependency only).

@@ -1,0 +1,1 @@
+//! Recorded routing: Parquet files, statistics, pictures.

@@ -1,0 +1,1 @@
+//! Training on Burn: routers, losses, the language model, the loop.
