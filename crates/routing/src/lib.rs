@@ -1,1 +1,26 @@
 //! Which expert: scores to picks and weights.
+//!
+//! The crate sits at the bottom of the workspace: everything that routes, records routing or plans around it speaks
+//! in the types defined here. It holds no tensors and no model, and depends on nothing but `serde`.
+//!
+//! - [`Routing`]: the ragged result, for each token which experts with which weights.
+//! - [`Policy`]: the rule from router logits to a [`Routing`]; one file per published rule in [`policies`].
+//! - [`registry`]: the explicit list of policies by name.
+//! - [`loads`]: load statistics, one implementation for the trainer and the engine.
+//!
+//! Legend used in this crate: `T` tokens, `E` experts (`n_experts`), `k` picks per token (`top_k`).
+#![forbid(unsafe_code)]
+
+mod error;
+pub mod loads;
+pub mod policies;
+mod policy;
+pub mod registry;
+mod routing;
+mod scores;
+mod select;
+
+pub use error::RoutingError;
+pub use loads::{LoadSummary, Loads};
+pub use policy::Policy;
+pub use routing::Routing;
