@@ -1,1 +1,32 @@
 //! Checkpoints on disk: safetensors, configs, tensor names, tokenizers.
+//!
+//! A checkpoint is a Hugging Face folder (`config.json`, one or more safetensors files,
+//! `tokenizer.json`), or the same files embedded in the program. Everything doubtful is an error
+//! that names the key or tensor: a tensor is never skipped and a configuration key that would
+//! change the result is never ignored.
+//!
+//! - [`Checkpoint`] opens and gives tensors; [`ModelConfig`] is `config.json`, dialects resolved.
+//! - [`write_folder`] writes a folder that other programs load unchanged.
+//! - [`Tokenizer`] encodes, decodes and streams text; [`train_bpe`] makes a new one.
+
+mod bpe;
+mod checkpoint;
+mod config;
+mod digest;
+mod dtype;
+mod error;
+mod names;
+mod shards;
+mod stream;
+mod tokenizer;
+mod write;
+
+pub use bpe::train_bpe;
+pub use checkpoint::{Checkpoint, EmbeddedFiles, TensorView};
+pub use config::ModelConfig;
+pub use dtype::Dtype;
+pub use error::{CheckpointError, Result};
+pub use names::tensor_specs;
+pub use stream::TokenStream;
+pub use tokenizer::Tokenizer;
+pub use write::{FolderContents, TensorData, write_folder};

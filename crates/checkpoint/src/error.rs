@@ -1,0 +1,196 @@
+//! The errors of this crate: each names the path, tensor or key, what was expected, and what to do.
+
+use std::path::{Path, PathBuf};
+
+/// Result with a [`CheckpointError`].
+pub type Result<T, E = CheckpointError> = std::result::Result<T, E>;
+
+/// Everything that can be wrong with a checkpoint, its tokenizer, or writing one.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// The path given as a checkpoint does not exist.
+    #[error("no checkpoint at {}: the path does not exist", path.display())]
+    NotFound {
+        /// The path as given.
+        path: PathBuf,
+    },
+    /// The path exists but is not a folder.
+    #[error("{} is not a checkpoint folder; {hint}", path.display())]
+    NotAFolder {
+        /// The path as given.
+        path: PathBuf,
+        /// What to pass instead.
+        hint: String,
+    },
+    /// A file that a checkpoint needs is absent.
+    #[error("checkpoint {origin} has no {file}; {hint}")]
+    MissingFile {
+        /// Folder, or name of the embedded checkpoint.
+        origin: String,
+        /// The file that was looked for.
+        file: String,
+        /// What to do.
+        hint: String,
+    },
+    /// Reading or writing failed in the operating system.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// Verb: `read`, `write`, `create`, `rename`, ...
+        action: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Reason from the operating system.
+        source: std::io::Error,
+    },
+    /// The device is full.
+    #[error("no space left on the device while writing {}; free some space or choose another folder (nothing was left behind)", path.display())]
+    NoSpace {
+        /// The file that was being written.
+        path: PathBuf,
+    },
+    /// A JSON file does not parse.
+    #[error("{file} is not valid JSON")]
+    Json {
+        /// File (with its origin).
+        file: String,
+        /// Position and reason.
+        source: serde_json::Error,
+    },
+    /// A key of a JSON file has a value that cannot be used.
+    #[error("{file}: key `{key}` {problem}")]
+    Key {
+        /// File (with its origin).
+        file: String,
+        /// Name of the key.
+        key: String,
+        /// What is wrong and what was expected.
+        problem: String,
+    },
+    /// The configuration asks for something that would be computed wrongly.
+    #[error("{file}: `{key}` = {value} is not supported: {reason}")]
+    Unsupported {
+        /// File (with its origin).
+        file: String,
+        /// Name of the key.
+        key: String,
+        /// Its value.
+        value: String,
+        /// What is supported.
+        reason: String,
+    },
+    /// A safetensors file is cut off or damaged.
+    #[error("{file} is not a complete safetensors file: {problem}; fetch or write it again")]
+    Safetensors {
+        /// File (with its origin).
+        file: String,
+        /// What was expected and what was found.
+        problem: String,
+    },
+    /// The index and its shards disagree.
+    #[error("{file}: {problem}")]
+    Index {
+        /// Index file (with its origin).
+        file: String,
+        /// The contradiction.
+        problem: String,
+    },
+    /// A tensor that the architecture needs is not there.
+    #[error(
+        "checkpoint {origin}: tensor `{name}` of shape {shape:?} is missing ({n_missing} missing in all)"
+    )]
+    MissingTensor {
+        /// Folder, or name of the embedded checkpoint.
+        origin: String,
+        /// First missing tensor.
+        name: String,
+        /// The shape it should have.
+        shape: Vec<usize>,
+        /// How many are missing.
+        n_missing: usize,
+    },
+    /// A tensor is there that the architecture does not know.
+    #[error(
+        "checkpoint {origin}: tensor `{name}` of shape {shape:?} is unexpected ({n_unexpected} unexpected in all); it would be ignored silently, so the checkpoint is refused"
+    )]
+    UnexpectedTensor {
+        /// Folder, or name of the embedded checkpoint.
+        origin: String,
+        /// First unexpected tensor.
+        name: String,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// How many are unexpected.
+        n_unexpected: usize,
+    },
+    /// A tensor has another shape than the configuration implies.
+    #[error(
+        "checkpoint {origin}: tensor `{name}` has shape {found:?}, expected {expected:?} from config.json"
+    )]
+    WrongShape {
+        /// Folder, or name of the embedded checkpoint.
+        origin: String,
+        /// The tensor.
+        name: String,
+        /// Shape on disk.
+        found: Vec<usize>,
+        /// Shape implied by the configuration.
+        expected: Vec<usize>,
+    },
+    /// A tensor has a number format that is not read.
+    #[error("checkpoint {origin}: tensor `{name}` has dtype {dtype}; supported: F32, F16, BF16")]
+    UnsupportedDtype {
+        /// Folder, or name of the embedded checkpoint.
+        origin: String,
+        /// The tensor.
+        name: String,
+        /// The dtype in the header.
+        dtype: String,
+    },
+    /// A tensor holds NaN or an infinity.
+    #[error(
+        "checkpoint {origin}: tensor `{name}` holds {value} at flat index {index}; the weights are damaged or training diverged"
+    )]
+    NonFinite {
+        /// Folder, or name of the embedded checkpoint.
+        origin: String,
+        /// The tensor.
+        name: String,
+        /// Flat row-major index of the first such value.
+        index: usize,
+        /// The value.
+        value: f32,
+    },
+    /// The tokenizer cannot be read, trained or applied.
+    #[error("tokenizer {origin}: {problem}")]
+    Tokenizer {
+        /// File or checkpoint.
+        origin: String,
+        /// What went wrong.
+        problem: String,
+    },
+    /// The folder to write exists and holds files of somebody else.
+    #[error("will not replace {}: it holds `{file}`, which Cadre did not write; choose another folder or empty it", path.display())]
+    WouldOverwrite {
+        /// Target folder.
+        path: PathBuf,
+        /// First foreign entry.
+        file: String,
+    },
+}
+
+impl CheckpointError {
+    /// Wraps an I/O error with its path; a full device becomes [`CheckpointError::NoSpace`].
+    pub(crate) fn io(action: &'static str, path: &Path, source: std::io::Error) -> Self {
+        if source.kind() == std::io::ErrorKind::StorageFull {
+            return Self::NoSpace {
+                path: path.to_owned(),
+            };
+        }
+        Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Turning token ids into text one by one without ever cutting a character in two.
+
+use crate::tokenizer::Tokenizer;
+
+/// See [`Tokenizer::stream`]. Bytes of an incomplete character wait for the next token.
+#[derive(Debug)]
+pub struct TokenStream<'a> {
+    tokenizer: &'a Tokenizer,
+    held: Vec<u8>,
+}
+
+impl<'a> TokenStream<'a> {
+    pub(crate) fn new(tokenizer: &'a Tokenizer) -> Self {
+        Self {
+            tokenizer,
+            held: Vec::new(),
+        }
+    }
+
+    /// The text that token `id` completes; empty while a character is incomplete.
+    ///
+    /// Bytes that can no longer become a character turn into U+FFFD at once.
+    pub fn push(&mut self, id: u32) -> String {
+        if self.tokenizer.is_special(id) {
+            return String::new();
+        }
+        self.held.extend_from_slice(self.tokenizer.token_bytes(id));
+        take_complete(&mut self.held)
+    }
+
+    /// What is still held back, at the end of the text; an incomplete character is U+FFFD.
+    pub fn finish(&mut self) -> String {
+        let rest = String::from_utf8_lossy(&self.held).into_owned();
+        self.held.clear();
+        rest
+    }
+}
+
+/// Removes everything from `held` except a tail that may still become a character.
+fn take_complete(held: &mut Vec<u8>) -> String {
+    let mut text = String::new();
+    let mut at = 0;
+    while at < held.len() {
+        match std::str::from_utf8(&held[at..]) {
+            Ok(rest) => {
+                text.push_str(rest);
+                at = held.len();
+            }
+            Err(error) => {
+                let valid = at + error.valid_up_to();
+                text.push_str(&String::from_utf8_lossy(&held[at..valid]));
+                at = valid;
+                let Some(invalid) = error.error_len() else {
+                    break;
+                };
+                text.push(char::REPLACEMENT_CHARACTER);
+                at += invalid;
+            }
+        }
+    }
+    held.drain(..at);
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_character_in_pieces_comes_out_whole() {
+        let mut held = vec![b'a', 0xe2];
+        assert_eq!(take_complete(&mut held), "a");
+        held.push(0x82);
+        assert_eq!(take_complete(&mut held), "");
+        held.extend([0xac, b'b']);
+        assert_eq!(take_complete(&mut held), "\u{20ac}b");
+        assert!(held.is_empty());
+    }
+
+    #[test]
+    fn impossible_bytes_are_not_held_forever() {
+        let mut held = vec![0x80, 0x80];
+        assert_eq!(take_complete(&mut held), "\u{fffd}\u{fffd}");
+        let mut held = vec![0xe2, b'x'];
+        assert_eq!(take_complete(&mut held), "\u{fffd}x");
+    }
+
+    proptest! {
+        #[test]
+        fn any_cut_gives_the_lossy_text(bytes: Vec<u8>, step in 1..5usize) {
+            let mut held = Vec::new();
+            let mut text = String::new();
+            for piece in bytes.chunks(step) {
+                held.extend_from_slice(piece);
+                text += &take_complete(&mut held);
+            }
+            text += &String::from_utf8_lossy(&held);
+            prop_assert_eq!(text, String::from_utf8_lossy(&bytes));
+        }
+    }
+}
