@@ -1,0 +1,325 @@
+"""Training speed of Cadre next to PyTorch + transformers, on the same machine in one run.
+
+    bash bench/peers/train.sh                         # builds nothing: needs target/release/cadre
+    bash bench/peers/train.sh --sides torch-grouped_mm,torch-eager --rounds 3
+    bash bench/peers/train.sh --table                 # the table of the latest record, measuring nothing
+
+The work, the same on every side: a 65 M-parameter Qwen3-MoE from random weights (CONFIG below, untied head), batches of
+8 x 256 random tokens, a new one each step; forward, cross entropy, balance loss (coefficient 0.01), backward, clipping to
+norm 1, AdamW (0.9, 0.95, 1e-8, weight decay 0.1, lr 3e-4), all in float32. No checkpointing of activations, no data
+loading. transformers counts the balance loss as top_k at uniform routing and Cadre as 1: the same work, another scale.
+
+Every sample is one step. A round runs each side once, in its own process, in an order that turns by one each round; the first
+--warmup steps of a process do not count. All sides are pinned to the same --threads CPUs. PyTorch gets what is fastest
+for it: fused AdamW, SDPA attention, and of the two expert implementations the better one counts as "PyTorch" in the ratio.
+
+Prints a Markdown table and appends one line to bench/record/train-65m.jsonl.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "bench" / "record" / "train-65m.jsonl"
+RECIPE = ROOT / "recipes" / "bench-65m.toml"
+
+CONFIG = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 512,
+}
+BATCH, LENGTH = 8, 256
+BALANCE_COEF = 0.01
+CLIP_NORM = 1.0
+ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+SIDES = ["cadre", "torch-grouped_mm", "torch-eager", "torch-grouped_mm-bf16", "torch-eager-bf16"]
+DEFAULT_SIDES = "cadre,torch-grouped_mm,torch-eager"
+
+
+def fail(message):
+    sys.exit(f"train.py: {message}")
+
+
+# One side of the comparison, in a process of its own.
+
+
+def torch_worker(side, steps, threads):
+    """Trains `steps` steps with PyTorch and prints the JSON object that `cadre train --bench` prints."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    parts = side.split("-")
+    experts, bf16 = parts[1], parts[-1] == "bf16"
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**CONFIG, router_aux_loss_coef=BALANCE_COEF, use_cache=False)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation=experts
+    ).train()
+    if model.config._experts_implementation != experts:
+        fail(f"transformers did not take experts_implementation={experts}")
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": ADAMW["weight_decay"]},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=ADAMW["lr"], betas=ADAMW["betas"], eps=ADAMW["eps"], fused=True)
+    # transformers shifts the labels itself: the last position of a row is computed, but not scored.
+    batches = torch.randint(0, CONFIG["vocab_size"], (steps, BATCH, LENGTH))
+
+    samples, losses = [], []
+    for batch in batches:
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=batch, labels=batch, output_router_logits=True).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        losses.append(loss.item())
+        samples.append(BATCH * LENGTH / (time.perf_counter() - start))
+    result = {
+        "tokens_per_second": statistics.median(samples),
+        "samples": samples,
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    print(json.dumps(result))
+
+
+def command_of(side, args):
+    steps = str(args.warmup + args.steps)
+    if side == "cadre":
+        return [str(args.cadre), "train", "--bench", str(args.recipe), "--steps", steps, "-o", "json"]
+    return [sys.executable, __file__, "--worker", side, "--steps", steps, "--threads", str(args.threads)]
+
+
+def run_side(side, args):
+    """Runs one side once; returns its samples after warm-up, its losses, and its peak memory in bytes."""
+    env = os.environ | {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command_of(side, args), stdout=out, stderr=err, env=env)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        text, errors = out.read(), err.read()
+    if process.returncode != 0:
+        fail(f"{side} exited with {process.returncode}:\n{errors[-2000:]}")
+    try:
+        result = json.loads(text)
+        samples = [float(sample) for sample in result["samples"]]
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{side} did not print the expected JSON object ({error}): {text[:300]!r}")
+    if len(samples) != args.warmup + args.steps:
+        fail(f"{side} reported {len(samples)} samples for {args.warmup + args.steps} steps")
+    check_loss(side, result)
+    return {
+        "samples": [round(sample, 2) for sample in samples[args.warmup :]],
+        "loss_first": result["loss_first"],
+        "loss_last": result["loss_last"],
+        "peak_rss_bytes": usage.ru_maxrss * 1024,
+    }
+
+
+def check_loss(side, result):
+    """A side that does the work starts near the loss of a uniform guess and stays finite."""
+    uniform = math.log(CONFIG["vocab_size"])
+    first, last = result["loss_first"], result["loss_last"]
+    if not (uniform - 0.2 < first < uniform + 0.6) or not math.isfinite(last) or last > first + 1.0:
+        fail(f"{side} does not train this model: loss {first} to {last}, a uniform guess has {uniform:.3f}")
+
+
+# Around the measurement.
+
+
+def machine(threads, cpus):
+    """What the numbers depend on; no host name."""
+    facts = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    flags = set(facts.get("flags", "").split())
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": facts.get("model name", platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "pinned_to": cpus,
+        "isa": [flag for flag in wanted if flag in flags],
+        "memory_gib": round(memory / 2**30, 1),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def revision():
+    """The commit that was measured, with a mark when the tree differs from it."""
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+
+
+def peer_versions():
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers")}
+
+
+def summarise(rounds):
+    """Median over all samples, and the medians of the rounds, per side."""
+    sides = {}
+    for side in rounds[0]:
+        samples = [sample for r in rounds for sample in r[side]["samples"]]
+        sides[side] = {
+            "median": round(statistics.median(samples), 1),
+            "min": min(samples),
+            "max": max(samples),
+            "round_medians": [round(statistics.median(r[side]["samples"]), 1) for r in rounds],
+            "n_samples": len(samples),
+            "peak_rss_bytes": max(r[side]["peak_rss_bytes"] for r in rounds),
+            "loss": [round(rounds[0][side]["loss_first"], 4), round(rounds[0][side]["loss_last"], 4)],
+        }
+    return sides
+
+
+def ratios(sides):
+    """Cadre over the best PyTorch side in float32, and round by round; None when one of them was not measured."""
+    peers = [side for side in sides if side.startswith("torch") and not side.endswith("bf16")]
+    if "cadre" not in sides or not peers:
+        return None
+    best = max(peers, key=lambda side: sides[side]["median"])
+    by_round = [a / b for a, b in zip(sides["cadre"]["round_medians"], sides[best]["round_medians"], strict=True)]
+    return {
+        "over": best,
+        "ratio": round(sides["cadre"]["median"] / sides[best]["median"], 3),
+        "by_round": [round(value, 3) for value in by_round],
+    }
+
+
+def table(record):
+    """The record as Markdown."""
+    host = record["machine"]
+    lines = [
+        f"Training a 65 M-parameter Qwen3-MoE, batch {BATCH} x {LENGTH}, {host['threads']} threads, {host['cpu']}"
+        f" ({', '.join(host['isa'])}), {record['date'][:10]}, commit {record['commit']}.",
+        "",
+        "| side | tok/s, median | min to max | rounds | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for side, row in sorted(record["sides"].items(), key=lambda item: -item[1]["median"]):
+        lines.append(
+            f"| {side} | {row['median']:.0f} | {row['min']:.0f} to {row['max']:.0f}"
+            f" | {', '.join(f'{value:.0f}' for value in row['round_medians'])} | {row['peak_rss_bytes'] / 2**30:.2f} GiB |"
+        )
+    if record["ratio"]:
+        found = record["ratio"]
+        spread = f"{min(found['by_round']):.2f} to {max(found['by_round']):.2f} by round"
+        lines += ["", f"Cadre / best PyTorch in f32 ({found['over']}): **{found['ratio']:.2f}** ({spread})."]
+    peers = record["versions"]
+    lines += ["", f"PyTorch {peers['torch']}, transformers {peers['transformers']}; load before the run {host['load_before']}."]
+    return "\n".join(lines)
+
+
+def measure(args):
+    """All rounds, alternating; returns the record."""
+    cpus = sorted(os.sched_getaffinity(0))[: args.threads]
+    if len(cpus) < args.threads:
+        fail(f"--threads {args.threads}, but only {len(cpus)} CPUs may be used")
+    os.sched_setaffinity(0, cpus)
+    host = machine(args.threads, cpus)
+    if host["load_before"] > 0.5:
+        print(f"train.py: the machine is busy (load {host['load_before']}): these timings are not worth keeping", file=sys.stderr)
+    rounds = []
+    for index in range(args.rounds):
+        turn = index % len(args.sides)
+        found = {}
+        for side in args.sides[turn:] + args.sides[:turn]:
+            found[side] = run_side(side, args)
+            median = statistics.median(found[side]["samples"])
+            print(f"round {index + 1}/{args.rounds}  {side:22} {median:8.1f} tok/s", file=sys.stderr)
+        rounds.append({side: found[side] for side in args.sides})
+    sides = summarise(rounds)
+    return {
+        "bench": "train-65m",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": revision(),
+        "machine": host,
+        "versions": peer_versions(),
+        "config": CONFIG | {"batch": BATCH, "length": LENGTH, "dtype": "float32"},
+        "warmup": args.warmup,
+        "steps": args.steps,
+        "sides": sides,
+        "ratio": ratios(sides),
+        "samples": {side: [r[side]["samples"] for r in rounds] for side in args.sides},
+    }
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description="Training speed of Cadre next to PyTorch + transformers.")
+    parser.add_argument("--cadre", type=Path, default=ROOT / "target" / "release" / "cadre")
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--sides", default=DEFAULT_SIDES, help=f"comma separated, of {', '.join(SIDES)}")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of a process")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them that do not count")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-record", action="store_true", help="print, but append nothing to bench/record/")
+    parser.add_argument("--table", action="store_true", help="print the table of the latest record and stop")
+    parser.add_argument("--worker", choices=SIDES[1:], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker or args.table:
+        return args
+    args.sides = args.sides.split(",")
+    if unknown := [side for side in args.sides if side not in SIDES]:
+        parser.error(f"unknown side {unknown[0]!r}; known: {', '.join(SIDES)}")
+    if args.rounds < 1 or args.steps < 1 or args.warmup < 0:
+        parser.error("--rounds and --steps must be at least 1, --warmup at least 0")
+    if "cadre" in args.sides:
+        for path, hint in [(args.cadre, "build it with `cargo build --release`"), (args.recipe, "it is part of the repository")]:
+            if not path.is_file():
+                parser.error(f"{path} does not exist; {hint}, or leave cadre out of --sides")
+    return args
+
+
+def main():
+    args = arguments()
+    if args.worker:
+        torch_worker(args.worker, args.steps, args.threads)
+        return
+    if args.table:
+        if not RECORD.is_file():
+            fail(f"{RECORD.relative_to(ROOT)} does not exist yet; run without --table first")
+        print(table(json.loads(RECORD.read_text(encoding="utf-8").splitlines()[-1])))
+        return
+    record = measure(args)
+    if not args.no_record:
+        RECORD.parent.mkdir(parents=True, exist_ok=True)
+        with RECORD.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()
