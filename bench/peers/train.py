@@ -132,7 +132,7 @@ def run_side(side, args):
         fail(f"{side} did not print the expected JSON object ({error}): {text[:300]!r}")
     if len(samples) != args.warmup + args.steps:
         fail(f"{side} reported {len(samples)} samples for {args.warmup + args.steps} steps")
-    check_loss(side, result)
+    check_work(side, result)
     return {
         "samples": [round(sample, 2) for sample in samples[args.warmup :]],
         "loss_first": result["loss_first"],
@@ -141,8 +141,19 @@ def run_side(side, args):
     }
 
 
-def check_loss(side, result):
-    """A side that does the work starts near the loss of a uniform guess and stays finite."""
+def n_parameters():
+    """Parameters of CONFIG, counted by hand."""
+    c = CONFIG
+    d, heads = c["hidden_size"], c["head_dim"]
+    attention = 2 * d * heads * (c["num_attention_heads"] + c["num_key_value_heads"]) + 2 * heads
+    experts = c["num_experts"] * (3 * d * c["moe_intermediate_size"] + d)
+    return c["num_hidden_layers"] * (attention + experts + 2 * d) + 2 * c["vocab_size"] * d + d
+
+
+def check_work(side, result):
+    """A side that does the work has the size asked for, starts near the loss of a uniform guess, and stays finite."""
+    if result.get("parameters", n_parameters()) != n_parameters():
+        fail(f"{side} trains {result['parameters']} parameters, not the {n_parameters()} of this benchmark")
     uniform = math.log(CONFIG["vocab_size"])
     first, last = result["loss_first"], result["loss_last"]
     if not (uniform - 0.2 < first < uniform + 0.6) or not math.isfinite(last) or last > first + 1.0:
