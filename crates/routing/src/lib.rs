@@ -6,12 +6,14 @@
 //! - [`Routing`]: the ragged result, for each token which experts with which weights.
 //! - [`Policy`]: the rule from router logits to a [`Routing`]; one file per published rule in [`policies`].
 //! - [`registry`]: the explicit list of policies by name.
+//! - [`filters`]: capacity limits, a stage applied to a finished [`Routing`].
 //! - [`loads`]: load statistics, one implementation for the trainer and the engine.
 //!
 //! Legend used in this crate: `T` tokens, `E` experts (`n_experts`), `k` picks per token (`top_k`).
 #![forbid(unsafe_code)]
 
 mod error;
+pub mod filters;
 pub mod loads;
 pub mod policies;
 mod policy;

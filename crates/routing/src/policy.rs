@@ -73,28 +73,32 @@ pub(crate) fn check_sizes(
     n_experts: usize,
     top_k: usize,
 ) -> Result<(), RoutingError> {
-    if n_experts == 0 || n_experts > usize::from(u16::MAX) {
-        let value = n_experts.to_string();
-        return Err(RoutingError::BadOption {
-            policy,
-            option: "n_experts",
-            value,
-            expected: "1 to 65535",
-        });
-    }
-    if top_k == 0 {
-        let value = top_k.to_string();
-        return Err(RoutingError::BadOption {
-            policy,
-            option: "top_k",
-            value,
-            expected: "at least 1",
-        });
-    }
+    let fits = (1..=usize::from(u16::MAX)).contains(&n_experts);
+    check_option(policy, "n_experts", n_experts, fits, "1 to 65535")?;
+    check_option(policy, "top_k", top_k, top_k > 0, "at least 1")?;
     if top_k > n_experts {
         return Err(RoutingError::TopKTooLarge { top_k, n_experts });
     }
     Ok(())
+}
+
+/// [`RoutingError::BadOption`] unless `valid`.
+pub(crate) fn check_option(
+    policy: &'static str,
+    option: &'static str,
+    value: impl std::fmt::Display,
+    valid: bool,
+    expected: &'static str,
+) -> Result<(), RoutingError> {
+    if valid {
+        return Ok(());
+    }
+    Err(RoutingError::BadOption {
+        policy,
+        option,
+        value: value.to_string(),
+        expected,
+    })
 }
 
 #[cfg(test)]

@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::policies::TopK;
+use crate::policies::{
+    DenseToSparse, ExpertChoice, GroupLimited, GroupLimitedOptions, GroupScore, NullExperts,
+    ScoreFn, Stage, Switch, TopK, TopP,
+};
 use crate::{Policy, RoutingError};
 
 /// Options of all policies; each reads the ones it has and ignores the rest.
@@ -15,6 +18,30 @@ pub struct PolicyOptions {
     pub top_k: usize,
     /// Whether the weights of a token are made to sum to 1.
     pub norm_topk_prob: bool,
+    /// How many of the experts, counted from the end, are null experts.
+    pub n_null: usize,
+    /// Probability mass that top-p collects.
+    pub top_p: f32,
+    /// Mean experts per token of expert choice.
+    pub capacity_factor: f32,
+    /// Number of expert groups.
+    pub n_groups: usize,
+    /// Groups that stay in the race.
+    pub keep_groups: usize,
+    /// How group-limited routing scores logits.
+    pub score: ScoreFn,
+    /// How groups are compared.
+    pub group_score: GroupScore,
+    /// Selection-only bias, `[n_experts]`.
+    pub bias: Option<Vec<f32>>,
+    /// Factor on every weight of group-limited routing.
+    pub scale: f32,
+    /// Temperature of the dense-to-sparse gate.
+    pub temperature: f32,
+    /// Smallest gate value that the dense-to-sparse gate lets through.
+    pub threshold: f32,
+    /// Stage of the dense-to-sparse gate.
+    pub stage: Stage,
 }
 
 impl Default for PolicyOptions {
@@ -23,6 +50,18 @@ impl Default for PolicyOptions {
             n_experts: 0,
             top_k: 1,
             norm_topk_prob: true,
+            n_null: 0,
+            top_p: 0.4,
+            capacity_factor: 2.0,
+            n_groups: 1,
+            keep_groups: 1,
+            score: ScoreFn::Softmax,
+            group_score: GroupScore::Max,
+            bias: None,
+            scale: 1.0,
+            temperature: 1.0,
+            threshold: 1e-3,
+            stage: Stage::Soft,
         }
     }
 }
@@ -31,9 +70,43 @@ impl Default for PolicyOptions {
 type Build = fn(&PolicyOptions) -> Result<Box<dyn Policy>, RoutingError>;
 
 /// Every policy: its name (that of its file) and how to build it.
-const POLICIES: &[(&str, Build)] = &[("top_k", |o| {
-    Ok(Box::new(TopK::new(o.n_experts, o.top_k, o.norm_topk_prob)?))
-})];
+const POLICIES: &[(&str, Build)] = &[
+    ("top_k", |o| {
+        Ok(Box::new(TopK::new(o.n_experts, o.top_k, o.norm_topk_prob)?))
+    }),
+    ("switch", |o| Ok(Box::new(Switch::new(o.n_experts)?))),
+    ("top_p", |o| Ok(Box::new(TopP::new(o.n_experts, o.top_p)?))),
+    ("null_experts", |o| {
+        Ok(Box::new(NullExperts::new(o.n_experts, o.n_null, o.top_k)?))
+    }),
+    ("group_limited", group_limited),
+    ("expert_choice", |o| {
+        Ok(Box::new(ExpertChoice::new(o.n_experts, o.capacity_factor)?))
+    }),
+    ("dense_to_sparse", |o| {
+        Ok(Box::new(DenseToSparse::new(
+            o.n_experts,
+            o.temperature,
+            o.threshold,
+            o.stage,
+        )?))
+    }),
+];
+
+/// Group-limited routing has more options than fit on a line.
+fn group_limited(o: &PolicyOptions) -> Result<Box<dyn Policy>, RoutingError> {
+    let options = GroupLimitedOptions {
+        n_experts: o.n_experts,
+        top_k: o.top_k,
+        n_groups: o.n_groups,
+        keep_groups: o.keep_groups,
+        score: o.score,
+        group_score: o.group_score,
+        norm_topk_prob: o.norm_topk_prob,
+        scale: o.scale,
+    };
+    Ok(Box::new(GroupLimited::new(options, o.bias.clone())?))
+}
 
 /// Builds the policy called `name`.
 ///
@@ -57,6 +130,7 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Routing;
 
     #[test]
     fn every_policy_carries_its_registered_name() {
@@ -67,6 +141,47 @@ mod tests {
         };
         for name in names() {
             assert_eq!(build(name, &options).unwrap().name(), name);
+        }
+    }
+
+    #[test]
+    fn every_policy_keeps_what_it_declares() {
+        let options = PolicyOptions {
+            n_experts: 8,
+            top_k: 2,
+            ..PolicyOptions::default()
+        };
+        let logits: Vec<f32> = (0..48u16).map(|i| f32::from(i * 37 % 23) / 7.0).collect();
+        for policy in names().map(|name| build(name, &options).unwrap()) {
+            let (mut all, mut part) = (Routing::new(), Routing::new());
+            policy.route(&logits, &mut all).unwrap();
+            assert_eq!(all.n_tokens(), 6);
+            assert!(
+                all.iter().all(|(ids, _)| ids.len() <= policy.max_picks()),
+                "{}",
+                policy.name()
+            );
+            assert!(
+                all.experts()
+                    .iter()
+                    .all(|&id| usize::from(id) < policy.n_experts()),
+                "{}",
+                policy.name()
+            );
+            // Causal: a prefix is routed as in the whole. Batch-invariant: any token is routed as when alone.
+            policy.route(&logits[..24], &mut part).unwrap();
+            let same_prefix = (0..3).all(|t| part.token(t) == all.token(t));
+            assert!(same_prefix || !policy.causal(), "{}", policy.name());
+            let alone =
+                |t: usize, one: &mut Routing| policy.route(&logits[t * 8..(t + 1) * 8], one);
+            let same_alone =
+                (0..6).all(|t| alone(t, &mut part).is_ok() && part.token(0) == all.token(t));
+            assert_eq!(same_alone, policy.batch_invariant(), "{}", policy.name());
+            assert!(
+                policy.route(&[f32::NAN; 8], &mut part).is_err() && part.n_tokens() == 0,
+                "{}",
+                policy.name()
+            );
         }
     }
 

@@ -150,12 +150,6 @@ impl Routing {
         (&mut self.experts[start..], &mut self.weights[start..])
     }
 
-    /// Weights of the token under construction (pushed, not yet ended).
-    pub(crate) fn open_weights_mut(&mut self) -> &mut [f32] {
-        let start = self.offsets.last().map_or(0, |&end| end as usize);
-        &mut self.weights[start..]
-    }
-
     /// Number of tokens.
     #[must_use]
     pub fn n_tokens(&self) -> usize {

@@ -5,31 +5,48 @@ pub(crate) fn max(row: &[f32]) -> f32 {
     row.iter().copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// The two numbers that turn a logit into a softmax probability: `p = exp(l - max) / sum`.
+/// What turns a logit into a softmax probability: `p = exp((l - max) / temperature) / sum`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Softmax {
     max: f32,
+    temperature: f32,
     sum: f32,
 }
 
 impl Softmax {
     /// Prepares the softmax of one row of finite logits.
     pub(crate) fn of(row: &[f32]) -> Self {
+        Self::with_temperature(row, 1.0)
+    }
+
+    /// Prepares the softmax of one row of finite logits divided by `temperature`, which is positive.
+    pub(crate) fn with_temperature(row: &[f32], temperature: f32) -> Self {
         let max = max(row);
+        let sum = row.iter().map(|l| ((l - max) / temperature).exp()).sum();
         Self {
             max,
-            sum: row.iter().map(|l| (l - max).exp()).sum(),
+            temperature,
+            sum,
         }
     }
 
     /// Probability of a logit of that row.
     pub(crate) fn p(&self, logit: f32) -> f32 {
-        (logit - self.max).exp() / self.sum
+        ((logit - self.max) / self.temperature).exp() / self.sum
     }
 
-    /// Entropy of the row in nats: `log sum - sum_j p_j (l_j - max)`.
+    /// Entropy of the row in nats: `log sum - sum_j p_j (l_j - max) / temperature`.
     pub(crate) fn entropy(&self, row: &[f32]) -> f32 {
-        self.sum.ln() - row.iter().map(|&l| self.p(l) * (l - self.max)).sum::<f32>()
+        let energy = |l: f32| {
+            let p = self.p(l);
+            // A probability that underflowed to 0 contributes 0, however large its logit's distance is.
+            if p > 0.0 {
+                p * (l - self.max) / self.temperature
+            } else {
+                0.0
+            }
+        };
+        self.sum.ln() - row.iter().map(|&l| energy(l)).sum::<f32>()
     }
 }
 

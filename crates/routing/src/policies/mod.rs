@@ -1,6 +1,18 @@
 //! The routing rules, one small file per published idea. Files here do not import each other; what they share is in
 //! `select`, `scores` and `policy` one level up.
 
+mod dense_to_sparse;
+mod expert_choice;
+mod group_limited;
+mod null_experts;
+mod switch;
 mod top_k;
+mod top_p;
 
+pub use dense_to_sparse::{DenseToSparse, Stage};
+pub use expert_choice::ExpertChoice;
+pub use group_limited::{GroupLimited, GroupLimitedOptions, GroupScore, ScoreFn, update_bias};
+pub use null_experts::NullExperts;
+pub use switch::Switch;
 pub use top_k::TopK;
+pub use top_p::TopP;
