@@ -1,1 +1,42 @@
-//! Recorded routing: Parquet files, statistics, pictures.
+//! Recorded routing: who was picked, where, with what weight; as Parquet files, statistics and pictures.
+//!
+//! The flow is one way. A run produces [`Step`]s (one layer, several positions); a [`TraceWriter`] puts them in a
+//! file and a [`StatsBuilder`] counts them. A [`TraceReader`] brings a file back as [`Row`]s, and [`Stats`] is
+//! everything the pictures need:
+//!
+//! ```text
+//! Step -> TraceWriter -> out.parquet -> TraceReader -> StatsBuilder -> Stats -> show::text      terminal report
+//!    \______________________________________________________/                \-> serde_json     -o json
+//!                    (live, without a file)                                  |-> html::page     one HTML page
+//!                                                                            |-> picture::domain_svg
+//!                                                                            \-> ansi::strip    run --experts
+//! ```
+//!
+//! Nothing here prints, reads the environment, or knows text: tokens are ids, except in [`ansi`], which paints the
+//! strings it is given.
+
+#![forbid(unsafe_code)]
+
+mod counts;
+pub mod error;
+mod measures;
+pub mod meta;
+pub mod profile;
+pub mod reader;
+pub mod replay;
+pub mod row;
+pub mod schema;
+pub mod stats;
+pub mod writer;
+
+#[cfg(test)]
+mod synthetic;
+
+pub use error::TraceError;
+pub use meta::TraceMeta;
+pub use profile::{DomainTop, Profile, TopExpert};
+pub use reader::{Block, Trace, TraceReader};
+pub use row::{Row, Step};
+pub use schema::Columns;
+pub use stats::{Stats, StatsBuilder, StatsOptions};
+pub use writer::{TraceWriter, Written};

@@ -1,0 +1,215 @@
+//! What a trace says about the model it was recorded from, and the file metadata keys that carry it.
+//!
+//! | key | value |
+//! |---|---|
+//! | `cadre.trace_version` | version of the file format, [`FORMAT_VERSION`] |
+//! | `cadre.version` | version of Cadre that wrote the file; informative |
+//! | `cadre.digest` | digest of the checkpoint |
+//! | `cadre.architecture` | `model_type` of the checkpoint |
+//! | `cadre.n_layers` | decoder layers, dense ones included |
+//! | `cadre.n_experts` | routed experts per layer |
+//! | `cadre.top_k` | experts per token the checkpoint asks for; rows may hold fewer or more |
+
+use crate::error::TraceError;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// Version of the file format this crate writes, and the newest it reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Key of the format version.
+pub const KEY_TRACE_VERSION: &str = "cadre.trace_version";
+/// Key of the version of Cadre that wrote the file.
+pub const KEY_VERSION: &str = "cadre.version";
+/// Key of the checkpoint digest.
+pub const KEY_DIGEST: &str = "cadre.digest";
+/// Key of the architecture.
+pub const KEY_ARCHITECTURE: &str = "cadre.architecture";
+/// Key of the number of layers.
+pub const KEY_N_LAYERS: &str = "cadre.n_layers";
+/// Key of the number of experts per layer.
+pub const KEY_N_EXPERTS: &str = "cadre.n_experts";
+/// Key of the experts per token.
+pub const KEY_TOP_K: &str = "cadre.top_k";
+
+/// The model a trace was recorded from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TraceMeta {
+    /// Digest of the checkpoint; a plan made from this trace is refused for any other.
+    pub digest: String,
+    /// `model_type` of the checkpoint, for example `qwen3_moe`.
+    pub architecture: String,
+    /// Decoder layers, dense ones included, so `layer` of every row is below it.
+    pub n_layers: usize,
+    /// Routed experts per layer; every expert id is below it.
+    pub n_experts: usize,
+    /// Experts per token the checkpoint asks for.
+    pub top_k: usize,
+}
+
+impl TraceMeta {
+    /// Checks that counts are positive, `top_k <= n_experts`, and that ids fit the column types.
+    ///
+    /// # Errors
+    /// [`TraceError::BadMeta`] naming the field.
+    pub fn check(&self) -> Result<(), TraceError> {
+        let limit = usize::from(u16::MAX) + 1;
+        let fields = [
+            ("n_layers", self.n_layers, limit),
+            ("n_experts", self.n_experts, limit),
+            ("top_k", self.top_k, self.n_experts),
+        ];
+        for (what, value, max) in fields {
+            if value == 0 || value > max {
+                return Err(TraceError::BadMeta {
+                    what,
+                    value,
+                    expected: format!("1 to {max}"),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The key-value pairs of the file metadata.
+    pub(crate) fn to_pairs(&self) -> Vec<(&'static str, String)> {
+        vec![
+            (KEY_TRACE_VERSION, FORMAT_VERSION.to_string()),
+            (KEY_VERSION, env!("CARGO_PKG_VERSION").to_string()),
+            (KEY_DIGEST, self.digest.clone()),
+            (KEY_ARCHITECTURE, self.architecture.clone()),
+            (KEY_N_LAYERS, self.n_layers.to_string()),
+            (KEY_N_EXPERTS, self.n_experts.to_string()),
+            (KEY_TOP_K, self.top_k.to_string()),
+        ]
+    }
+
+    /// Reads the pairs back; `get` looks a key up in the file metadata.
+    pub(crate) fn from_pairs(
+        path: &Path,
+        get: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, TraceError> {
+        let text = |key: &'static str| {
+            get(key).ok_or(TraceError::MissingMetadata {
+                path: path.to_path_buf(),
+                key,
+            })
+        };
+        let number = |key: &'static str| {
+            let value = text(key)?;
+            value.parse::<usize>().map_err(|_| TraceError::BadMetadata {
+                path: path.to_path_buf(),
+                key,
+                value,
+                expected: "a whole number".to_string(),
+            })
+        };
+        let version = number(KEY_TRACE_VERSION)?;
+        if version != FORMAT_VERSION as usize {
+            return Err(TraceError::BadMetadata {
+                path: path.to_path_buf(),
+                key: KEY_TRACE_VERSION,
+                value: version.to_string(),
+                expected: format!(
+                    "{FORMAT_VERSION}; the file was written by another version of Cadre, record it again"
+                ),
+            });
+        }
+        let meta = Self {
+            digest: text(KEY_DIGEST)?,
+            architecture: text(KEY_ARCHITECTURE)?,
+            n_layers: number(KEY_N_LAYERS)?,
+            n_experts: number(KEY_N_EXPERTS)?,
+            top_k: number(KEY_TOP_K)?,
+        };
+        meta.check_in_file(path)?;
+        Ok(meta)
+    }
+
+    fn check_in_file(&self, path: &Path) -> Result<(), TraceError> {
+        self.check().map_err(|error| match error {
+            TraceError::BadMeta {
+                what,
+                value,
+                expected,
+            } => TraceError::BadMetadata {
+                path: path.to_path_buf(),
+                key: match what {
+                    "n_layers" => KEY_N_LAYERS,
+                    "n_experts" => KEY_N_EXPERTS,
+                    _ => KEY_TOP_K,
+                },
+                value: value.to_string(),
+                expected,
+            },
+            other => other,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn meta() -> TraceMeta {
+        TraceMeta {
+            digest: "d1".into(),
+            architecture: "qwen3_moe".into(),
+            n_layers: 2,
+            n_experts: 4,
+            top_k: 2,
+        }
+    }
+
+    fn lookup(pairs: Vec<(&'static str, String)>) -> impl Fn(&str) -> Option<String> {
+        move |key| {
+            pairs
+                .iter()
+                .find(|(name, _)| *name == key)
+                .map(|(_, value)| value.clone())
+        }
+    }
+
+    #[test]
+    fn pairs_round_trip() {
+        let read = TraceMeta::from_pairs(Path::new("t.parquet"), lookup(meta().to_pairs()));
+        assert_eq!(read.unwrap(), meta());
+    }
+
+    #[test]
+    fn a_missing_key_is_named() {
+        for (gone, _) in meta().to_pairs() {
+            if gone == KEY_VERSION {
+                continue;
+            }
+            let pairs = meta()
+                .to_pairs()
+                .into_iter()
+                .filter(|(name, _)| *name != gone)
+                .collect();
+            let error = TraceMeta::from_pairs(Path::new("t.parquet"), lookup(pairs)).unwrap_err();
+            assert!(error.to_string().contains(gone), "{error}");
+        }
+    }
+
+    #[test]
+    fn impossible_numbers_are_refused() {
+        for (key, value) in [
+            (KEY_N_EXPERTS, "many"),
+            (KEY_TOP_K, "5"),
+            (KEY_N_LAYERS, "0"),
+            (KEY_TRACE_VERSION, "2"),
+        ] {
+            let pairs = meta()
+                .to_pairs()
+                .into_iter()
+                .map(|(k, v)| (k, if k == key { value.into() } else { v }))
+                .collect();
+            let error = TraceMeta::from_pairs(Path::new("t.parquet"), lookup(pairs)).unwrap_err();
+            assert!(
+                matches!(&error, TraceError::BadMetadata { key: k, .. } if *k == key),
+                "{error}"
+            );
+        }
+    }
+}
