@@ -1,1 +1,30 @@
-//! Number crunching: quantised blocks, SIMD kernels with their scalar twins, and the thread pool.
+//! Number crunching for inference: weight formats, SIMD kernels with their scalar twins, the thread pool.
+//!
+//! Start at [`Compute`]: it holds the kernel table chosen for this CPU and the threads, and multiplies
+//! activations by a [`Matrix`]. Row-wise operations (norm, softmax, activation) are methods of [`Kernels`].
+//!
+//! Two promises, which the engine builds on:
+//! - **One sequence per output.** An output element is computed by the same instructions in the same order
+//!   whatever the number of tokens, threads or groups in the call. Only another [`Isa`] may change a bit.
+//! - **Every kernel has a scalar twin** with the same signature, and the tests run every ISA of the machine
+//!   against it.
+//!
+//! Shapes: activations are `[n_tokens, n_in]`, weights `[n_out, n_in]`, both row-major.
+
+mod arch;
+mod blocks;
+mod compute;
+pub mod doctor;
+pub mod gemm;
+mod isa;
+mod matrix;
+mod pool;
+mod table;
+
+pub use blocks::{ActQ8, BlockQ8_0, Q8_BLOCK, dequantize_q8_0, quantize_q8_0};
+pub use compute::{Compute, MatmulScratch};
+pub use half::{bf16, f16};
+pub use isa::Isa;
+pub use matrix::{Format, Matrix, MatrixError};
+pub use pool::ThreadPool;
+pub use table::Kernels;

@@ -1,0 +1,292 @@
+//! Kernels for AVX-512 F, BW, DQ, VL with VNNI.
+//!
+//! A dot product keeps one 16-lane accumulator per output element, ends with a masked step and reduces by
+//! a fixed tree. `exp` is a degree-7 polynomial; its error against the twin is bounded in `table.rs`.
+
+#![expect(
+    clippy::needless_range_loop,
+    reason = "tiles are indexed by row and token, which unrolls into registers"
+)]
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::scalar::ActScale;
+use super::{Table, rows_by_tiles};
+use crate::blocks::{ActQ8, BlockQ8_0, Q8_BLOCK};
+
+pub(super) static TABLE: Table = Table {
+    rows_f32,
+    rows_bf16,
+    rows_q8_0,
+    add_weighted_rows,
+    max,
+    exp_sum,
+    silu_mul,
+    quantize_act,
+};
+
+rows_by_tiles!(rows_f32, tile_f32, f32, f32, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 8);
+rows_by_tiles!(rows_bf16, tile_bf16, bf16, f32, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 8);
+rows_by_tiles!(rows_q8_0, tile_q8_0, BlockQ8_0, ActQ8, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 4);
+
+const LANES: usize = 16;
+
+/// The first `n` of 16 lanes.
+#[inline]
+fn first(n: usize) -> __mmask16 {
+    ((1u32 << n.min(LANES)) - 1) as __mmask16
+}
+
+/// # Safety
+/// `w` and `x` hold `R` and `N` rows of `n` values.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
+#[inline]
+unsafe fn tile_f32<const R: usize, const N: usize>(
+    w: *const f32,
+    x: *const f32,
+    n: usize,
+) -> [[f32; N]; R] {
+    let mut acc = [[_mm512_setzero_ps(); N]; R];
+    let mut i = 0;
+    while i < n {
+        // A whole step when the mask is full: the same operation, so the tail needs no second sequence.
+        let mask = first(n - i);
+        let mut ws = [_mm512_setzero_ps(); R];
+        for (r, wv) in ws.iter_mut().enumerate() {
+            // SAFETY: the mask keeps lanes i.. below n, inside row r.
+            *wv = unsafe { _mm512_maskz_loadu_ps(mask, w.add(r * n + i)) };
+        }
+        for t in 0..N {
+            // SAFETY: as above, inside row t.
+            let xv = unsafe { _mm512_maskz_loadu_ps(mask, x.add(t * n + i)) };
+            for r in 0..R {
+                acc[r][t] = _mm512_fmadd_ps(ws[r], xv, acc[r][t]);
+            }
+        }
+        i += LANES;
+    }
+    reduce(acc)
+}
+
+/// # Safety
+/// `w` and `x` hold `R` and `N` rows of `n` values.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
+#[inline]
+unsafe fn tile_bf16<const R: usize, const N: usize>(
+    w: *const bf16,
+    x: *const f32,
+    n: usize,
+) -> [[f32; N]; R] {
+    let mut acc = [[_mm512_setzero_ps(); N]; R];
+    let mut i = 0;
+    while i < n {
+        let mask = first(n - i);
+        let mut ws = [_mm512_setzero_ps(); R];
+        for (r, wv) in ws.iter_mut().enumerate() {
+            // SAFETY: the mask keeps lanes i.. below n, inside row r.
+            let bits = unsafe { _mm256_maskz_loadu_epi16(mask, w.add(r * n + i).cast()) };
+            *wv = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)));
+        }
+        for t in 0..N {
+            // SAFETY: as above, inside row t.
+            let xv = unsafe { _mm512_maskz_loadu_ps(mask, x.add(t * n + i)) };
+            for r in 0..R {
+                acc[r][t] = _mm512_fmadd_ps(ws[r], xv, acc[r][t]);
+            }
+        }
+        i += LANES;
+    }
+    reduce(acc)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
+#[inline]
+fn reduce<const R: usize, const N: usize>(acc: [[__m512; N]; R]) -> [[f32; N]; R] {
+    let mut sums = [[0.0; N]; R];
+    for r in 0..R {
+        for t in 0..N {
+            sums[r][t] = _mm512_reduce_add_ps(acc[r][t]);
+        }
+    }
+    sums
+}
+
+/// # Safety
+/// `w` and `x` hold `R` and `N` rows of `n` blocks.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
+#[inline]
+unsafe fn tile_q8_0<const R: usize, const N: usize>(
+    w: *const BlockQ8_0,
+    x: *const ActQ8,
+    n: usize,
+) -> [[f32; N]; R] {
+    let flip = _mm256_set1_epi8(i8::MIN);
+    let mut acc = [[_mm256_setzero_ps(); N]; R];
+    for i in 0..n {
+        let mut ws = [_mm256_setzero_si256(); R];
+        let mut ds = [0.0f32; R];
+        for r in 0..R {
+            // SAFETY: block i of row r.
+            let block = unsafe { &*w.add(r * n + i) };
+            // SAFETY: the 32 quants of the block. Adding 128 makes them unsigned, as VNNI wants.
+            ws[r] = _mm256_xor_si256(
+                unsafe { _mm256_loadu_si256(block.qs.as_ptr().cast()) },
+                flip,
+            );
+            ds[r] = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(
+                block.d.to_bits(),
+            ))));
+        }
+        for t in 0..N {
+            // SAFETY: block i of row t.
+            let act = unsafe { &*x.add(t * n + i) };
+            // SAFETY: the 32 quants of the block.
+            let qs = unsafe { _mm256_loadu_si256(act.qs.as_ptr().cast()) };
+            let bias = _mm256_zextsi128_si256(_mm_cvtsi32_si128(act.bias));
+            for r in 0..R {
+                let sums = _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(bias, ws[r], qs));
+                acc[r][t] = _mm256_fmadd_ps(sums, _mm256_set1_ps(ds[r] * act.d), acc[r][t]);
+            }
+        }
+    }
+    let mut sums = [[0.0; N]; R];
+    for r in 0..R {
+        for t in 0..N {
+            sums[r][t] = _mm512_reduce_add_ps(_mm512_zextps256_ps512(acc[r][t]));
+        }
+    }
+    sums
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
+fn add_weighted_rows(weights: &[f32], rows: &[f32], y: &mut [f32]) {
+    let n = y.len();
+    let mut i = 0;
+    while i < n {
+        let mask = first(n - i);
+        // SAFETY: the mask keeps lanes i.. below n.
+        let mut acc = unsafe { _mm512_maskz_loadu_ps(mask, y.as_ptr().add(i)) };
+        for (weight, row) in weights.iter().zip(rows.chunks_exact(n)) {
+            // SAFETY: as above; a row has n values.
+            let v = unsafe { _mm512_maskz_loadu_ps(mask, row.as_ptr().add(i)) };
+            acc = _mm512_fmadd_ps(_mm512_set1_ps(*weight), v, acc);
+        }
+        // SAFETY: as above.
+        unsafe { _mm512_mask_storeu_ps(y.as_mut_ptr().add(i), mask, acc) };
+        i += LANES;
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
+fn max(x: &[f32]) -> f32 {
+    let lowest = _mm512_set1_ps(f32::NEG_INFINITY);
+    let mut acc = lowest;
+    let mut i = 0;
+    while i < x.len() {
+        // SAFETY: the mask keeps lanes i.. below the length.
+        let v = unsafe { _mm512_mask_loadu_ps(lowest, first(x.len() - i), x.as_ptr().add(i)) };
+        acc = _mm512_max_ps(acc, v);
+        i += LANES;
+    }
+    _mm512_reduce_max_ps(acc)
+}
+
+/// `exp(x)`; NaN stays NaN, overflow gives infinity, underflow gives 0.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
+#[inline]
+fn exp(x: __m512) -> __m512 {
+    // Min and max return their second operand when either is NaN.
+    let x = _mm512_max_ps(_mm512_set1_ps(-104.0), x);
+    let x = _mm512_min_ps(_mm512_set1_ps(89.0), x);
+    let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(
+        _mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E)),
+    );
+    // ln 2 in two parts, so that n * ln 2 is exact to twice the precision.
+    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(super::LN2_HIGH), x);
+    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(super::LN2_LOW), r);
+    let mut p = _mm512_set1_ps(super::EXP_TAYLOR[0]);
+    for c in &super::EXP_TAYLOR[1..] {
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
+    }
+    _mm512_scalef_ps(p, n)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
+fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
+    let shift = _mm512_set1_ps(shift);
+    let mut sum = _mm512_setzero_ps();
+    let mut i = 0;
+    while i < x.len() {
+        let mask = first(x.len() - i);
+        // SAFETY: the mask keeps lanes i.. below the length.
+        unsafe {
+            let v = _mm512_maskz_loadu_ps(mask, x.as_ptr().add(i));
+            let e = exp(_mm512_sub_ps(v, shift));
+            _mm512_mask_storeu_ps(x.as_mut_ptr().add(i), mask, e);
+            sum = _mm512_mask_add_ps(sum, mask, sum, e);
+        }
+        i += LANES;
+    }
+    _mm512_reduce_add_ps(sum)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
+fn silu_mul(gate: &mut [f32], up: &[f32]) {
+    let n = gate.len().min(up.len());
+    let mut i = 0;
+    while i < n {
+        let mask = first(n - i);
+        // SAFETY: the mask keeps lanes i.. below n, inside both slices.
+        unsafe {
+            let g = _mm512_maskz_loadu_ps(mask, gate.as_ptr().add(i));
+            let u = _mm512_maskz_loadu_ps(mask, up.as_ptr().add(i));
+            let e = exp(_mm512_sub_ps(_mm512_setzero_ps(), g));
+            let silu = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0), e));
+            _mm512_mask_storeu_ps(gate.as_mut_ptr().add(i), mask, _mm512_mul_ps(silu, u));
+        }
+        i += LANES;
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
+fn quantize_act(x: &[f32], out: &mut [ActQ8]) {
+    for (x, out) in x.chunks_exact(Q8_BLOCK).zip(out) {
+        // SAFETY: a chunk has 32 values.
+        let (a, b) = unsafe {
+            (
+                _mm512_loadu_ps(x.as_ptr()),
+                _mm512_loadu_ps(x.as_ptr().add(LANES)),
+            )
+        };
+        // As integers, the bits of NaN and infinity are above those of every finite value.
+        let magnitude = _mm512_set1_epi32(0x7fff_ffff);
+        let bits = _mm512_max_epi32(
+            _mm512_and_si512(_mm512_castps_si512(a), magnitude),
+            _mm512_and_si512(_mm512_castps_si512(b), magnitude),
+        );
+        let scale = ActScale::of(f32::from_bits(_mm512_reduce_max_epi32(bits) as u32));
+        if scale.inverse == 0.0 {
+            *out = ActQ8 {
+                d: scale.d,
+                ..ActQ8::ZERO
+            };
+            continue;
+        }
+        let inverse = _mm512_set1_ps(scale.inverse);
+        // The conversion rounds halves to even, the mode that Rust keeps the CPU in.
+        let a = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
+        let b = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
+        out.d = scale.d;
+        out.bias = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+        // SAFETY: the two halves of the 32 quants.
+        unsafe {
+            _mm_storeu_si128(out.qs.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(a));
+            _mm_storeu_si128(
+                out.qs.as_mut_ptr().add(LANES).cast(),
+                _mm512_cvtepi32_epi8(b),
+            );
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! One file per instruction set, each with the same functions; [`Table`] lists them.
+//!
+//! Nothing here is called except through a table, and a table is only handed out when the CPU has its
+//! instruction set (`crate::Kernels`).
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod scalar;
+
+use half::bf16;
+
+use crate::blocks::{ActQ8, BlockQ8_0};
+use crate::isa::Isa;
+
+/// Arguments of a block of matrix product: `y[t * y_stride + r] = dot(w row r, x row t)`.
+///
+/// A row of `w` and a row of `x` are each `n_units` consecutive units (values or blocks).
+pub(crate) struct Rows<W, X> {
+    pub(crate) w: *const W,
+    pub(crate) n_rows: usize,
+    pub(crate) x: *const X,
+    pub(crate) n_tokens: usize,
+    pub(crate) n_units: usize,
+    pub(crate) y: *mut f32,
+    pub(crate) y_stride: usize,
+}
+
+/// # Safety
+/// The CPU has the table's instruction set. `w` holds `n_rows * n_units` units, `x` holds
+/// `n_tokens * n_units`, and `y[t * y_stride + r]` may be written for every `t < n_tokens`, `r < n_rows`.
+type RowsFn<W, X> = unsafe fn(&Rows<W, X>);
+
+/// The kernels of one instruction set.
+///
+/// Every function needs the CPU to have that set; those over slices need nothing else, except that
+/// lengths match as their comment says (checked by the safe callers in `table.rs`).
+pub(crate) struct Table {
+    pub(crate) rows_f32: RowsFn<f32, f32>,
+    pub(crate) rows_bf16: RowsFn<bf16, f32>,
+    pub(crate) rows_q8_0: RowsFn<BlockQ8_0, ActQ8>,
+    /// `y += sum over j of weights[j] * rows[j]`, with `rows: [weights.len(), y.len()]`.
+    pub(crate) add_weighted_rows: unsafe fn(weights: &[f32], rows: &[f32], y: &mut [f32]),
+    /// The largest value; any NaN gives an unspecified value. An empty slice gives minus infinity.
+    pub(crate) max: unsafe fn(x: &[f32]) -> f32,
+    /// `x = exp(x - shift)`; returns the sum.
+    pub(crate) exp_sum: unsafe fn(x: &mut [f32], shift: f32) -> f32,
+    /// `gate = gate * sigmoid(gate) * up`, equal lengths.
+    pub(crate) silu_mul: unsafe fn(gate: &mut [f32], up: &[f32]),
+    /// Activations to 8-bit blocks, 32 values each.
+    pub(crate) quantize_act: unsafe fn(x: &[f32], out: &mut [ActQ8]),
+}
+
+/// The table for `isa`, or `None` when this build has no kernels for it.
+pub(crate) fn table(isa: Isa) -> Option<&'static Table> {
+    match isa {
+        Isa::Scalar => Some(&scalar::TABLE),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => Some(&avx2::TABLE),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => Some(&avx512::TABLE),
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => None,
+    }
+}
+
+/// Defines a `RowsFn` that covers its block with calls of `$tile::<ROWS, TOKENS>(w, x, n_units)`.
+///
+/// A tile computes each of its elements by the same sequence whatever its size, so the cut into tiles
+/// changes speed and no bit of the result. `$r1` rows are taken together for a single token.
+#[cfg(target_arch = "x86_64")]
+macro_rules! rows_by_tiles {
+    ($name:ident, $tile:ident, $w:ty, $x:ty, $features:literal, $r:literal x $n:literal, $r1:literal) => {
+        /// # Safety
+        /// See `RowsFn`.
+        #[target_feature(enable = $features)]
+        unsafe fn $name(args: &super::Rows<$w, $x>) {
+            let n_units = args.n_units;
+            let mut row = 0;
+            while row < args.n_rows {
+                let left = args.n_rows - row;
+                let mut token = 0;
+                let mut n_rows = 1;
+                macro_rules! tile {
+                    ($tile_rows:literal, $tile_tokens:literal) => {{
+                        n_rows = $tile_rows;
+                        // SAFETY: rows row..row+tile_rows and tokens token..token+tile_tokens are
+                        // inside the operands, as the loop conditions check.
+                        unsafe {
+                            let w = args.w.add(row * n_units);
+                            let x = args.x.add(token * n_units);
+                            let y = args.y.add(token * args.y_stride + row);
+                            let tile = $tile::<$tile_rows, $tile_tokens>(w, x, n_units);
+                            for (r, tile_row) in tile.iter().enumerate() {
+                                for (t, value) in tile_row.iter().enumerate() {
+                                    *y.add(t * args.y_stride + r) = *value;
+                                }
+                            }
+                        }
+                        token += $tile_tokens;
+                    }};
+                }
+                if args.n_tokens == 1 && left >= $r1 {
+                    tile!($r1, 1);
+                } else if left >= $r {
+                    while token + $n <= args.n_tokens {
+                        tile!($r, $n);
+                    }
+                    while token < args.n_tokens {
+                        tile!($r, 1);
+                    }
+                } else {
+                    while token + $n <= args.n_tokens {
+                        tile!(1, $n);
+                    }
+                    while token < args.n_tokens {
+                        tile!(1, 1);
+                    }
+                }
+                debug_assert!(token >= args.n_tokens);
+                row += n_rows;
+            }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+use rows_by_tiles;
+
+/// `ln 2` to 9 bits, so that its product with a small integer is exact, and what is left of it.
+#[cfg(target_arch = "x86_64")]
+const LN2_HIGH: f32 = 355.0 / 512.0;
+#[cfg(target_arch = "x86_64")]
+const LN2_LOW: f32 = -2.121_944_4e-4;
+
+/// The series of `exp`, highest power first: 1/7!, ..., 1/1!, 1. On |r| <= ln(2)/2 what follows it is
+/// below 5e-9 relative.
+#[cfg(target_arch = "x86_64")]
+#[expect(
+    clippy::excessive_precision,
+    reason = "written as the decimals of the reciprocals"
+)]
+const EXP_TAYLOR: [f32; 8] = [
+    1.984_126_98e-4,
+    1.388_888_89e-3,
+    8.333_333_33e-3,
+    4.166_666_67e-2,
+    1.666_666_67e-1,
+    0.5,
+    1.0,
+    1.0,
+];

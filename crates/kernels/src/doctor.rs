@@ -1,0 +1,117 @@
+//! What this machine can do: CPU features and measured memory bandwidth. Returns values, prints nothing.
+
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use crate::isa::{self, Isa};
+use crate::pool::ThreadPool;
+
+/// What the CPU offers and what Cadre takes from it.
+#[derive(Clone, Debug)]
+pub struct CpuReport {
+    /// The target architecture of this build, such as `x86_64`.
+    pub arch: &'static str,
+    /// The kernels that are used unless told otherwise.
+    pub chosen: Isa,
+    /// Every set of kernels that can run here, worst first.
+    pub available: Vec<Isa>,
+    /// Features that matter to the kernels and whether the CPU has them.
+    pub features: Vec<(&'static str, bool)>,
+    /// Hardware threads that the system grants this process.
+    pub n_threads: usize,
+}
+
+/// Describes the CPU.
+pub fn cpu() -> CpuReport {
+    CpuReport {
+        arch: std::env::consts::ARCH,
+        chosen: Isa::detect(),
+        available: Isa::available(),
+        features: isa::features(),
+        n_threads: default_threads(),
+    }
+}
+
+/// Hardware threads that the system grants this process, at least 1.
+pub fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// A measurement of reading memory in order.
+#[derive(Clone, Copy, Debug)]
+pub struct Bandwidth {
+    /// Threads that read.
+    pub n_threads: usize,
+    /// Bytes read in each pass.
+    pub n_bytes: usize,
+    /// The best pass, in bytes per second.
+    pub best: f64,
+    /// The median pass, in bytes per second.
+    pub median: f64,
+}
+
+/// Measures how fast `pool` reads `n_bytes` of memory, over `n_passes` (at least one).
+///
+/// Use several times the last-level cache, or the cache is measured; 256 MiB takes about 10 ms per pass.
+pub fn bandwidth(pool: &ThreadPool, n_bytes: usize, n_passes: usize) -> Bandwidth {
+    const WORDS_PER_TASK: usize = 1 << 16;
+    // Ones, not zeros: pages of zeros may never be given memory.
+    let words = vec![1u64; (n_bytes / size_of::<u64>()).max(1)];
+    let mut rates: Vec<f64> = (0..n_passes.max(1))
+        .map(|_| {
+            let total = AtomicU64::new(0);
+            let start = Instant::now();
+            pool.run(words.len().div_ceil(WORDS_PER_TASK), &|i| {
+                let from = i * WORDS_PER_TASK;
+                let to = words.len().min(from + WORDS_PER_TASK);
+                total.fetch_add(sum(&words[from..to]), Ordering::Relaxed);
+            });
+            let seconds = start.elapsed().as_secs_f64();
+            black_box(total.into_inner());
+            size_of_val(words.as_slice()) as f64 / seconds.max(1e-9)
+        })
+        .collect();
+    rates.sort_by(f64::total_cmp);
+    Bandwidth {
+        n_threads: pool.n_threads(),
+        n_bytes: size_of_val(words.as_slice()),
+        best: rates[rates.len() - 1],
+        median: rates[rates.len() / 2],
+    }
+}
+
+/// Eight independent sums, so that the loads and not the additions set the pace.
+fn sum(words: &[u64]) -> u64 {
+    let mut lanes = [0u64; 8];
+    let chunks = words.chunks_exact(8);
+    let tail = chunks
+        .remainder()
+        .iter()
+        .fold(0u64, |s, w| s.wrapping_add(*w));
+    for chunk in chunks {
+        for (lane, word) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.wrapping_add(*word);
+        }
+    }
+    lanes.iter().fold(tail, |s, lane| s.wrapping_add(*lane))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_report_agrees_with_the_kernels() {
+        let report = cpu();
+        assert_eq!(report.chosen, crate::Kernels::detect().isa());
+        assert!(report.available.contains(&Isa::Scalar) && report.n_threads >= 1);
+    }
+
+    #[test]
+    fn a_bandwidth_is_measured() {
+        let measured = bandwidth(&ThreadPool::new(2), 1 << 20, 3);
+        assert!(measured.best >= measured.median && measured.median > 0.0);
+        assert_eq!((measured.n_bytes, measured.n_threads), (1 << 20, 2));
+    }
+}
