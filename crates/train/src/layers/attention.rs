@@ -1,0 +1,56 @@
+//! Grouped-query attention with q/k norm, in the Qwen3 layout.
+
+use crate::init::Init;
+use crate::ops::{self, AttentionShape};
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+use cadre_checkpoint::ModelConfig;
+
+/// Parameters; matrices are `[out, in]`.
+#[derive(Module, Debug)]
+pub struct SelfAttention {
+    /// `[n_heads * head_dim, d_model]`
+    pub q_proj: Param<Tensor<2>>,
+    /// `[n_kv_heads * head_dim, d_model]`
+    pub k_proj: Param<Tensor<2>>,
+    /// `[n_kv_heads * head_dim, d_model]`
+    pub v_proj: Param<Tensor<2>>,
+    /// `[d_model, n_heads * head_dim]`
+    pub o_proj: Param<Tensor<2>>,
+    /// `[head_dim]`, per head, before RoPE
+    pub q_norm: Param<Tensor<1>>,
+    /// `[head_dim]`, per head, before RoPE
+    pub k_norm: Param<Tensor<1>>,
+}
+
+impl SelfAttention {
+    /// Random parameters; `name` is the tensors' prefix, `residual_scale` shrinks the output projection.
+    #[must_use]
+    pub fn init(config: &ModelConfig, init: &Init, name: &str, residual_scale: f32) -> Self {
+        let d = config.hidden_size;
+        let q_width = config.n_heads * config.head_dim;
+        let kv_width = config.n_kv_heads * config.head_dim;
+        let matrix = |part: &str, shape, scale| {
+            Param::from_tensor(init.normal(&format!("{name}.{part}"), shape, scale))
+        };
+        let norm = || Param::from_tensor(init.ones(config.head_dim));
+        Self {
+            q_proj: matrix("q_proj", [q_width, d], 1.0),
+            k_proj: matrix("k_proj", [kv_width, d], 1.0),
+            v_proj: matrix("v_proj", [kv_width, d], 1.0),
+            o_proj: matrix("o_proj", [d, q_width], residual_scale),
+            q_norm: norm(),
+            k_norm: norm(),
+        }
+    }
+
+    /// `x [T, d_model]` -> `[T, d_model]`.
+    #[must_use]
+    pub fn forward(&self, x: Tensor<2>, shape: AttentionShape) -> Tensor<2> {
+        let q = ops::linear(x.clone(), self.q_proj.val());
+        let k = ops::linear(x.clone(), self.k_proj.val());
+        let v = ops::linear(x, self.v_proj.val());
+        let norms = [self.q_norm.val(), self.k_norm.val()];
+        ops::linear(ops::attention([q, k, v], norms, shape), self.o_proj.val())
+    }
+}

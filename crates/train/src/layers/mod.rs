@@ -1,0 +1,5 @@
+//! The parts of a decoder layer, each with its parameters and forward pass.
+
+pub mod attention;
+pub mod mlp;
+pub mod moe;

@@ -1,0 +1,182 @@
+//! Our own differentiable operations: forward and hand-written backward, fused for a CPU.
+//!
+//! Each file owns one operation: its safe numeric code on slices (`forward`, `backward`), and its place in the
+//! autodiff graph. [`Fused`] is what the model calls (through the free functions here, on `Tensor`s);
+//! [`Kernels`] is what a Burn backend supplies. Today that is Flex, the CPU backend.
+//! Every operation is held to finite differences in `tests/gradients.rs`.
+
+mod attention;
+mod cross_entropy;
+mod embedding;
+mod experts;
+mod flex;
+mod graph;
+mod linear;
+mod math;
+mod rms_norm;
+
+pub use attention::AttentionShape;
+pub use experts::Dispatch;
+pub(crate) use math::{add_scaled, dot, vectorised};
+
+use burn::backend::{
+    Backend, Dispatch as Routed, backend_extension, tensor::FloatTensor,
+};
+use burn::tensor::Tensor;
+use std::sync::Arc;
+
+/// The operations as the autodiff graph sees them.
+#[backend_extension(Flex, Autodiff)]
+pub trait Fused: Backend {
+    /// `y = x w^T`.
+    fn project(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self>;
+    /// `y = x / rms(x) * w`, over the last axis.
+    fn rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
+    /// Rows of `w` by token id.
+    fn embed(w: FloatTensor<Self>, ids: Arc<Vec<u32>>) -> FloatTensor<Self>;
+    /// Causal grouped-query attention with q/k norm and RoPE.
+    fn attend(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        q_norm: FloatTensor<Self>,
+        k_norm: FloatTensor<Self>,
+        shape: AttentionShape,
+    ) -> FloatTensor<Self>;
+    /// SwiGLU experts over dispatched tokens, combined with weights.
+    fn experts(
+        x: FloatTensor<Self>,
+        gate_up: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        weights: FloatTensor<Self>,
+        dispatch: Arc<Dispatch>,
+    ) -> FloatTensor<Self>;
+    /// Mean next-token cross-entropy through the unembedding.
+    fn cross_entropy(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: Arc<Vec<u32>>,
+    ) -> FloatTensor<Self>;
+}
+
+/// Forward with what the backward needs, and the backward, for one backend without autodiff.
+pub trait Kernels: Fused {
+    /// Gradients of [`Fused::project`]: `(dx, dw)`.
+    fn project_backward(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 2];
+    /// Gradients of [`Fused::rms_norm`]: `(dx, dw)`.
+    fn rms_norm_backward(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        eps: f32,
+        dy: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 2];
+    /// Gradient of [`Fused::embed`] with respect to `w`, whose shape is `[rows, cols]`.
+    fn embed_backward(
+        dy: FloatTensor<Self>,
+        ids: &[u32],
+        shape: [usize; 2],
+    ) -> FloatTensor<Self>;
+    /// Attention output and the log-sum-exp of every score row.
+    fn attend_forward(
+        inputs: &[FloatTensor<Self>; 5],
+        shape: AttentionShape,
+    ) -> [FloatTensor<Self>; 2];
+    /// Gradients of [`Fused::attend`] in the order of its inputs. `saved` is the forward's result.
+    fn attend_backward(
+        inputs: &[FloatTensor<Self>; 5],
+        saved: &[FloatTensor<Self>; 2],
+        shape: AttentionShape,
+        dy: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 5];
+    /// Expert output and the gate/up products of every dispatched pair.
+    fn experts_forward(
+        inputs: &[FloatTensor<Self>; 4],
+        dispatch: &Dispatch,
+    ) -> [FloatTensor<Self>; 2];
+    /// Gradients of [`Fused::experts`] in the order of its inputs. `saved` is the gate/up products.
+    fn experts_backward(
+        inputs: &[FloatTensor<Self>; 4],
+        saved: FloatTensor<Self>,
+        dispatch: &Dispatch,
+        dy: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 4];
+    /// Loss and, for a loss gradient of one, `(dx, dw)`: the logits are never stored.
+    fn cross_entropy_with_gradients(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        targets: &[u32],
+    ) -> [FloatTensor<Self>; 3];
+}
+
+/// `y [T, out] = x [T, in] w[out, in]^T`.
+#[must_use]
+pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
+    Tensor::from_dispatch(Routed::project(x.into_dispatch(), w.into_dispatch()))
+}
+
+/// RMSNorm of `x [T, D]` over its last axis with weight `w [D]`.
+#[must_use]
+pub fn rms_norm(x: Tensor<2>, w: Tensor<1>, eps: f32) -> Tensor<2> {
+    Tensor::from_dispatch(Routed::rms_norm(x.into_dispatch(), w.into_dispatch(), eps))
+}
+
+/// `y [T, D]`: row `ids[t]` of `w [V, D]`.
+///
+/// # Panics
+/// If an id is not below `V`.
+#[must_use]
+pub fn embedding(w: Tensor<2>, ids: Arc<Vec<u32>>) -> Tensor<2> {
+    Tensor::from_dispatch(Routed::embed(w.into_dispatch(), ids))
+}
+
+/// Causal grouped-query attention; q, k and v are `[T, heads * head_dim]`, the norms `[head_dim]`.
+#[must_use]
+pub fn attention(
+    [q, k, v]: [Tensor<2>; 3],
+    [q_norm, k_norm]: [Tensor<1>; 2],
+    shape: AttentionShape,
+) -> Tensor<2> {
+    Tensor::from_dispatch(Routed::attend(
+        q.into_dispatch(),
+        k.into_dispatch(),
+        v.into_dispatch(),
+        q_norm.into_dispatch(),
+        k_norm.into_dispatch(),
+        shape,
+    ))
+}
+
+/// `y_t = sum_k weights[t, k] E_{ids[t, k]}(x_t)` with `E_e(x) = down_e (silu(gate_e x) * up_e x)`.
+///
+/// `x [T, D]`, `gate_up [E, 2 I, D]` (gate rows first), `down [E, D, I]`, `weights [T, K]`; the picks are in
+/// `dispatch`.
+#[must_use]
+pub fn experts(
+    x: Tensor<2>,
+    gate_up: Tensor<3>,
+    down: Tensor<3>,
+    weights: Tensor<2>,
+    dispatch: Arc<Dispatch>,
+) -> Tensor<2> {
+    Tensor::from_dispatch(Routed::experts(
+        x.into_dispatch(),
+        gate_up.into_dispatch(),
+        down.into_dispatch(),
+        weights.into_dispatch(),
+        dispatch,
+    ))
+}
+
+/// Mean over tokens of `-log softmax(x w^T)[target]`: `x [T, D]`, `w [V, D]`, nats, shape `[1]`.
+#[must_use]
+pub fn cross_entropy(x: Tensor<2>, w: Tensor<2>, targets: Arc<Vec<u32>>) -> Tensor<1> {
+    Tensor::from_dispatch(Routed::cross_entropy(
+        x.into_dispatch(),
+        w.into_dispatch(),
+        targets,
+    ))
+}

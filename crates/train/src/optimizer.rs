@@ -1,0 +1,233 @@
+//! AdamW with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101) and clipping by global norm.
+//!
+//! One pass per tensor, in place: a step moves seven values per parameter and allocates nothing.
+//! Matrices decay, vectors (norms) do not. An expert without tokens in a step has gradient zero and is updated
+//! like any other parameter, as in the reference frameworks.
+
+use burn::backend::Flex;
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Gradients, Tensor};
+use rayon::prelude::*;
+use std::collections::BTreeMap;
+
+/// Values per task.
+const CHUNK: usize = 1 << 15;
+
+/// Constants of the optimizer.
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdamWConfig {
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+    /// Decoupled decay of matrices, times the learning rate.
+    pub weight_decay: f32,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self {
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+        }
+    }
+}
+
+/// First and second moment of one tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Moments {
+    /// Mean of gradients.
+    pub first: Vec<f32>,
+    /// Mean of squared gradients.
+    pub second: Vec<f32>,
+}
+
+/// The optimizer's state: moments by parameter path, and the number of steps taken.
+#[derive(Clone, Debug)]
+pub struct AdamW {
+    config: AdamWConfig,
+    /// Steps taken.
+    pub step: u64,
+    /// Moments by parameter path.
+    pub moments: BTreeMap<String, Moments>,
+}
+
+/// Gradients by parameter path, summed over the micro-batches of a step.
+#[derive(Debug, Default)]
+pub struct GradientSum {
+    sums: BTreeMap<String, Vec<f32>>,
+}
+
+impl GradientSum {
+    /// Adds `scale` times the gradients of one backward pass.
+    pub fn add<M: Module>(&mut self, model: &M, gradients: &mut Gradients, scale: f32) {
+        model.visit(&mut Collector {
+            path: Vec::new(),
+            gradients,
+            scale,
+            into: self,
+        });
+    }
+
+    /// Euclidean norm over all parameters.
+    #[must_use]
+    pub fn norm(&self) -> f64 {
+        let squares = |values: &Vec<f32>| -> f64 {
+            let parts: Vec<f64> = values
+                .par_chunks(CHUNK)
+                .map(|chunk| f64::from(crate::ops::dot(chunk, chunk)))
+                .collect();
+            parts.iter().sum()
+        };
+        self.sums.values().map(squares).sum::<f64>().sqrt()
+    }
+
+    /// The sum of one parameter's gradients.
+    #[must_use]
+    pub fn get(&self, path: &str) -> Option<&[f32]> {
+        self.sums.get(path).map(Vec::as_slice)
+    }
+}
+
+struct Collector<'a> {
+    path: Vec<String>,
+    gradients: &'a mut Gradients,
+    scale: f32,
+    into: &'a mut GradientSum,
+}
+
+impl ModuleVisitor for Collector<'_> {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some(gradient) = param.val().grad_remove(self.gradients) else {
+            return;
+        };
+        let mut values = gradient
+            .into_data()
+            .into_vec::<f32>()
+            .expect("gradients are f32");
+        match self.into.sums.get_mut(&self.path.join(".")) {
+            Some(sum) => crate::ops::add_scaled(sum, self.scale, &values),
+            None => {
+                if self.scale != 1.0 {
+                    values.iter_mut().for_each(|g| *g *= self.scale);
+                }
+                self.into.sums.insert(self.path.join("."), values);
+            }
+        }
+    }
+}
+
+impl AdamW {
+    /// No steps taken, no moments.
+    #[must_use]
+    pub fn new(config: AdamWConfig) -> Self {
+        Self {
+            config,
+            step: 0,
+            moments: BTreeMap::new(),
+        }
+    }
+
+    /// One update at learning rate `lr` with the gradients times `scale` (the clipping factor).
+    #[must_use]
+    pub fn step<M: Module>(&mut self, model: M, gradients: GradientSum, lr: f64, scale: f64) -> M {
+        self.step += 1;
+        let t = self.step as f64;
+        let correction = |beta: f32| 1.0 - f64::from(beta).powf(t);
+        let constants = Constants {
+            config: self.config,
+            scale: scale as f32,
+            rate: (lr / correction(self.config.beta1)) as f32,
+            second: (1.0 / correction(self.config.beta2).sqrt()) as f32,
+            keep: 1.0 - (lr * f64::from(self.config.weight_decay)) as f32,
+        };
+        model.map(&mut Updater {
+            path: Vec::new(),
+            moments: &mut self.moments,
+            gradients,
+            constants,
+        })
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Constants {
+    config: AdamWConfig,
+    scale: f32,
+    rate: f32,
+    second: f32,
+    keep: f32,
+}
+
+struct Updater<'a> {
+    path: Vec<String>,
+    moments: &'a mut BTreeMap<String, Moments>,
+    gradients: GradientSum,
+    constants: Constants,
+}
+
+impl ModuleMapper for Updater<'_> {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let path = self.path.join(".");
+        let Some(gradient) = self.gradients.sums.remove(&path) else {
+            return param;
+        };
+        let moments = self.moments.entry(path).or_insert_with(|| Moments {
+            first: vec![0.0; gradient.len()],
+            second: vec![0.0; gradient.len()],
+        });
+        let mut constants = self.constants;
+        if D < 2 {
+            constants.keep = 1.0;
+        }
+        let (id, tensor, mapper) = param.consume();
+        let mut primitive = tensor
+            .inner()
+            .try_into_primitive::<Flex>()
+            .expect("training runs on the Flex backend");
+        update(primitive.storage_mut::<f32>(), &gradient, moments, constants);
+        let tensor = Tensor::<D>::from_primitive::<Flex>(primitive);
+        Param::from_mapped_value(id, tensor.autodiff().require_grad(), mapper)
+    }
+}
+
+fn update(values: &mut [f32], gradient: &[f32], moments: &mut Moments, c: Constants) {
+    let AdamWConfig { beta1, beta2, eps, .. } = c.config;
+    values
+        .par_chunks_mut(CHUNK)
+        .zip(gradient.par_chunks(CHUNK))
+        .zip(moments.first.par_chunks_mut(CHUNK))
+        .zip(moments.second.par_chunks_mut(CHUNK))
+        .for_each(|(((values, gradient), first), second)| {
+            crate::ops::vectorised(#[inline(always)] || {
+                let state = first.iter_mut().zip(second.iter_mut());
+                for ((x, g), (m, v)) in values.iter_mut().zip(gradient).zip(state) {
+                    let g = g * c.scale;
+                    *m = beta1 * *m + (1.0 - beta1) * g;
+                    *v = beta2 * *v + (1.0 - beta2) * g * g;
+                    *x = *x * c.keep - c.rate * *m / (v.sqrt() * c.second + eps);
+                }
+            });
+        });
+}

@@ -1,0 +1,103 @@
+//! Softmax top-k routing.
+//!
+//! Paper: Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer, Shazeer et al., 2017,
+//! arXiv 1701.06538; the softmax form and the flag `norm_topk_prob` as in Mixtral, OLMoE and Qwen3-MoE checkpoints.
+//! Rule: `p = softmax(l)`; take the k largest p; weights are p divided by their sum over the picks when
+//! `norm_topk_prob` (head B), else the raw p (head A).
+//! Shapes: logits [T, E], ids [T, k], weights [T, k].
+//! Aux: load balance 1e-2 and z-loss 1e-3, added by the trainer. Differs from paper: no noise; softmax before the
+//! selection.
+//! Check: routers::top_k::tests, tests/routing_golden.rs (parity), tests/routing_gradients.rs (heads).
+
+use super::{Routed, Route};
+use crate::weight_heads;
+use burn::tensor::Tensor;
+use burn::tensor::activation::softmax;
+use cadre_routing::{Loads, Policy, Routing, RoutingError, policies};
+
+/// Softmax top-k with differentiable weights.
+#[derive(Clone, Debug)]
+pub struct TopK {
+    /// Makes the picks: selection is one rule with one implementation, ties included.
+    policy: policies::TopK,
+}
+
+impl TopK {
+    /// Picks `top_k` of `n_experts`; `norm_topk_prob` says whether the weights of a token are made to sum to 1.
+    ///
+    /// # Errors
+    /// As [`policies::TopK::new`], and [`RoutingError::BadOption`] for renormalised top-1, whose weight is always 1 and
+    /// gives the router no gradient.
+    pub fn new(n_experts: usize, top_k: usize, norm_topk_prob: bool) -> Result<Self, RoutingError> {
+        if norm_topk_prob && top_k == 1 && n_experts > 1 {
+            return Err(RoutingError::BadOption {
+                policy: "top_k",
+                option: "norm_topk_prob",
+                value: "true with top_k = 1".to_owned(),
+                expected: "false, because a renormalised single weight is always 1 and the router would not learn",
+            });
+        }
+        Ok(Self { policy: policies::TopK::new(n_experts, top_k, norm_topk_prob)? })
+    }
+}
+
+impl Route for TopK {
+    fn name(&self) -> &'static str {
+        "top_k"
+    }
+
+    fn n_experts(&self) -> usize {
+        self.policy.n_experts()
+    }
+
+    fn top_k(&self) -> usize {
+        self.policy.top_k()
+    }
+
+    fn route(&self, logits: Tensor<2>) -> Result<Routed, RoutingError> {
+        let values = logits.try_to_vec_as::<f32>().expect("router logits can be read back from their device");
+        let mut routing = Routing::new();
+        self.policy.route(&values, &mut routing)?;
+        let mut loads = Loads::new(self.n_experts());
+        loads.add_routing(&routing)?;
+        loads.add_logits(&values)?;
+
+        let ids = routing.experts().to_vec();
+        let picks = weight_heads::picks(&ids, self.top_k(), &logits);
+        let weights = if self.policy.norm_topk_prob() {
+            weight_heads::renormalised(logits.clone(), picks)
+        } else {
+            weight_heads::raw_softmax(logits.clone(), picks, 1.0)
+        };
+        Ok(Routed { probs: softmax(logits.clone(), 1), logits, ids, weights, loads })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+
+    #[test]
+    fn picks_weights_and_loads_of_two_tokens() {
+        let (ln2, ln3) = (2f32.ln(), 3f32.ln());
+        let logits = Tensor::from_floats([[0.0, ln3, 0.0], [ln2, ln2, 0.0]], &Device::flex());
+        let routed = TopK::new(3, 2, true).unwrap().route(logits).unwrap();
+        assert_eq!(routed.ids, [1, 0, 0, 1]);
+        let weights: Vec<f32> = routed.weights.try_to_vec_as().unwrap();
+        for (w, expected) in weights.iter().zip([0.75, 0.25, 0.5, 0.5]) {
+            assert!((w - expected).abs() < 1e-6);
+        }
+        assert_eq!(routed.loads.counts(), [2, 2, 0]);
+        assert!(routed.loads.summary().unwrap().mean_entropy.is_some());
+    }
+
+    #[test]
+    fn non_finite_logits_and_dead_options_are_refused() {
+        let router = TopK::new(2, 1, false).unwrap();
+        let logits = Tensor::from_floats([[0.0, 1.0], [0.0, f32::INFINITY]], &Device::flex());
+        assert!(matches!(router.route(logits), Err(RoutingError::NonFinite { token: 1, expert: 1, .. })));
+        assert!(TopK::new(2, 1, true).unwrap_err().to_string().contains("would not learn"));
+        assert!(TopK::new(2, 3, true).is_err());
+    }
+}
