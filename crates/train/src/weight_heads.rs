@@ -16,7 +16,11 @@ use burn::tensor::{Int, Tensor, TensorData};
 /// When `ids` is not whole rows of `top_k`.
 #[must_use]
 pub fn picks(ids: &[u16], top_k: usize, logits_te: &Tensor<2>) -> Tensor<2, Int> {
-    assert!(top_k > 0 && ids.len().is_multiple_of(top_k), "{} ids are not rows of {top_k}", ids.len());
+    assert!(
+        top_k > 0 && ids.len().is_multiple_of(top_k),
+        "{} ids are not rows of {top_k}",
+        ids.len()
+    );
     let values: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
     let data = TensorData::new(values, [ids.len() / top_k, top_k]);
     Tensor::from_data(data, &logits_te.device())
@@ -42,7 +46,11 @@ pub fn renormalised(logits_te: Tensor<2>, picks_tk: Tensor<2, Int>) -> Tensor<2>
 ///
 /// `scale / sum_S s (g_j - sum_S g_e s_e / sum_S s) s_j (1 - s_j)` for j in S, 0 outside.
 #[must_use]
-pub fn sigmoid_renormalised(logits_te: Tensor<2>, picks_tk: Tensor<2, Int>, scale: f64) -> Tensor<2> {
+pub fn sigmoid_renormalised(
+    logits_te: Tensor<2>,
+    picks_tk: Tensor<2, Int>,
+    scale: f64,
+) -> Tensor<2> {
     let s_tk = sigmoid(logits_te.gather(1, picks_tk));
     // As on the inference side: sigmoids that all underflow give weight 0 and not NaN.
     let sum_t1 = s_tk.clone().sum_dim(1).add_scalar(1e-20);
@@ -77,7 +85,11 @@ pub fn tempered_softmax(
     picks_tk: Tensor<2, Int>,
     temperature: f64,
 ) -> Tensor<2> {
-    raw_softmax((logits_te + noise_te).div_scalar(temperature), picks_tk, 1.0)
+    raw_softmax(
+        (logits_te + noise_te).div_scalar(temperature),
+        picks_tk,
+        1.0,
+    )
 }
 
 /// Gumbel noise from uniform numbers in (0, 1): `-log(-log u)`.

@@ -96,7 +96,10 @@ fn switch() -> policies::Switch {
 #[track_caller]
 fn assert_value(found: Tensor<1>, expected: f64) {
     let found: f64 = found.into_scalar();
-    assert!((found - expected).abs() < TOLERANCE, "{found} is not {expected}");
+    assert!(
+        (found - expected).abs() < TOLERANCE,
+        "{found} is not {expected}"
+    );
 }
 
 #[track_caller]
@@ -110,7 +113,10 @@ fn assert_close(found: &[f64], expected: &[f64]) {
 #[test]
 fn mean_probs_and_entropy() {
     let golden = golden();
-    let mean = softmax(tensor(&golden.logits), 1).mean_dim(0).try_into_vec_as::<f64>().unwrap();
+    let mean = softmax(tensor(&golden.logits), 1)
+        .mean_dim(0)
+        .try_into_vec_as::<f64>()
+        .unwrap();
     assert_close(&mean, &golden.mean_probs);
     for (row, &expected) in golden.logits.iter().zip(&golden.entropy) {
         assert_value(losses::entropy(tensor(std::slice::from_ref(row))), expected);
@@ -120,12 +126,27 @@ fn mean_probs_and_entropy() {
 #[test]
 fn top_2_renormalised() {
     let golden = golden();
-    let routed = routers::build("top_k", &PolicyOptions { n_experts: N_EXPERTS, top_k: 2, ..PolicyOptions::default() })
-        .unwrap()
-        .route(tensor(&golden.logits))
-        .unwrap();
-    let ids: Vec<u16> = golden.top_2_renormalised.iter().flat_map(|picks| picks.experts.clone()).collect();
-    let weights: Vec<f64> = golden.top_2_renormalised.iter().flat_map(|picks| picks.weights.clone()).collect();
+    let routed = routers::build(
+        "top_k",
+        &PolicyOptions {
+            n_experts: N_EXPERTS,
+            top_k: 2,
+            ..PolicyOptions::default()
+        },
+    )
+    .unwrap()
+    .route(tensor(&golden.logits))
+    .unwrap();
+    let ids: Vec<u16> = golden
+        .top_2_renormalised
+        .iter()
+        .flat_map(|picks| picks.experts.clone())
+        .collect();
+    let weights: Vec<f64> = golden
+        .top_2_renormalised
+        .iter()
+        .flat_map(|picks| picks.weights.clone())
+        .collect();
     assert_eq!(routed.ids, ids);
     assert_close(&routed.weights.try_into_vec_as::<f64>().unwrap(), &weights);
 }
@@ -136,10 +157,22 @@ fn balance_and_z_loss() {
     let probs = || softmax(tensor(&golden.logits), 1);
     let expected = &golden.losses;
     let top_1 = loads(&golden.logits, &switch());
-    assert_value(losses::load_balance(probs(), &top_1, false), expected.balance_switch);
-    let top_2 = loads(&golden.logits, &policies::TopK::new(N_EXPERTS, 2, true).unwrap());
-    assert_value(losses::load_balance(probs(), &top_2, false), expected.balance_top_2);
-    assert_value(losses::load_balance(probs(), &top_2, true), expected.balance_top_2_legacy_scale);
+    assert_value(
+        losses::load_balance(probs(), &top_1, false),
+        expected.balance_switch,
+    );
+    let top_2 = loads(
+        &golden.logits,
+        &policies::TopK::new(N_EXPERTS, 2, true).unwrap(),
+    );
+    assert_value(
+        losses::load_balance(probs(), &top_2, false),
+        expected.balance_top_2,
+    );
+    assert_value(
+        losses::load_balance(probs(), &top_2, true),
+        expected.balance_top_2_legacy_scale,
+    );
     assert_value(losses::z_loss(tensor(&golden.logits)), expected.z_loss);
 }
 
@@ -152,7 +185,10 @@ fn balance_with_null_experts() {
     let probs = || softmax(tensor(&golden.logits), 1);
     let pooled = losses::null_load_balance(probs(), &loads, policy.n_real_experts(), true);
     assert_value(pooled, case.balance_null_averaged);
-    assert_value(losses::load_balance(probs(), &loads, true), case.balance_plain);
+    assert_value(
+        losses::load_balance(probs(), &loads, true),
+        case.balance_plain,
+    );
 }
 
 #[test]
@@ -169,7 +205,10 @@ fn balance_over_two_micro_batches() {
     };
     assert_value(mean([&part_loads[0], &part_loads[1]]), expected.micro);
     assert_value(mean([&all, &all]), expected.synced);
-    assert_value(losses::load_balance(softmax(tensor(&golden.logits), 1), &all, false), expected.full);
+    assert_value(
+        losses::load_balance(softmax(tensor(&golden.logits), 1), &all, false),
+        expected.full,
+    );
     // A buffer has seen only the first part when the first loss is taken.
     assert_value(mean([&part_loads[0], &all]), expected.buffered);
 }
@@ -178,8 +217,14 @@ fn balance_over_two_micro_batches() {
 fn sequence_loss_and_symmetric_kl() {
     let golden = golden();
     // Sigmoid keeps the order of the logits, so plain top-2 makes the unbiased picks.
-    let loads = loads(&golden.logits, &policies::TopK::new(N_EXPERTS, 2, true).unwrap());
-    assert_value(losses::sequence_balance(tensor(&golden.logits), &[loads]), golden.losses.sequence_v3_top_2);
+    let loads = loads(
+        &golden.logits,
+        &policies::TopK::new(N_EXPERTS, 2, true).unwrap(),
+    );
+    assert_value(
+        losses::sequence_balance(tensor(&golden.logits), &[loads]),
+        golden.losses.sequence_v3_top_2,
+    );
     let kl = losses::symmetric_kl(tensor(&golden.logits[..1]), tensor(&golden.logits[1..2]));
     assert_value(kl, golden.losses.symmetric_kl_tokens_0_1);
 }
@@ -204,15 +249,31 @@ fn every_router_agrees_with_its_policy() {
     const N_TOKENS: usize = 64;
     const N: usize = 16;
     // Steps of 1/4 make many ties.
-    let logits: Vec<f32> = (0..N_TOKENS * N).map(|i| (12.0 * (i as f32 * 1.37).sin()).round() / 4.0).collect();
+    let logits: Vec<f32> = (0..N_TOKENS * N)
+        .map(|i| (12.0 * (i as f32 * 1.37).sin()).round() / 4.0)
+        .collect();
     for name in routers::names() {
         for (top_k, norm_topk_prob) in [(1, false), (2, true), (4, true), (4, false), (N, true)] {
-            let options = PolicyOptions { n_experts: N, top_k, norm_topk_prob, ..PolicyOptions::default() };
+            let options = PolicyOptions {
+                n_experts: N,
+                top_k,
+                norm_topk_prob,
+                ..PolicyOptions::default()
+            };
             let mut routing = Routing::new();
-            registry::build(name, &options).unwrap().route(&logits, &mut routing).unwrap();
+            registry::build(name, &options)
+                .unwrap()
+                .route(&logits, &mut routing)
+                .unwrap();
             let router = routers::build(name, &options).unwrap();
-            assert_eq!((router.name(), router.n_experts(), router.top_k()), (name, N, top_k));
-            let rows = Tensor::from_data(TensorData::new(logits.clone(), [N_TOKENS, N]), &Device::flex());
+            assert_eq!(
+                (router.name(), router.n_experts(), router.top_k()),
+                (name, N, top_k)
+            );
+            let rows = Tensor::from_data(
+                TensorData::new(logits.clone(), [N_TOKENS, N]),
+                &Device::flex(),
+            );
             let routed = router.route(rows).unwrap();
             assert_eq!(routed.ids, routing.experts(), "{name}");
             let weights: Vec<f32> = routed.weights.try_into_vec_as().unwrap();
@@ -223,6 +284,11 @@ fn every_router_agrees_with_its_policy() {
             assert_eq!(routed.loads.n_tokens(), N_TOKENS as u64);
         }
     }
-    let unknown = routers::build("topk", &PolicyOptions::default()).unwrap_err().to_string();
-    assert!(unknown.contains("'topk'") && unknown.contains("top_k"), "{unknown}");
+    let unknown = routers::build("topk", &PolicyOptions::default())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        unknown.contains("'topk'") && unknown.contains("top_k"),
+        "{unknown}"
+    );
 }

@@ -18,7 +18,9 @@ type Rows = Vec<[f64; E]>;
 /// Logits without near-ties, so that a step of `EPS` never changes an order.
 fn logits() -> Rows {
     let value = |t: usize, e: usize| 2.0 * ((7 * t + 3 * e * e + 1) as f64).sin() + 0.1 * e as f64;
-    (0..T).map(|t| std::array::from_fn(|e| value(t, e))).collect()
+    (0..T)
+        .map(|t| std::array::from_fn(|e| value(t, e)))
+        .collect()
 }
 
 /// The three best experts of each token, best first.
@@ -39,7 +41,10 @@ fn loads_of(ids: &[u16]) -> Loads {
 }
 
 fn tensor(rows: &Rows, device: &Device) -> Tensor<2> {
-    Tensor::from_data(TensorData::new(rows.concat(), [rows.len(), E]), (device, DType::F64))
+    Tensor::from_data(
+        TensorData::new(rows.concat(), [rows.len(), E]),
+        (device, DType::F64),
+    )
 }
 
 fn picks(logits: &Tensor<2>) -> Tensor<2, Int> {
@@ -90,14 +95,21 @@ fn finite_differences(loss: impl Fn(Tensor<2>) -> Tensor<1>) -> Vec<f64> {
         rows[t][e] += step;
         loss(tensor(&rows, &device)).into_scalar()
     };
-    (0..T * E).map(|i| (value(i / E, i % E, EPS) - value(i / E, i % E, -EPS)) / (2.0 * EPS)).collect()
+    (0..T * E)
+        .map(|i| (value(i / E, i % E, EPS) - value(i / E, i % E, -EPS)) / (2.0 * EPS))
+        .collect()
 }
 
 #[track_caller]
 fn assert_close(found: &[f64], expected: &[f64], what: &str) {
     assert_eq!(found.len(), expected.len());
     for (i, (a, b)) in found.iter().zip(expected).enumerate() {
-        assert!((a - b).abs() < TOLERANCE, "{what}: token {}, expert {}: {a} is not {b}", i / E, i % E);
+        assert!(
+            (a - b).abs() < TOLERANCE,
+            "{what}: token {}, expert {}: {a} is not {b}",
+            i / E,
+            i % E
+        );
     }
 }
 
@@ -105,16 +117,30 @@ fn assert_close(found: &[f64], expected: &[f64], what: &str) {
 #[track_caller]
 fn check(loss: impl Fn(Tensor<2>) -> Tensor<1>, closed: impl Fn(usize, &[f64; E]) -> [f64; E]) {
     let auto = auto_gradient(&loss);
-    let closed: Vec<f64> = logits().iter().enumerate().flat_map(|(t, row)| closed(t, row)).collect();
+    let closed: Vec<f64> = logits()
+        .iter()
+        .enumerate()
+        .flat_map(|(t, row)| closed(t, row))
+        .collect();
     assert_close(&auto, &closed, "autodiff against closed form");
-    assert_close(&auto, &finite_differences(&loss), "autodiff against finite differences");
-    assert!(auto.iter().any(|d| d.abs() > 1e-3), "a gradient of zero proves nothing");
+    assert_close(
+        &auto,
+        &finite_differences(&loss),
+        "autodiff against finite differences",
+    );
+    assert!(
+        auto.iter().any(|d| d.abs() > 1e-3),
+        "a gradient of zero proves nothing"
+    );
 }
 
 /// `sum g w`: a loss whose derivative with respect to the weights is `g`.
 fn weigh(weights_tk: Tensor<2>) -> Tensor<1> {
     let values: Vec<f64> = (0..T * K).map(|i| g(i / K, i % K)).collect();
-    let g_tk = Tensor::<2>::from_data(TensorData::new(values, [T, K]), (&weights_tk.device(), DType::F64));
+    let g_tk = Tensor::<2>::from_data(
+        TensorData::new(values, [T, K]),
+        (&weights_tk.device(), DType::F64),
+    );
     (weights_tk * g_tk).sum()
 }
 
@@ -176,7 +202,11 @@ fn head_c_sigmoid_renormalised() {
             let share = renormalised(t, &s);
             let sum: f64 = (0..E).filter(|&e| is_pick(t, e)).map(|e| s[e]).sum();
             std::array::from_fn(|j| {
-                let outer = if is_pick(t, j) { scale / sum * (g[j] - dot(&g, &share)) } else { 0.0 };
+                let outer = if is_pick(t, j) {
+                    scale / sum * (g[j] - dot(&g, &share))
+                } else {
+                    0.0
+                };
                 outer * s[j] * (1.0 - s[j])
             })
         },
@@ -213,14 +243,19 @@ fn head_a_with_temperature_and_gumbel_noise() {
     let tau = 0.7;
     let uniform = |t: usize, e: usize| 0.5 + 0.45 * ((13 * t + 7 * e) as f64).sin();
     let noise = |t: usize, e: usize| -(-uniform(t, e).ln()).ln();
-    let uniform_rows: Rows = (0..T).map(|t| std::array::from_fn(|e| uniform(t, e))).collect();
+    let uniform_rows: Rows = (0..T)
+        .map(|t| std::array::from_fn(|e| uniform(t, e)))
+        .collect();
     check(
         |l| {
             let (picks, noise) = (picks(&l), heads::gumbel(tensor(&uniform_rows, &l.device())));
             weigh(heads::tempered_softmax(l, noise, picks, tau))
         },
         |t, row| {
-            let (g, y) = (g_row(t), softmax(&std::array::from_fn(|e| (row[e] + noise(t, e)) / tau)));
+            let (g, y) = (
+                g_row(t),
+                softmax(&std::array::from_fn(|e| (row[e] + noise(t, e)) / tau)),
+            );
             std::array::from_fn(|j| y[j] / tau * (g[j] - dot(&g, &y)))
         },
     );
@@ -264,10 +299,17 @@ fn load_balance() {
     for legacy_scale in [false, true] {
         let picks_per_f = if legacy_scale { T } else { T * K };
         check(
-            |l| losses::load_balance(burn::tensor::activation::softmax(l, 1), &loads, legacy_scale),
+            |l| {
+                losses::load_balance(
+                    burn::tensor::activation::softmax(l, 1),
+                    &loads,
+                    legacy_scale,
+                )
+            },
             |_, row| {
                 let p = softmax(row);
-                let f: [f64; E] = std::array::from_fn(|e| loads.counts()[e] as f64 / picks_per_f as f64);
+                let f: [f64; E] =
+                    std::array::from_fn(|e| loads.counts()[e] as f64 / picks_per_f as f64);
                 std::array::from_fn(|j| E as f64 / T as f64 * p[j] * (f[j] - dot(&f, &p)))
             },
         );
@@ -281,7 +323,14 @@ fn null_load_balance() {
     let mean = f[n_real..].iter().sum::<f64>() / (E - n_real) as f64;
     f[n_real..].fill(mean);
     check(
-        |l| losses::null_load_balance(burn::tensor::activation::softmax(l, 1), &loads, n_real, true),
+        |l| {
+            losses::null_load_balance(
+                burn::tensor::activation::softmax(l, 1),
+                &loads,
+                n_real,
+                true,
+            )
+        },
         |_, row| {
             let p = softmax(row);
             std::array::from_fn(|j| E as f64 / T as f64 * p[j] * (f[j] - dot(&f, &p)))
@@ -295,7 +344,9 @@ fn micro_batches_with_synced_loads_have_the_gradient_of_the_whole_batch() {
     let probs = |l: Tensor<2>| burn::tensor::activation::softmax(l, 1);
     let whole = auto_gradient(|l| losses::load_balance(probs(l), &loads, false));
     let parts = auto_gradient(|l| {
-        let part = |from: usize| losses::load_balance(probs(l.clone().narrow(0, from, T / 2)), &loads, false);
+        let part = |from: usize| {
+            losses::load_balance(probs(l.clone().narrow(0, from, T / 2)), &loads, false)
+        };
         (part(0) + part(T / 2)).div_scalar(2.0)
     });
     assert_close(&parts, &whole, "parts against whole");
@@ -326,7 +377,9 @@ fn sequence_balance() {
         |l| losses::sequence_balance(l, &loads),
         |t, row| {
             let counts = loads[t / rows_per_sequence].counts();
-            let f = std::array::from_fn(|e| (E as f64 * counts[e] as f64) / (K * rows_per_sequence) as f64);
+            let f = std::array::from_fn(|e| {
+                (E as f64 * counts[e] as f64) / (K * rows_per_sequence) as f64
+            });
             let s = sigmoid(row);
             let sum: f64 = s.iter().sum();
             let share = s.map(|s| s / sum);
@@ -337,7 +390,11 @@ fn sequence_balance() {
 
 /// A second, fixed set of logits.
 fn other() -> Rows {
-    logits().iter().rev().map(|row| std::array::from_fn(|e| 0.7 * row[E - 1 - e])).collect()
+    logits()
+        .iter()
+        .rev()
+        .map(|row| std::array::from_fn(|e| 0.7 * row[E - 1 - e]))
+        .collect()
 }
 
 #[test]
@@ -350,7 +407,9 @@ fn symmetric_kl() {
         |t, row| {
             let (p, q) = (softmax(row), softmax(&other()[t]));
             let kl: f64 = p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum();
-            std::array::from_fn(|j| (p[j] * ((p[j] / q[j]).ln() - kl) + p[j] - q[j]) / 2.0 / T as f64)
+            std::array::from_fn(|j| {
+                (p[j] * ((p[j] / q[j]).ln() - kl) + p[j] - q[j]) / 2.0 / T as f64
+            })
         },
     );
 }
@@ -364,7 +423,10 @@ fn distillation() {
                 losses::distillation(l, teacher, tau)
             },
             |t, row| {
-                let (student, teacher) = (softmax(&row.map(|l| l / tau)), softmax(&other()[t].map(|l| l / tau)));
+                let (student, teacher) = (
+                    softmax(&row.map(|l| l / tau)),
+                    softmax(&other()[t].map(|l| l / tau)),
+                );
                 std::array::from_fn(|j| tau * (student[j] - teacher[j]) / T as f64)
             },
         );

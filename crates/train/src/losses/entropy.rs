@@ -22,7 +22,9 @@ mod tests {
 
     #[test]
     fn even_is_ln_n_and_certain_is_0() {
-        let h = |row: [f32; 4]| entropy(Tensor::from_floats([row], &Device::flex())).into_scalar::<f32>();
+        let h = |row: [f32; 4]| {
+            entropy(Tensor::from_floats([row], &Device::flex())).into_scalar::<f32>()
+        };
         assert!((h([3.0; 4]) - 4f32.ln()).abs() < 1e-6);
         assert!(h([200.0, 0.0, 0.0, 0.0]).abs() < 1e-6);
     }

@@ -29,7 +29,12 @@ pub fn load_balance(probs_te: Tensor<2>, loads: &Loads, legacy_scale: bool) -> T
 /// # Panics
 /// When `loads` and `probs_te` differ in the number of experts.
 #[must_use]
-pub fn null_load_balance(probs_te: Tensor<2>, loads: &Loads, n_real: usize, legacy_scale: bool) -> Tensor<1> {
+pub fn null_load_balance(
+    probs_te: Tensor<2>,
+    loads: &Loads,
+    n_real: usize,
+    legacy_scale: bool,
+) -> Tensor<1> {
     let mut shares = shares(loads, legacy_scale);
     let null = shares.get_mut(n_real..).unwrap_or_default();
     let mean = null.iter().sum::<f64>() / null.len() as f64;
@@ -40,15 +45,29 @@ pub fn null_load_balance(probs_te: Tensor<2>, loads: &Loads, n_real: usize, lega
 /// `f`: picks over all picks, or over tokens at the legacy scale. All zero before the first token.
 fn shares(loads: &Loads, legacy_scale: bool) -> Vec<f64> {
     let picks: u64 = loads.counts().iter().sum();
-    let total = if legacy_scale { loads.n_tokens() } else { picks };
-    loads.counts().iter().map(|&count| count as f64 / total.max(1) as f64).collect()
+    let total = if legacy_scale {
+        loads.n_tokens()
+    } else {
+        picks
+    };
+    loads
+        .counts()
+        .iter()
+        .map(|&count| count as f64 / total.max(1) as f64)
+        .collect()
 }
 
 fn balance(probs_te: Tensor<2>, shares: Vec<f64>) -> Tensor<1> {
     let n_experts = probs_te.dims()[1];
-    assert_eq!(shares.len(), n_experts, "loads and probabilities must have the same experts");
+    assert_eq!(
+        shares.len(),
+        n_experts,
+        "loads and probabilities must have the same experts"
+    );
     let f_1e = constant(shares, [1, n_experts], &probs_te);
-    (probs_te.mean_dim(0) * f_1e).sum().mul_scalar(n_experts as f64)
+    (probs_te.mean_dim(0) * f_1e)
+        .sum()
+        .mul_scalar(n_experts as f64)
 }
 
 #[cfg(test)]
@@ -59,7 +78,12 @@ mod tests {
     fn value(probs: [[f32; 2]; 2], ids: &[u16], top_k: usize, legacy_scale: bool) -> f32 {
         let mut loads = Loads::new(2);
         loads.add_ids(ids, top_k).unwrap();
-        load_balance(Tensor::from_floats(probs, &Device::flex()), &loads, legacy_scale).into_scalar()
+        load_balance(
+            Tensor::from_floats(probs, &Device::flex()),
+            &loads,
+            legacy_scale,
+        )
+        .into_scalar()
     }
 
     #[test]
@@ -67,7 +91,10 @@ mod tests {
         assert_eq!(value([[0.5, 0.5], [0.5, 0.5]], &[0, 0], 1, false), 1.0);
         assert_eq!(value([[1.0, 0.0], [0.0, 1.0]], &[0, 1], 1, false), 1.0);
         assert_eq!(value([[1.0, 0.0], [1.0, 0.0]], &[0, 0], 1, false), 2.0);
-        assert_eq!(value([[0.5, 0.5], [0.5, 0.5]], &[0, 1, 1, 0], 2, false), 1.0);
+        assert_eq!(
+            value([[0.5, 0.5], [0.5, 0.5]], &[0, 1, 1, 0], 2, false),
+            1.0
+        );
         assert_eq!(value([[0.5, 0.5], [0.5, 0.5]], &[0, 1, 1, 0], 2, true), 2.0);
     }
 

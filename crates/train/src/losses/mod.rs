@@ -24,5 +24,8 @@ use burn::tensor::{Tensor, TensorData};
 
 /// Numbers without gradient, shaped and typed to meet `like`.
 fn constant<const D: usize>(values: Vec<f64>, shape: [usize; D], like: &Tensor<2>) -> Tensor<D> {
-    Tensor::from_data(TensorData::new(values, shape), (&like.device(), like.dtype()))
+    Tensor::from_data(
+        TensorData::new(values, shape),
+        (&like.device(), like.dtype()),
+    )
 }

@@ -21,16 +21,28 @@ pub fn sequence_balance(logits_te: Tensor<2>, loads: &[Loads]) -> Tensor<1> {
     let [n_tokens, n_experts] = logits_te.dims();
     let n_sequences = loads.len();
     let whole = n_sequences > 0 && n_tokens.is_multiple_of(n_sequences);
-    assert!(whole, "{n_tokens} tokens are not {n_sequences} sequences of equal length");
+    assert!(
+        whole,
+        "{n_tokens} tokens are not {n_sequences} sequences of equal length"
+    );
     let f = loads.iter().flat_map(|loads| {
-        assert_eq!(loads.counts().len(), n_experts, "loads and logits must have the same experts");
+        assert_eq!(
+            loads.counts().len(),
+            n_experts,
+            "loads and logits must have the same experts"
+        );
         let picks = loads.counts().iter().sum::<u64>().max(1);
-        loads.counts().iter().map(move |&count| (count * n_experts as u64) as f64 / picks as f64)
+        loads
+            .counts()
+            .iter()
+            .map(move |&count| (count * n_experts as u64) as f64 / picks as f64)
     });
     let f_b1e = constant(f.collect(), [n_sequences, 1, n_experts], &logits_te);
     let s_te = sigmoid(logits_te);
     let share_te = s_te.clone() / s_te.sum_dim(1);
-    let mean_b1e = share_te.reshape([n_sequences, n_tokens / n_sequences, n_experts]).mean_dim(1);
+    let mean_b1e = share_te
+        .reshape([n_sequences, n_tokens / n_sequences, n_experts])
+        .mean_dim(1);
     (mean_b1e * f_b1e).sum().div_scalar(n_sequences as f64)
 }
 

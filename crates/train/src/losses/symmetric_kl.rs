@@ -14,7 +14,10 @@ use burn::tensor::activation::log_softmax;
 pub fn symmetric_kl(p_logits: Tensor<2>, q_logits: Tensor<2>) -> Tensor<1> {
     let (log_p, log_q) = (log_softmax(p_logits, 1), log_softmax(q_logits, 1));
     let difference = log_p.clone().exp() - log_q.clone().exp();
-    (difference * (log_p - log_q)).sum_dim(1).mean().mul_scalar(0.5)
+    (difference * (log_p - log_q))
+        .sum_dim(1)
+        .mean()
+        .mul_scalar(0.5)
 }
 
 #[cfg(test)]
@@ -27,7 +30,10 @@ mod tests {
         let a = || Tensor::<2>::from_floats([[0.0, 1.0, -2.0]], &Device::flex());
         let b = || Tensor::<2>::from_floats([[1.0, 0.5, 0.0]], &Device::flex());
         assert_eq!(symmetric_kl(a(), a()).into_scalar::<f32>(), 0.0);
-        let (ab, ba): (f32, f32) = (symmetric_kl(a(), b()).into_scalar(), symmetric_kl(b(), a()).into_scalar());
+        let (ab, ba): (f32, f32) = (
+            symmetric_kl(a(), b()).into_scalar(),
+            symmetric_kl(b(), a()).into_scalar(),
+        );
         assert!(ab > 0.0 && (ab - ba).abs() < 1e-6);
     }
 }

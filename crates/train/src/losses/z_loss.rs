@@ -23,7 +23,9 @@ mod tests {
 
     #[test]
     fn equal_logits_give_ln_n_and_large_ones_do_not_overflow() {
-        let z = |row: [f32; 4]| z_loss(Tensor::from_floats([row], &Device::flex())).into_scalar::<f32>();
+        let z = |row: [f32; 4]| {
+            z_loss(Tensor::from_floats([row], &Device::flex())).into_scalar::<f32>()
+        };
         assert!((z([0.0; 4]) - 4f32.ln().powi(2)).abs() < 1e-6);
         assert!((z([1000.0, 0.0, 0.0, 0.0]) - 1e6).abs() < 1.0);
     }

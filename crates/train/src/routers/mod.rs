@@ -49,8 +49,9 @@ pub struct Routed {
 type Build = fn(&PolicyOptions) -> Result<Box<dyn Route>, RoutingError>;
 
 /// Every router: its name (that of its file) and how to build it.
-const ROUTERS: &[(&str, Build)] =
-    &[("top_k", |o| Ok(Box::new(TopK::new(o.n_experts, o.top_k, o.norm_topk_prob)?)))];
+const ROUTERS: &[(&str, Build)] = &[("top_k", |o| {
+    Ok(Box::new(TopK::new(o.n_experts, o.top_k, o.norm_topk_prob)?))
+})];
 
 /// Builds the router called `name`.
 ///
@@ -59,7 +60,10 @@ const ROUTERS: &[(&str, Build)] =
 pub fn build(name: &str, options: &PolicyOptions) -> Result<Box<dyn Route>, RoutingError> {
     match ROUTERS.iter().find(|(known, _)| *known == name) {
         Some((_, build)) => build(options),
-        None => Err(RoutingError::UnknownPolicy { name: name.to_owned(), known: names().collect() }),
+        None => Err(RoutingError::UnknownPolicy {
+            name: name.to_owned(),
+            known: names().collect(),
+        }),
     }
 }
 

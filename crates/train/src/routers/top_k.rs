@@ -9,7 +9,7 @@
 //! selection.
 //! Check: routers::top_k::tests, tests/routing_golden.rs (parity), tests/routing_gradients.rs (heads).
 
-use super::{Routed, Route};
+use super::{Route, Routed};
 use crate::weight_heads;
 use burn::tensor::Tensor;
 use burn::tensor::activation::softmax;
@@ -37,7 +37,9 @@ impl TopK {
                 expected: "false, because a renormalised single weight is always 1 and the router would not learn",
             });
         }
-        Ok(Self { policy: policies::TopK::new(n_experts, top_k, norm_topk_prob)? })
+        Ok(Self {
+            policy: policies::TopK::new(n_experts, top_k, norm_topk_prob)?,
+        })
     }
 }
 
@@ -55,7 +57,9 @@ impl Route for TopK {
     }
 
     fn route(&self, logits: Tensor<2>) -> Result<Routed, RoutingError> {
-        let values = logits.try_to_vec_as::<f32>().expect("router logits can be read back from their device");
+        let values = logits
+            .try_to_vec_as::<f32>()
+            .expect("router logits can be read back from their device");
         let mut routing = Routing::new();
         self.policy.route(&values, &mut routing)?;
         let mut loads = Loads::new(self.n_experts());
@@ -69,7 +73,13 @@ impl Route for TopK {
         } else {
             weight_heads::raw_softmax(logits.clone(), picks, 1.0)
         };
-        Ok(Routed { probs: softmax(logits.clone(), 1), logits, ids, weights, loads })
+        Ok(Routed {
+            probs: softmax(logits.clone(), 1),
+            logits,
+            ids,
+            weights,
+            loads,
+        })
     }
 }
 
@@ -96,8 +106,20 @@ mod tests {
     fn non_finite_logits_and_dead_options_are_refused() {
         let router = TopK::new(2, 1, false).unwrap();
         let logits = Tensor::from_floats([[0.0, 1.0], [0.0, f32::INFINITY]], &Device::flex());
-        assert!(matches!(router.route(logits), Err(RoutingError::NonFinite { token: 1, expert: 1, .. })));
-        assert!(TopK::new(2, 1, true).unwrap_err().to_string().contains("would not learn"));
+        assert!(matches!(
+            router.route(logits),
+            Err(RoutingError::NonFinite {
+                token: 1,
+                expert: 1,
+                ..
+            })
+        ));
+        assert!(
+            TopK::new(2, 1, true)
+                .unwrap_err()
+                .to_string()
+                .contains("would not learn")
+        );
         assert!(TopK::new(2, 3, true).is_err());
     }
 }
