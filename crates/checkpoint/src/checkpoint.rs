@@ -297,12 +297,20 @@ impl Checkpoint {
         )
     }
 
+    /// The text of another file of the checkpoint, such as `profile.json`, if it is there.
+    ///
+    /// # Errors
+    /// The file cannot be read or is not UTF-8.
+    pub fn file_text(&self, name: &str) -> Result<Option<String>> {
+        self.source.text(&self.origin, name)
+    }
+
     /// The text of `tokenizer.json`, for writing it into another folder.
     ///
     /// # Errors
     /// There is no `tokenizer.json`.
     pub fn tokenizer_json(&self) -> Result<String> {
-        let text = self.source.text(&self.origin, "tokenizer.json")?;
+        let text = self.file_text("tokenizer.json")?;
         text.ok_or_else(|| CheckpointError::MissingFile {
             origin: self.origin.clone(),
             file: "tokenizer.json".to_owned(),

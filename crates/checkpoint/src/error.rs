@@ -194,3 +194,22 @@ impl CheckpointError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_device_has_its_own_message() {
+        let full = std::io::ErrorKind::StorageFull.into();
+        let error = CheckpointError::io("write", Path::new("m/config.json"), full);
+        let text = error.to_string();
+        assert!(
+            text.contains("no space left") && text.contains("m/config.json"),
+            "{text}"
+        );
+        let denied = std::io::ErrorKind::PermissionDenied.into();
+        let error = CheckpointError::io("write", Path::new("m"), denied);
+        assert_eq!(error.to_string(), "cannot write m");
+    }
+}

@@ -15,6 +15,7 @@ mod config;
 mod digest;
 mod dtype;
 mod error;
+mod keys;
 mod names;
 mod shards;
 mod stream;

@@ -15,11 +15,13 @@ use crate::names::tensor_specs;
 use crate::shards::SINGLE;
 use crate::tokenizer::Tokenizer;
 
-/// The files that [`write_folder`] makes; it replaces a folder only when it holds nothing else.
+/// The files of a folder that Cadre makes; [`write_folder`] replaces a folder only when it holds
+/// nothing else. `profile.json` says what the experts are for and is out of date with new weights.
 const OURS: &[&str] = &[
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "profile.json",
     "tokenizer.json",
     "tokenizer_config.json",
 ];
