@@ -1,0 +1,143 @@
+//! Reading typed values out of one JSON file, with errors that name the file and the key.
+
+use serde_json::{Map, Value, json};
+
+use crate::dtype::Dtype;
+use crate::error::{CheckpointError, Result};
+
+/// The top level of one JSON file, with errors that name file and key. `null` counts as absent.
+pub(crate) struct Keys {
+    pub(crate) file: String,
+    map: Map<String, Value>,
+}
+
+impl Keys {
+    pub(crate) fn parse(file: String, text: &str) -> Result<Self> {
+        let value: Value = serde_json::from_str(text).map_err(|source| CheckpointError::Json {
+            file: file.clone(),
+            source,
+        })?;
+        match value {
+            Value::Object(map) => Ok(Self { file, map }),
+            _ => Err(CheckpointError::Key {
+                file,
+                key: "(top level)".to_owned(),
+                problem: "is not an object".to_owned(),
+            }),
+        }
+    }
+
+    pub(crate) fn get(&self, key: &str) -> Option<&Value> {
+        self.map.get(key).filter(|value| !value.is_null())
+    }
+
+    pub(crate) fn problem(&self, key: &str, problem: String) -> CheckpointError {
+        CheckpointError::Key {
+            file: self.file.clone(),
+            key: key.to_owned(),
+            problem,
+        }
+    }
+
+    pub(crate) fn unsupported(&self, key: &str, value: &Value, reason: &str) -> CheckpointError {
+        CheckpointError::Unsupported {
+            file: self.file.clone(),
+            key: key.to_owned(),
+            value: value.to_string(),
+            reason: reason.to_owned(),
+        }
+    }
+
+    fn need(&self, key: &str) -> Result<&Value> {
+        self.get(key)
+            .ok_or_else(|| self.problem(key, "is missing".to_owned()))
+    }
+
+    pub(crate) fn text(&self, key: &str) -> Result<&str> {
+        let value = self.need(key)?;
+        value
+            .as_str()
+            .ok_or_else(|| self.problem(key, format!("is {value}, expected a string")))
+    }
+
+    pub(crate) fn number(&self, key: &str) -> Result<f64> {
+        let value = self.need(key)?;
+        value
+            .as_f64()
+            .ok_or_else(|| self.problem(key, format!("is {value}, expected a number")))
+    }
+
+    fn as_size(&self, key: &str, value: &Value) -> Result<usize> {
+        let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
+        size.filter(|size| *size > 0)
+            .ok_or_else(|| self.problem(key, format!("is {value}, expected a positive integer")))
+    }
+
+    pub(crate) fn size(&self, key: &str) -> Result<usize> {
+        self.as_size(key, self.need(key)?)
+    }
+
+    pub(crate) fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+        self.get(key)
+            .map_or(Ok(default), |value| self.as_size(key, value))
+    }
+
+    pub(crate) fn size_alias(&self, key: &str, alias: &str) -> Result<usize> {
+        match (self.get(key), self.get(alias)) {
+            (Some(value), Some(other)) if value != other => {
+                Err(self.problem(key, format!("is {value}, but `{alias}` is {other}")))
+            }
+            (None, Some(value)) => self.as_size(alias, value),
+            _ => self.size(key),
+        }
+    }
+
+    pub(crate) fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
+        self.get(key).map_or(Ok(default), |value| {
+            value
+                .as_bool()
+                .ok_or_else(|| self.problem(key, format!("is {value}, expected true or false")))
+        })
+    }
+
+    pub(crate) fn sizes(&self, key: &str) -> Result<Vec<usize>> {
+        let Some(value) = self.get(key) else {
+            return Ok(Vec::new());
+        };
+        let read = |item: &Value| item.as_u64().and_then(|size| usize::try_from(size).ok());
+        let sizes = value
+            .as_array()
+            .and_then(|items| items.iter().map(read).collect());
+        sizes.ok_or_else(|| self.problem(key, format!("is {value}, expected a list of integers")))
+    }
+
+    /// Token ids: absent, one integer, or a list.
+    pub(crate) fn ids(&self, key: &str) -> Result<Vec<u32>> {
+        let Some(value) = self.get(key) else {
+            return Ok(Vec::new());
+        };
+        let read = |item: &Value| item.as_u64().and_then(|id| u32::try_from(id).ok());
+        let ids = match value {
+            Value::Array(items) => items.iter().map(read).collect(),
+            single => read(single).map(|id| vec![id]),
+        };
+        ids.ok_or_else(|| self.problem(key, format!("is {value}, expected an id or a list of ids")))
+    }
+
+    pub(crate) fn dtype(&self) -> Result<Option<Dtype>> {
+        let Some(key) = ["dtype", "torch_dtype"]
+            .into_iter()
+            .find(|key| self.get(key).is_some())
+        else {
+            return Ok(None);
+        };
+        let name = self.text(key)?;
+        let all = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+        match all.into_iter().find(|dtype| dtype.torch_name() == name) {
+            Some(dtype) => Ok(Some(dtype)),
+            None => {
+                Err(self.unsupported(key, &json!(name), "supported: float32, float16, bfloat16"))
+            }
+        }
+    }
+}
