@@ -17,15 +17,19 @@
 
 #![forbid(unsafe_code)]
 
+pub mod ansi;
+mod colour;
 mod counts;
 pub mod error;
 mod measures;
 pub mod meta;
+pub mod picture;
 pub mod profile;
 pub mod reader;
 pub mod replay;
 pub mod row;
 pub mod schema;
+pub mod show;
 pub mod stats;
 pub mod writer;
 
