@@ -1,1 +1,29 @@
-//! Token in, token out: models, blocks, KV cache, sampling, sessions, evaluation.
+//! The engine: token in, token out. Models, sessions, sampling, generation and evaluation.
+//!
+//! - [`load`] turns a checkpoint into a [`Model`]: immutable, shared, the same for every caller.
+//! - [`Session`] is everything that changes while one sequence is read and written.
+//! - [`Model::forward`] reads tokens and gives logits; an [`Observer`] sees the routing of every layer.
+//! - [`generate()`] runs the loop of prompt, sampling and stopping; [`eval`] measures.
+//!
+//! There is no text, clock, file format or printing here. The same tokens, seed and instruction set
+//! give the same result whatever the chunk size or the number of threads.
+#![forbid(unsafe_code)]
+
+mod blocks;
+mod error;
+pub mod eval;
+mod generate;
+mod load;
+mod model;
+mod models;
+mod rng;
+mod sampling;
+mod session;
+mod weights;
+
+pub use error::{EngineError, Result};
+pub use generate::{Finish, GenerateOptions, Generated, Hooks, generate};
+pub use load::{LoadOptions, Quant, known_model_types, load};
+pub use model::{Logits, Model, ModelInfo, NoObserver, Observer, RoutingEvent};
+pub use sampling::{Sampler, SamplingOptions};
+pub use session::{Session, SessionOptions};

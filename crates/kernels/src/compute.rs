@@ -55,6 +55,29 @@ impl Compute {
         &self.pool
     }
 
+    /// Calls `task(i, chunk i)` for the chunks of `data` (`chunk_len` values each, the last may be
+    /// shorter), on the threads when the whole is worth it: `work` is about how many multiplications
+    /// one chunk takes.
+    ///
+    /// # Panics
+    /// When `chunk_len` is 0.
+    pub fn for_each_chunk<T: Send>(
+        &self,
+        data: &mut [T],
+        chunk_len: usize,
+        work: usize,
+        task: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        assert!(chunk_len > 0, "chunks of at least one value");
+        if data.len().div_ceil(chunk_len).saturating_mul(work) < MIN_SHARED_PRODUCTS {
+            for (i, chunk) in data.chunks_mut(chunk_len).enumerate() {
+                task(i, chunk);
+            }
+        } else {
+            self.pool.for_each_chunk(data, chunk_len, task);
+        }
+    }
+
     /// `y = x w^T`, with `x: [n_tokens, n_in]`, `y: [n_tokens, n_out]`. Zero tokens are fine.
     ///
     /// # Panics

@@ -1,0 +1,141 @@
+//! What can go wrong while a model is loaded or run; every message says what to do.
+
+use cadre_checkpoint::CheckpointError;
+use cadre_kernels::{Isa, MatrixError};
+use cadre_routing::RoutingError;
+
+/// Result with an [`EngineError`].
+pub type Result<T, E = EngineError> = std::result::Result<T, E>;
+
+/// An error of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// The checkpoint is not what its configuration says.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// No model is written for this architecture.
+    #[error(
+        "model_type \"{found}\" is not known to the engine; known model types: {}",
+        known.join(", ")
+    )]
+    UnknownModelType {
+        /// What the configuration says.
+        found: String,
+        /// What could be loaded.
+        known: Vec<&'static str>,
+    },
+    /// A weight cannot be held in the format that was asked for.
+    #[error("tensor `{tensor}` cannot be loaded as asked; load it without quantisation")]
+    Weight {
+        /// Name of the tensor.
+        tensor: String,
+        /// The reason.
+        source: MatrixError,
+    },
+    /// The instruction set that was asked for is not there.
+    #[error("this CPU has no {wanted}; it has: {}", names(available))]
+    IsaUnavailable {
+        /// What was asked for.
+        wanted: Isa,
+        /// What there is.
+        available: Vec<Isa>,
+    },
+    /// An option has a value that makes no sense.
+    #[error("{name} = {value}: expected {expected}")]
+    BadOption {
+        /// Name of the option.
+        name: &'static str,
+        /// Its value.
+        value: String,
+        /// What is accepted.
+        expected: String,
+    },
+    /// The prompt has no tokens.
+    #[error("the prompt is empty: there is nothing to continue; pass at least one token")]
+    EmptyPrompt,
+    /// The prompt does not fit.
+    #[error(
+        "the prompt has {n_tokens} tokens, more than the {free} free of a context of {n_ctx}; \
+         shorten it or raise the context size (the model's limit is {limit})"
+    )]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        n_tokens: usize,
+        /// Positions that are free.
+        free: usize,
+        /// Positions of the session.
+        n_ctx: usize,
+        /// The longest context of the model.
+        limit: usize,
+    },
+    /// More tokens were given than there are free positions.
+    #[error(
+        "the context is full: {n_tokens} more tokens at position {position} do not fit in {n_ctx}; \
+         raise the context size or start a new session"
+    )]
+    ContextFull {
+        /// Positions in use.
+        position: usize,
+        /// Tokens that were given.
+        n_tokens: usize,
+        /// Positions of the session.
+        n_ctx: usize,
+    },
+    /// A token id that the model does not have.
+    #[error(
+        "token {token} is not in the vocabulary of {vocab_size}; use this model's own tokenizer"
+    )]
+    UnknownToken {
+        /// The id.
+        token: u32,
+        /// Ids are below this.
+        vocab_size: usize,
+    },
+    /// A session is used with a model that it was not made for.
+    #[error(
+        "the session was made for a model of another shape; make it with this model's `session`"
+    )]
+    ForeignSession,
+    /// A layer could not route.
+    #[error("layer {layer}, tokens from position {position}: routing failed")]
+    Routing {
+        /// The layer.
+        layer: usize,
+        /// Position of the first token of the call, to which the source's token index adds.
+        position: usize,
+        /// The reason.
+        source: RoutingError,
+    },
+    /// The model's output is not a number.
+    #[error(
+        "the logit of token {token} at position {position} is {value} (after the last of {n_layers} \
+         layers); the weights are damaged or the activations overflow: check the checkpoint, or load \
+         it without quantisation"
+    )]
+    NonFiniteLogits {
+        /// Position of the row.
+        position: usize,
+        /// Token id of the value.
+        token: usize,
+        /// The value.
+        value: f32,
+        /// Layers of the model.
+        n_layers: usize,
+    },
+    /// Logits given to the sampler cannot be sampled from.
+    #[error("step {step}: cannot sample, the logit of token {token} is {value}")]
+    Unsampleable {
+        /// Tokens sampled before.
+        step: usize,
+        /// Token id of the value.
+        token: usize,
+        /// NaN, plus infinity, or minus infinity when nothing else is left.
+        value: f32,
+    },
+}
+
+fn names(isas: &[Isa]) -> String {
+    let names: Vec<&str> = isas.iter().map(|isa| isa.name()).collect();
+    names.join(", ")
+}

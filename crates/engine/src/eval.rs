@@ -1,0 +1,228 @@
+//! Evaluation over token sequences: how well a model predicts text.
+//!
+//! **Windows.** A document of `n` tokens has `n - 1` predictions: every token but the first. They are cut
+//! into windows that read at most `window` tokens; a window starts `stride` tokens after the one before
+//! it and counts only the predictions that earlier windows have not. With `stride = window` (the default)
+//! each token is read once and sees up to `window` tokens before it; a smaller stride costs
+//! `window / stride` times as much and gives every counted token at least `window - stride` tokens of
+//! context (except at the start of a document). Every prediction is counted exactly once either way.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+
+use cadre_kernels::Kernels;
+
+use crate::error::{EngineError, Result};
+use crate::model::{Logits, Model, NoObserver};
+use crate::session::SessionOptions;
+
+/// A tokenised text and the domain that its score counts for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Document {
+    /// Name of the domain.
+    pub domain: String,
+    /// The text as tokens, with a leading begin token if the model wants one.
+    pub tokens: Vec<u32>,
+}
+
+/// How documents are cut; see the module's description.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Windows {
+    /// Most tokens that one window reads.
+    pub window: usize,
+    /// Tokens between the starts of two windows, 1 to `window`.
+    pub stride: usize,
+}
+
+/// Predictions and what they cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Score {
+    /// Number of predicted tokens.
+    pub n_tokens: u64,
+    /// Sum of the negative log likelihoods, in nats.
+    pub nll_sum: f64,
+}
+
+impl Score {
+    /// Mean nats per token; NaN for no tokens.
+    pub fn nll(&self) -> f64 {
+        self.nll_sum / self.n_tokens as f64
+    }
+
+    /// `exp(nll)`; NaN for no tokens.
+    pub fn perplexity(&self) -> f64 {
+        self.nll().exp()
+    }
+
+    fn add(&mut self, other: Score) {
+        self.n_tokens += other.n_tokens;
+        self.nll_sum += other.nll_sum;
+    }
+}
+
+/// Scores in all and by domain.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Perplexity {
+    /// Over all documents.
+    pub total: Score,
+    /// By domain. A domain whose documents are all shorter than two tokens has no predictions.
+    pub domains: BTreeMap<String, Score>,
+}
+
+/// Scores `documents`. `progress` hears of every window: predictions so far and in all; when it breaks,
+/// the scores so far are returned.
+///
+/// # Errors
+/// A window longer than the model's context, a stride out of range, or any error of the model.
+pub fn perplexity(
+    model: &dyn Model,
+    documents: &[Document],
+    windows: Windows,
+    progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
+) -> Result<Perplexity> {
+    check(windows)?;
+    let options = SessionOptions {
+        n_ctx: Some(windows.window),
+        ..SessionOptions::default()
+    };
+    let mut session = model.session(&options)?;
+    let chunk = session.chunk();
+    let kernels = model.compute().kernels();
+    let vocab = model.info().vocab_size;
+    let n_total = documents
+        .iter()
+        .map(|d| d.tokens.len().saturating_sub(1) as u64)
+        .sum();
+    let mut result = Perplexity::default();
+    for document in documents {
+        let domain = result.domains.entry(document.domain.clone()).or_default();
+        for window in cut(document.tokens.len(), windows) {
+            session.rewind(0);
+            let mut score = Score::default();
+            // By chunks, so that only the logits of one chunk are in memory.
+            for from in (window.from..window.to).step_by(chunk) {
+                let to = window.to.min(from + chunk);
+                // Context that is not counted needs no logits.
+                let want = if to > window.counted_from {
+                    Logits::All
+                } else {
+                    Logits::None
+                };
+                let inputs = &document.tokens[from..to];
+                let logits = model.forward(&mut session, inputs, want, &mut NoObserver)?;
+                for (i, row) in logits.chunks_exact_mut(vocab).enumerate() {
+                    if from + i >= window.counted_from {
+                        let target = document.tokens[from + i + 1];
+                        score.add(prediction(kernels, model, row, target)?);
+                    }
+                }
+            }
+            domain.add(score);
+            result.total.add(score);
+            if progress(result.total.n_tokens, n_total).is_break() {
+                return Ok(result);
+            }
+        }
+    }
+    Ok(result)
+}
+
+/// Reads inputs `from..to`; the predictions made at `counted_from..to` count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Window {
+    from: usize,
+    to: usize,
+    counted_from: usize,
+}
+
+fn cut(n_tokens: usize, windows: Windows) -> impl Iterator<Item = Window> {
+    let n_inputs = n_tokens.saturating_sub(1);
+    let mut from = 0;
+    let mut counted = 0;
+    std::iter::from_fn(move || {
+        if counted >= n_inputs {
+            return None;
+        }
+        let to = n_inputs.min(from + windows.window);
+        let window = Window {
+            from,
+            to,
+            counted_from: counted,
+        };
+        counted = to;
+        from += windows.stride;
+        Some(window)
+    })
+}
+
+fn check(windows: Windows) -> Result<()> {
+    if windows.stride == 0 || windows.stride > windows.window {
+        return Err(EngineError::BadOption {
+            name: "stride",
+            value: windows.stride.to_string(),
+            expected: format!("1 to the window of {}", windows.window),
+        });
+    }
+    Ok(())
+}
+
+/// Negative log likelihood of `target` under the softmax of `row`, which is overwritten.
+fn prediction(kernels: Kernels, model: &dyn Model, row: &mut [f32], target: u32) -> Result<Score> {
+    let Some(logit) = row.get(target as usize).copied() else {
+        return Err(EngineError::UnknownToken {
+            token: target,
+            vocab_size: model.info().vocab_size,
+        });
+    };
+    let highest = kernels.max(row);
+    let sum = kernels.exp_sum(row, highest);
+    let nll = f64::from(sum).ln() + f64::from(highest) - f64::from(logit);
+    Ok(Score {
+        n_tokens: 1,
+        nll_sum: nll,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn windows(n_tokens: usize, window: usize, stride: usize) -> Vec<(usize, usize, usize)> {
+        cut(n_tokens, Windows { window, stride })
+            .map(|w| (w.from, w.to, w.counted_from))
+            .collect()
+    }
+
+    #[test]
+    fn every_prediction_is_counted_once() {
+        assert_eq!(windows(10, 4, 4), [(0, 4, 0), (4, 8, 4), (8, 9, 8)]);
+        assert_eq!(
+            windows(10, 4, 2),
+            [(0, 4, 0), (2, 6, 4), (4, 8, 6), (6, 9, 8)]
+        );
+        assert_eq!(windows(5, 4, 4), [(0, 4, 0)]);
+        assert_eq!(windows(1, 4, 4), []);
+        assert_eq!(windows(0, 4, 4), []);
+        for (n, window, stride) in [(100, 7, 3), (64, 8, 8), (3, 100, 1)] {
+            let counted: usize = cut(n, Windows { window, stride })
+                .map(|w| w.to - w.counted_from)
+                .sum();
+            assert_eq!(counted, n - 1);
+        }
+    }
+
+    #[test]
+    fn scores_add_up() {
+        let mut score = Score {
+            n_tokens: 1,
+            nll_sum: 1.0,
+        };
+        score.add(Score {
+            n_tokens: 3,
+            nll_sum: 3.0,
+        });
+        assert_eq!(score.nll(), 1.0);
+        assert!((score.perplexity() - std::f64::consts::E).abs() < 1e-12);
+        assert!(Score::default().nll().is_nan());
+    }
+}

@@ -1,0 +1,130 @@
+//! The generation loop: prompt in chunks, then sample, stop or continue, one token at a time.
+
+use std::ops::ControlFlow;
+
+use crate::error::{EngineError, Result};
+use crate::model::{Logits, Model, NoObserver, Observer};
+use crate::sampling::{Sampler, SamplingOptions};
+use crate::session::Session;
+
+/// How to generate.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    /// Most tokens to generate.
+    pub max_new_tokens: usize,
+    /// Tokens that end the text; usually [`crate::ModelInfo::eos_token_ids`].
+    pub stop_tokens: Vec<u32>,
+    /// How tokens are drawn.
+    pub sampling: SamplingOptions,
+}
+
+/// Why generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// The number of tokens that was asked for.
+    Length,
+    /// A stop token was drawn; it is not among the generated tokens.
+    StopToken(u32),
+    /// The session has no room for the last token, so nothing can follow it.
+    ContextFull,
+    /// A hook broke the loop.
+    Stopped,
+}
+
+/// What was generated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Generated {
+    /// The new tokens.
+    pub tokens: Vec<u32>,
+    /// Why there are no more.
+    pub finish: Finish,
+}
+
+/// What a caller may do while text is generated. It also observes the routing.
+///
+/// The token that is announced at position `p` is routed by the forward pass that follows, so its
+/// routing events come after [`Hooks::token`]; the last token is not routed.
+pub trait Hooks: Observer {
+    /// After each chunk of the prompt: `n_done` of `n_total` tokens are read. Break to stop.
+    fn prompt(&mut self, n_done: usize, n_total: usize) -> ControlFlow<()> {
+        let _ = (n_done, n_total);
+        ControlFlow::Continue(())
+    }
+
+    /// A token was drawn for `position`. Break to stop after it: on a stop string, or an interrupt.
+    fn token(&mut self, token: u32, position: usize) -> ControlFlow<()> {
+        let _ = (token, position);
+        ControlFlow::Continue(())
+    }
+}
+
+impl Hooks for NoObserver {}
+
+/// Reads `prompt` into `session` after what it holds, then draws up to `max_new_tokens` tokens.
+///
+/// The session keeps the prompt and all generated tokens but the last, so a later call may continue.
+///
+/// # Errors
+/// An empty or too long prompt, bad options, or any error of the model. An error leaves the session with
+/// the tokens that were processed before it.
+pub fn generate(
+    model: &dyn Model,
+    session: &mut Session,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    hooks: &mut dyn Hooks,
+) -> Result<Generated> {
+    let mut sampler = Sampler::new(options.sampling)?;
+    check_prompt(model, session, prompt)?;
+    sampler.observe(prompt);
+    let mut tokens = Vec::new();
+    let finished = |tokens, finish| Ok(Generated { tokens, finish });
+
+    // By chunks, so that the caller hears of progress and may stop in between.
+    let last_chunk = (prompt.len() - 1) / session.chunk() * session.chunk();
+    for from in (0..last_chunk).step_by(session.chunk()) {
+        let to = from + session.chunk();
+        model.forward(session, &prompt[from..to], Logits::None, hooks)?;
+        if hooks.prompt(to, prompt.len()).is_break() {
+            return finished(tokens, Finish::Stopped);
+        }
+    }
+    let mut logits = model.forward(session, &prompt[last_chunk..], Logits::Last, hooks)?;
+    if hooks.prompt(prompt.len(), prompt.len()).is_break() {
+        return finished(tokens, Finish::Stopped);
+    }
+    while tokens.len() < options.max_new_tokens {
+        let token = sampler.sample(logits)?;
+        if options.stop_tokens.contains(&token) {
+            return finished(tokens, Finish::StopToken(token));
+        }
+        sampler.observe(&[token]);
+        tokens.push(token);
+        if hooks.token(token, session.position()).is_break() {
+            return finished(tokens, Finish::Stopped);
+        }
+        if tokens.len() == options.max_new_tokens {
+            break;
+        }
+        if session.free() == 0 {
+            return finished(tokens, Finish::ContextFull);
+        }
+        logits = model.forward(session, &[token], Logits::Last, hooks)?;
+    }
+    finished(tokens, Finish::Length)
+}
+
+fn check_prompt(model: &dyn Model, session: &Session, prompt: &[u32]) -> Result<()> {
+    if prompt.is_empty() {
+        return Err(EngineError::EmptyPrompt);
+    }
+    if prompt.len() > session.free() {
+        return Err(EngineError::PromptTooLong {
+            n_tokens: prompt.len(),
+            free: session.free(),
+            n_ctx: session.n_ctx(),
+            limit: model.info().max_context,
+        });
+    }
+    Ok(())
+}

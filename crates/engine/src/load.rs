@@ -1,0 +1,88 @@
+//! From a checkpoint to a model: the explicit list of architectures, and how weights are held.
+
+use std::sync::Arc;
+
+use cadre_checkpoint::{Checkpoint, tensor_specs};
+use cadre_kernels::{Compute, Isa, Kernels, doctor};
+
+use crate::error::{EngineError, Result};
+use crate::model::Model;
+use crate::models::qwen3_moe;
+use crate::weights::Weights;
+
+/// How weights are held in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Quant {
+    /// f32 and bf16 as they are stored; f16 widened to f32. Lossless.
+    #[default]
+    AsStored,
+    /// Matrices as 8-bit blocks with an f16 scale, quantised while loading. Lossy. Norms and routers
+    /// stay f32, and so do, as stored, matrices whose rows are not a multiple of 32.
+    Q8_0,
+}
+
+/// How to load a model.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LoadOptions {
+    /// How weights are held.
+    pub quant: Quant,
+    /// Instruction set; the best of this CPU when absent. Changes the last bits of results.
+    pub isa: Option<Isa>,
+    /// Threads; all of this machine's when absent. Changes no result.
+    pub n_threads: Option<usize>,
+}
+
+type Loader = fn(&Checkpoint, &Weights<'_>, Compute) -> Result<Arc<dyn Model>>;
+
+/// Every architecture by its `model_type`. One line per file of `models/`.
+const LOADERS: &[(&str, Loader)] = &[("qwen3_moe", qwen3_moe::load)];
+
+/// The architectures that [`load`] knows.
+pub fn known_model_types() -> Vec<&'static str> {
+    LOADERS.iter().map(|(name, _)| *name).collect()
+}
+
+/// Loads the model of `checkpoint`.
+///
+/// # Errors
+/// An unknown architecture; a tensor that is missing, unexpected, of the wrong shape, or holds NaN or
+/// infinities; an instruction set that this CPU lacks.
+pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Arc<dyn Model>> {
+    let config = checkpoint.config();
+    let Some((_, loader)) = LOADERS.iter().find(|(name, _)| *name == config.model_type) else {
+        let found = config.model_type.clone();
+        return Err(EngineError::UnknownModelType {
+            found,
+            known: known_model_types(),
+        });
+    };
+    checkpoint.expect_exactly(&tensor_specs(config))?;
+    let weights = Weights::new(checkpoint, options.quant);
+    let model = loader(checkpoint, &weights, compute(options)?)?;
+    if weights.n_kept() > 0 {
+        tracing::warn!(
+            n_matrices = weights.n_kept(),
+            "some matrices stay as stored: their rows are not a multiple of 32, which q8_0 needs"
+        );
+    }
+    Ok(model)
+}
+
+fn compute(options: &LoadOptions) -> Result<Compute> {
+    let isa = options.isa.unwrap_or_else(Isa::detect);
+    let Some(kernels) = Kernels::for_isa(isa) else {
+        return Err(EngineError::IsaUnavailable {
+            wanted: isa,
+            available: Isa::available(),
+        });
+    };
+    let n_threads = options.n_threads.unwrap_or_else(doctor::default_threads);
+    if n_threads == 0 {
+        return Err(EngineError::BadOption {
+            name: "threads",
+            value: "0".to_owned(),
+            expected: "at least 1".to_owned(),
+        });
+    }
+    Ok(Compute::new(kernels, n_threads))
+}

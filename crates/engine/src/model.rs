@@ -1,0 +1,116 @@
+//! The interface of every model, and of what watches it.
+
+use cadre_kernels::Compute;
+use cadre_routing::Routing;
+
+use crate::error::Result;
+use crate::session::{Session, SessionOptions};
+
+/// A causal language model: immutable, shared among threads and sessions.
+pub trait Model: Send + Sync + std::fmt::Debug {
+    /// Sizes and identity.
+    fn info(&self) -> &ModelInfo;
+
+    /// Kernels and threads that the model computes with.
+    fn compute(&self) -> &Compute;
+
+    /// A new, empty session.
+    ///
+    /// # Errors
+    /// A context longer than the model's, or a size of zero.
+    fn session(&self, options: &SessionOptions) -> Result<Session>;
+
+    /// Reads `tokens` after those that `session` holds, and returns the logits of the positions that
+    /// `want` names, `[n_wanted, vocab_size]`, all finite.
+    ///
+    /// Tokens are processed in chunks of the session's size; the cut changes no bit of the result. No
+    /// tokens are fine. The returned buffer belongs to the session and may be changed by the caller.
+    ///
+    /// # Errors
+    /// Too many tokens, an unknown token, or values that are not finite. The session then holds the
+    /// chunks before the one that failed.
+    fn forward<'s>(
+        &self,
+        session: &'s mut Session,
+        tokens: &[u32],
+        want: Logits,
+        observer: &mut dyn Observer,
+    ) -> Result<&'s mut [f32]>;
+}
+
+/// Positions whose logits a call computes. Rows that are not wanted cost nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits {
+    /// None: only the session advances.
+    None,
+    /// The last token's.
+    Last,
+    /// One row per token of the call.
+    All,
+}
+
+/// Sizes and identity of a loaded model.
+#[derive(Clone, Debug)]
+pub struct ModelInfo {
+    /// Architecture, as the configuration spells it.
+    pub model_type: String,
+    /// Identity of the weights, from the checkpoint.
+    pub digest: String,
+    /// Rows of the logits.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Decoder layers.
+    pub n_layers: usize,
+    /// Layers that have experts, ascending.
+    pub moe_layers: Vec<usize>,
+    /// Experts per MoE layer.
+    pub n_experts: usize,
+    /// Experts that one token uses.
+    pub top_k: usize,
+    /// Longest context of the model.
+    pub max_context: usize,
+    /// Tokens that end a text.
+    pub eos_token_ids: Vec<u32>,
+    /// Parameters, tied ones counted once.
+    pub n_params: u64,
+    /// Parameters that one token's forward pass multiplies by or looks up.
+    pub n_active_params: u64,
+    /// Bytes of all weights in memory.
+    pub weight_bytes: u64,
+}
+
+/// The routing of one chunk of tokens in one layer.
+#[derive(Clone, Copy, Debug)]
+pub struct RoutingEvent<'a> {
+    /// Layer of the model, dense ones counted.
+    pub layer: usize,
+    /// Position in the sequence of the first token.
+    pub first_position: usize,
+    /// Router logits before the policy, `[n_tokens, n_experts]`.
+    pub logits: &'a [f32],
+    /// Experts and weights of every token.
+    pub routing: &'a Routing,
+    /// Norm of each picked expert's output before its weight, one per pair of `routing` in its order;
+    /// empty unless [`Observer::wants_norms`]. Experts that are not computed have 0.
+    pub norms: &'a [f32],
+}
+
+/// Watches the routing of a forward pass: once per MoE layer and chunk, layers ascending.
+pub trait Observer {
+    /// Called after the layer's experts have been combined.
+    fn routed(&mut self, event: &RoutingEvent<'_>);
+
+    /// Whether events should carry the norms of the experts' outputs.
+    fn wants_norms(&self) -> bool {
+        false
+    }
+}
+
+/// Watches nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoObserver;
+
+impl Observer for NoObserver {
+    fn routed(&mut self, _event: &RoutingEvent<'_>) {}
+}
