@@ -3,12 +3,22 @@
 //! The way of a step: [`trainer`] -> [`lm`] -> [`layers::moe`] -> routers, [`ops`] -> [`optimizer`].
 #![forbid(unsafe_code)]
 
+pub mod data;
+mod error;
+pub mod export;
+mod files;
 pub mod init;
-mod interim;
 pub mod layers;
 pub mod lm;
+pub mod log;
 pub mod losses;
 pub mod ops;
 pub mod optimizer;
+pub mod params;
+pub mod recipe;
 pub mod routers;
+mod snapshot;
+pub mod trainer;
 pub mod weight_heads;
+
+pub use error::{Result, TrainError};

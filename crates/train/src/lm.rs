@@ -5,7 +5,7 @@ use crate::layers::attention::SelfAttention;
 use crate::layers::mlp::Mlp;
 use crate::layers::moe::{Moe, RoutingReport};
 use crate::ops::{self, AttentionShape};
-use crate::interim::TopK;
+use crate::routers::{Route, TopK};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use cadre_checkpoint::ModelConfig;
@@ -118,11 +118,7 @@ impl LanguageModel {
             rope_theta: config.rope_theta,
             eps,
         };
-        let router = TopK {
-            n_experts: config.n_experts,
-            top_k: config.top_k,
-            norm_topk_prob: config.norm_topk_prob,
-        };
+        let router = TopK::new(config.n_experts, config.top_k, config.norm_topk_prob)?;
         let mut x = ops::embedding(self.embed_tokens.val(), batch.tokens.clone());
         let mut reports = Vec::new();
         for layer in &self.layers {
@@ -159,7 +155,7 @@ impl Layer {
         &self,
         x: Tensor<2>,
         shape: AttentionShape,
-        router: &TopK,
+        router: &dyn Route,
     ) -> Result<(Tensor<2>, Option<RoutingReport>), RoutingError> {
         let normed = ops::rms_norm(x.clone(), self.input_layernorm.val(), shape.eps);
         let x = x + self.self_attn.forward(normed, shape);

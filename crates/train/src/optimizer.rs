@@ -116,7 +116,7 @@ impl ModuleVisitor for Collector<'_> {
         };
         let mut values = gradient
             .into_data()
-            .into_vec::<f32>()
+            .try_into_vec::<f32>()
             .expect("gradients are f32");
         match self.into.sums.get_mut(&self.path.join(".")) {
             Some(sum) => crate::ops::add_scaled(sum, self.scale, &values),

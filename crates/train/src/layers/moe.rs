@@ -1,9 +1,9 @@
 //! The MoE layer, cut at its four seams: router, dispatch, experts, combine.
 
 use crate::init::Init;
-use crate::interim::losses;
+use crate::losses;
 use crate::ops::{self, Dispatch};
-use crate::interim::TopK;
+use crate::routers::Route;
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use cadre_checkpoint::ModelConfig;
@@ -56,16 +56,16 @@ impl Moe {
     pub fn forward(
         &self,
         x: Tensor<2>,
-        router: &TopK,
+        router: &dyn Route,
     ) -> Result<(Tensor<2>, RoutingReport), RoutingError> {
         let logits = ops::linear(x.clone(), self.gate.val());
         let routed = router.route(logits)?;
-        let dispatch = Arc::new(Dispatch::new(&routed.ids, router.top_k, router.n_experts));
+        let dispatch = Arc::new(Dispatch::new(&routed.ids, router.top_k(), router.n_experts()));
         let (gate_up, down) = (self.gate_up.val(), self.down.val());
         let y = ops::experts(x, gate_up, down, routed.weights, dispatch);
         let report = RoutingReport {
-            balance: losses::balance(routed.probs, routed.loads.counts()),
-            z: losses::z(routed.logits),
+            balance: losses::load_balance(routed.probs, &routed.loads, false),
+            z: losses::z_loss(routed.logits),
             loads: routed.loads,
         };
         Ok((y, report))

@@ -1,0 +1,118 @@
+//! The run's log: one JSON line per step and per evaluation.
+//!
+//! A resumed run first drops the lines after its snapshot, so the file always reads as one uninterrupted run.
+
+use crate::error::{Result, TrainError};
+use crate::files;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// One optimizer step.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Optimizer step, from 1.
+    pub step: u64,
+    /// Tokens seen so far.
+    pub tokens: u64,
+    /// Sum of the parts below with their coefficients.
+    pub loss: f64,
+    /// Next-token cross-entropy, nats per token.
+    pub cross_entropy: f64,
+    /// Load-balance loss, mean over layers; 1 at perfect balance.
+    pub balance: f64,
+    /// Router z-loss, mean over layers.
+    pub z: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Speed of this step.
+    pub tokens_per_second: f64,
+    /// Duration of this step.
+    pub seconds: f64,
+    /// Each MoE layer's routing.
+    pub layers: Vec<LayerRecord>,
+}
+
+/// The routing of one MoE layer in one step.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LayerRecord {
+    /// Layer index.
+    pub layer: usize,
+    /// Standard deviation over mean of the expert loads.
+    pub cv: f64,
+    /// Largest load over mean load, minus 1.
+    pub max_vio: f64,
+    /// Experts without a token.
+    pub dead: usize,
+    /// Mean entropy of the router's probabilities, nats.
+    pub entropy: f64,
+}
+
+/// One evaluation on held-out text.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EvalRecord {
+    /// Steps taken before it.
+    pub step: u64,
+    /// By domain.
+    pub eval: BTreeMap<String, Score>,
+}
+
+/// Held-out quality of one domain.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Score {
+    /// Predicted tokens.
+    pub tokens: usize,
+    /// Mean nats per token.
+    pub nll: f64,
+    /// `exp(nll)`
+    pub perplexity: f64,
+}
+
+/// The log file, open for appending.
+#[derive(Debug)]
+pub(crate) struct Log {
+    path: PathBuf,
+    file: File,
+}
+
+#[derive(Deserialize)]
+struct Stepped {
+    step: u64,
+}
+
+impl Log {
+    /// Opens `path`, keeping only whole lines of steps up to `step`.
+    pub(crate) fn open(path: &Path, step: u64) -> Result<Self> {
+        let old = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(e) => return Err(TrainError::io("read", path, e)),
+        };
+        let kept: String = old
+            .lines()
+            .filter(|line| serde_json::from_str::<Stepped>(line).is_ok_and(|s| s.step <= step))
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        files::write_atomic(path, kept.as_bytes())?;
+        let file = File::options()
+            .append(true)
+            .open(path)
+            .map_err(|e| TrainError::io("open", path, e))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+        })
+    }
+
+    pub(crate) fn write(&mut self, record: &impl Serialize) -> Result<()> {
+        let mut line = serde_json::to_vec(record).expect("plain data");
+        line.push(b'\n');
+        self.file
+            .write_all(&line)
+            .map_err(|e| TrainError::io("write", &self.path, e))
+    }
+}

@@ -1,0 +1,384 @@
+//! Recipes: TOML files that reproduce one named run. Unknown keys are errors.
+
+use crate::error::{Result, TrainError};
+use crate::optimizer::AdamWConfig;
+use cadre_checkpoint::ModelConfig;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// A whole run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Name of the run and of the exported model.
+    pub name: String,
+    /// Seed of initial values and data order.
+    #[serde(default)]
+    pub seed: u64,
+    /// The model.
+    pub model: Model,
+    /// The text; absent for speed measurements, which use random tokens.
+    pub data: Option<Data>,
+    /// The schedule.
+    pub train: Train,
+    /// Router losses.
+    #[serde(default)]
+    pub losses: LossWeights,
+    /// Constants of AdamW.
+    #[serde(default)]
+    pub optimizer: AdamWConfig,
+    /// Where results go.
+    pub output: Output,
+}
+
+/// Sizes of a Qwen3-MoE model, in the words of its `config.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// Vocabulary of the tokenizer that is trained, and of the model.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Decoder layers.
+    pub n_layers: usize,
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key/value heads.
+    pub n_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Experts per layer; 0 makes every layer dense.
+    pub n_experts: usize,
+    /// Experts per token.
+    #[serde(default)]
+    pub top_k: usize,
+    /// Width of an expert.
+    #[serde(default)]
+    pub moe_intermediate_size: usize,
+    /// Width of a dense feed-forward.
+    #[serde(default)]
+    pub intermediate_size: usize,
+    /// Layers that stay dense.
+    #[serde(default)]
+    pub mlp_only_layers: Vec<usize>,
+    /// Whether picked weights are divided by their sum.
+    #[serde(default = "yes")]
+    pub norm_topk_prob: bool,
+    /// Whether the output head is the embedding.
+    #[serde(default)]
+    pub tie_word_embeddings: bool,
+    /// Longest sequence that the model says it can take.
+    pub max_position_embeddings: usize,
+    /// RoPE base.
+    #[serde(default = "ten_thousand")]
+    pub rope_theta: f64,
+    /// Standard deviation of initial matrices.
+    #[serde(default = "two_hundredths")]
+    pub initializer_range: f32,
+}
+
+/// Text sources.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// One entry per domain.
+    pub sources: Vec<Source>,
+    /// Tokens per domain in each evaluation on held-out text.
+    #[serde(default = "eval_tokens")]
+    pub eval_tokens: usize,
+}
+
+/// One domain.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// Name in logs.
+    pub domain: String,
+    /// JSONL of documents to train on, relative to the working folder.
+    pub train: PathBuf,
+    /// JSONL of documents never trained on.
+    pub heldout: PathBuf,
+    /// Relative share of sequences.
+    #[serde(default = "one")]
+    pub weight: f64,
+}
+
+/// The schedule.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Train {
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Sequences per micro-batch.
+    pub batch_size: usize,
+    /// Tokens per sequence.
+    pub seq_len: usize,
+    /// Micro-batches per optimizer step.
+    #[serde(default = "one_batch")]
+    pub accumulate: usize,
+    /// Highest learning rate.
+    pub lr: f64,
+    /// Learning rate at the end, as a share of `lr`.
+    #[serde(default = "tenth")]
+    pub min_lr_ratio: f64,
+    /// Steps of linear warm-up.
+    #[serde(default)]
+    pub warmup_steps: u64,
+    /// Largest global gradient norm; 0 turns clipping off.
+    #[serde(default = "one")]
+    pub grad_clip: f64,
+}
+
+/// Coefficients of the router losses (means over layers).
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LossWeights {
+    /// Load-balance loss, whose value is 1 at perfect balance.
+    pub balance: f32,
+    /// Router z-loss.
+    pub z: f32,
+}
+
+impl Default for LossWeights {
+    fn default() -> Self {
+        Self {
+            balance: 0.01,
+            z: 0.001,
+        }
+    }
+}
+
+/// Where results go.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Output {
+    /// Folder of the run: log, snapshots, tokenizer, token cache, model.
+    pub dir: PathBuf,
+    /// Steps between snapshots.
+    #[serde(default = "hundred")]
+    pub snapshot_every: u64,
+    /// Snapshots kept.
+    #[serde(default = "two")]
+    pub keep: usize,
+    /// Steps between evaluations on held-out text; 0 only at the end.
+    #[serde(default)]
+    pub eval_every: u64,
+}
+
+fn yes() -> bool {
+    true
+}
+fn one() -> f64 {
+    1.0
+}
+fn tenth() -> f64 {
+    0.1
+}
+fn one_batch() -> usize {
+    1
+}
+fn two() -> usize {
+    2
+}
+fn hundred() -> u64 {
+    100
+}
+fn ten_thousand() -> f64 {
+    10_000.0
+}
+fn two_hundredths() -> f32 {
+    0.02
+}
+fn eval_tokens() -> usize {
+    16_384
+}
+
+impl Recipe {
+    /// Reads and checks a recipe.
+    ///
+    /// # Errors
+    /// A file that is not readable or not TOML, an unknown key, or a value that cannot be used.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| TrainError::io("read", path, e))?;
+        Self::parse(path, &text)
+    }
+
+    /// Parses the text of a recipe; `path` names it in errors.
+    ///
+    /// # Errors
+    /// As [`Recipe::read`].
+    pub fn parse(path: &Path, text: &str) -> Result<Self> {
+        let fail = |message: String| TrainError::Recipe {
+            path: path.to_owned(),
+            message,
+        };
+        let recipe: Self = toml::from_str(text).map_err(|e| fail(e.to_string()))?;
+        recipe.check().map_err(fail)?;
+        recipe
+            .model_config()
+            .check(&path.display().to_string())
+            .map_err(|e| fail(e.to_string()))?;
+        Ok(recipe)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let positive = [
+            ("train.steps", self.train.steps as usize),
+            ("train.batch_size", self.train.batch_size),
+            ("train.seq_len", self.train.seq_len),
+            ("train.accumulate", self.train.accumulate),
+            ("output.snapshot_every", self.output.snapshot_every as usize),
+            ("output.keep", self.output.keep),
+        ];
+        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(format!("`{key}` = 0, expected at least 1"));
+        }
+        let (seq, longest) = (self.train.seq_len, self.model.max_position_embeddings);
+        if seq > longest {
+            return Err(format!(
+                "`train.seq_len` = {seq} is more than `model.max_position_embeddings` = {longest}"
+            ));
+        }
+        if !(self.train.lr > 0.0 && self.train.lr.is_finite()) {
+            return Err(format!("`train.lr` = {}, expected more than 0", self.train.lr));
+        }
+        let Some(data) = &self.data else {
+            return Ok(());
+        };
+        if data.sources.is_empty() {
+            return Err("`data.sources` is empty, expected at least one domain".to_owned());
+        }
+        match data.sources.iter().find(|s| !(s.weight > 0.0 && s.weight.is_finite())) {
+            Some(s) => Err(format!(
+                "`weight` = {} of domain `{}`, expected more than 0",
+                s.weight, s.domain
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// The model's configuration. A dense model is a Qwen3-MoE model whose layers are all in `mlp_only_layers`.
+    #[must_use]
+    pub fn model_config(&self) -> ModelConfig {
+        let m = &self.model;
+        let dense = m.n_experts == 0;
+        ModelConfig {
+            model_type: "qwen3_moe".to_owned(),
+            vocab_size: m.vocab_size,
+            hidden_size: m.hidden_size,
+            n_layers: m.n_layers,
+            n_heads: m.n_heads,
+            n_kv_heads: m.n_kv_heads,
+            head_dim: m.head_dim,
+            n_experts: if dense { 1 } else { m.n_experts },
+            top_k: if dense { 1 } else { m.top_k },
+            moe_intermediate_size: m.moe_intermediate_size.max(usize::from(dense)),
+            intermediate_size: if m.intermediate_size == 0 {
+                m.moe_intermediate_size
+            } else {
+                m.intermediate_size
+            },
+            norm_topk_prob: m.norm_topk_prob,
+            mlp_only_layers: if dense {
+                (0..m.n_layers).collect()
+            } else {
+                m.mlp_only_layers.clone()
+            },
+            decoder_sparse_step: 1,
+            rms_norm_eps: 1e-6,
+            rope_theta: m.rope_theta,
+            max_position_embeddings: m.max_position_embeddings,
+            tie_word_embeddings: m.tie_word_embeddings,
+            // The tokenizer is trained with one special token, which comes first.
+            eos_token_ids: vec![0],
+            bos_token_id: None,
+            pad_token_id: None,
+            dtype: None,
+        }
+    }
+
+    /// Tokens per optimizer step.
+    #[must_use]
+    pub fn tokens_per_step(&self) -> usize {
+        self.train.batch_size * self.train.seq_len * self.train.accumulate
+    }
+
+    /// Learning rate of step `step` (from 1): linear warm-up, then half a cosine down to `min_lr_ratio`.
+    #[must_use]
+    pub fn learning_rate(&self, step: u64) -> f64 {
+        let t = &self.train;
+        if step <= t.warmup_steps {
+            return t.lr * step as f64 / t.warmup_steps as f64;
+        }
+        let done = (step - t.warmup_steps) as f64 / (t.steps - t.warmup_steps).max(1) as f64;
+        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos());
+        t.lr * (t.min_lr_ratio + (1.0 - t.min_lr_ratio) * cosine)
+    }
+
+    /// Everything that decides the numbers of a run, as JSON: two runs with equal text here are the same run.
+    #[must_use]
+    pub fn fingerprint(&self) -> serde_json::Value {
+        let mut value = serde_json::to_value(self).expect("a recipe is plain data");
+        value["output"] = serde_json::json!({});
+        value
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TINY: &str = r#"
+        name = "tiny"
+        [model]
+        vocab_size = 300
+        hidden_size = 16
+        n_layers = 2
+        n_heads = 2
+        n_kv_heads = 1
+        head_dim = 8
+        n_experts = 4
+        top_k = 2
+        moe_intermediate_size = 8
+        max_position_embeddings = 64
+        [train]
+        steps = 20
+        batch_size = 2
+        seq_len = 16
+        lr = 1e-3
+        warmup_steps = 10
+        [output]
+        dir = "runs/tiny"
+    "#;
+
+    fn parse(text: &str) -> Result<Recipe> {
+        Recipe::parse(Path::new("tiny.toml"), text)
+    }
+
+    #[test]
+    fn warm_up_then_cosine() {
+        let recipe = parse(TINY).unwrap();
+        let lr = |step| recipe.learning_rate(step);
+        assert!((lr(1) - 1e-4).abs() < 1e-12 && (lr(10) - 1e-3).abs() < 1e-12);
+        assert!((lr(15) - 5.5e-4).abs() < 1e-9, "half way down");
+        assert!((lr(20) - 1e-4).abs() < 1e-12);
+    }
+
+    #[test]
+    fn unknown_keys_and_bad_values_are_named() {
+        let with = |from: &str, to: &str| parse(&TINY.replace(from, to)).unwrap_err().to_string();
+        assert!(with("lr = 1e-3", "lr = 1e-3\nlearning = 1").contains("learning"));
+        assert!(with("steps = 20", "steps = 0").contains("train.steps"));
+        assert!(with("seq_len = 16", "seq_len = 65").contains("max_position_embeddings"));
+        assert!(with("top_k = 2", "top_k = 5").contains("top_k") || with("top_k = 2", "top_k = 5").contains("num_experts_per_tok"));
+        assert!(with("lr = 1e-3", "lr = \"fast\"").contains("lr"));
+    }
+
+    #[test]
+    fn no_experts_means_dense_everywhere() {
+        let recipe = parse(&TINY.replace("n_experts = 4", "n_experts = 0\nintermediate_size = 16")).unwrap();
+        let config = recipe.model_config();
+        assert!((0..2).all(|layer| !config.is_moe_layer(layer)));
+        assert_eq!(config.intermediate_size, 16);
+    }
+}

@@ -1,0 +1,299 @@
+//! The loop: batches -> losses -> gradients -> update, with log, evaluation, snapshots and resumption.
+
+use crate::data::{self, Corpus};
+use crate::error::{Result, TrainError};
+use crate::export::export;
+use crate::files;
+use crate::init::Init;
+use crate::lm::{Batch, LanguageModel};
+use crate::log::{EvalRecord, LayerRecord, Log, Score, StepRecord};
+use crate::optimizer::{AdamW, GradientSum};
+use crate::recipe::Recipe;
+use crate::snapshot;
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+use cadre_checkpoint::{Dtype, ModelConfig};
+use cadre_routing::Loads;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// What a run tells whoever watches it. All methods do nothing by default.
+pub trait Progress {
+    /// Preparation has reached a new stage (tokenizer, tokens, ...).
+    fn stage(&mut self, _what: &str) {}
+    /// The loop begins after `done` of `total` steps; `refused` are damaged snapshots that were passed over.
+    fn begin(&mut self, _done: u64, _total: u64, _refused: &[TrainError]) {}
+    /// A step is done.
+    fn step(&mut self, _record: &StepRecord) {}
+    /// Held-out text was scored.
+    fn evaluated(&mut self, _record: &EvalRecord) {}
+    /// Whether to save a snapshot and stop before the next step.
+    fn stop(&mut self) -> bool {
+        false
+    }
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// All steps are done; the model lies in this folder.
+    Finished {
+        /// Hugging Face folder.
+        model: PathBuf,
+        /// Held-out quality at the end.
+        eval: EvalRecord,
+    },
+    /// Stopped on request after this many steps; running the recipe again goes on from there.
+    Stopped {
+        /// Steps done.
+        step: u64,
+    },
+}
+
+/// Trains `recipe`, going on from the newest whole snapshot of its output folder.
+///
+/// # Errors
+/// Bad data, a full disk, an output folder of another recipe, divergence.
+pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
+    let Some(data) = &recipe.data else {
+        return Err(TrainError::Recipe {
+            path: PathBuf::from(&recipe.name),
+            message: "[data] is missing; only `train --bench` runs without it".to_owned(),
+        });
+    };
+    let folder = &recipe.output.dir;
+    files::create_dir(folder)?;
+    progress.stage("tokenizer and tokens");
+    let corpus = Corpus::prepare(recipe, data, folder)?;
+    let mut run = Run::new(recipe);
+    let snapshots = folder.join("snapshots");
+    let refused = run.resume(&snapshots)?;
+    progress.begin(run.optimizer.step, recipe.train.steps, &refused);
+    let mut log = Log::open(&folder.join("log.jsonl"), run.optimizer.step)?;
+    while run.optimizer.step < recipe.train.steps {
+        if progress.stop() {
+            snapshot::save(&snapshots, recipe, run.model(), &run.optimizer)?;
+            let step = run.optimizer.step;
+            return Ok(Outcome::Stopped { step });
+        }
+        let record = run.step(|step, micro| corpus.batch(recipe, step, micro))?;
+        log.write(&record)?;
+        progress.step(&record);
+        let step = record.step;
+        let every = recipe.output.eval_every;
+        if every > 0 && step.is_multiple_of(every) && step < recipe.train.steps {
+            let record = run.evaluate(&corpus, data.eval_tokens)?;
+            log.write(&record)?;
+            progress.evaluated(&record);
+        }
+        if step.is_multiple_of(recipe.output.snapshot_every) || step == recipe.train.steps {
+            snapshot::save(&snapshots, recipe, run.model(), &run.optimizer)?;
+        }
+    }
+    progress.stage("held-out text");
+    let eval = run.evaluate(&corpus, usize::MAX)?;
+    log.write(&eval)?;
+    progress.evaluated(&eval);
+    let model = folder.join("model");
+    export(run.model(), &run.config, &corpus.tokenizer_json, Dtype::Bf16, &model)?;
+    Ok(Outcome::Finished { model, eval })
+}
+
+/// Speed and losses of some steps on random tokens, for comparisons.
+///
+/// # Errors
+/// Divergence.
+pub fn bench(recipe: &Recipe, steps: u64) -> Result<Vec<StepRecord>> {
+    let mut run = Run::new(recipe);
+    (0..steps)
+        .map(|_| run.step(|step, micro| data::random_batch(recipe, step, micro)))
+        .collect()
+}
+
+/// Number of parameters of a recipe's model.
+#[must_use]
+pub fn n_parameters(recipe: &Recipe) -> usize {
+    cadre_checkpoint::tensor_specs(&recipe.model_config())
+        .iter()
+        .map(|(_, shape)| shape.iter().product::<usize>())
+        .sum()
+}
+
+/// A run in memory.
+struct Run<'a> {
+    recipe: &'a Recipe,
+    config: ModelConfig,
+    /// Absent only while the optimizer has it.
+    model: Option<LanguageModel>,
+    optimizer: AdamW,
+}
+
+/// Sums over the micro-batches of a step.
+#[derive(Default)]
+struct Totals {
+    loss: f64,
+    cross_entropy: f64,
+    balance: f64,
+    z: f64,
+    loads: Vec<Loads>,
+}
+
+impl<'a> Run<'a> {
+    fn new(recipe: &'a Recipe) -> Self {
+        let config = recipe.model_config();
+        let init = Init {
+            seed: recipe.seed,
+            std: recipe.model.initializer_range,
+            device: Device::flex().autodiff(),
+        };
+        Self {
+            model: Some(LanguageModel::init(&config, &init)),
+            optimizer: AdamW::new(recipe.optimizer),
+            recipe,
+            config,
+        }
+    }
+
+    fn model(&self) -> &LanguageModel {
+        self.model.as_ref().expect("a model between steps")
+    }
+
+    /// Restores the newest whole snapshot; returns the damaged ones.
+    fn resume(&mut self, snapshots: &std::path::Path) -> Result<Vec<TrainError>> {
+        let (model, refused) =
+            snapshot::restore(snapshots, self.recipe, self.model().clone(), &mut self.optimizer)?;
+        self.model = Some(model);
+        Ok(refused)
+    }
+
+    /// One optimizer step; `batch` gives micro-batches by step and index.
+    fn step(&mut self, batch: impl Fn(u64, usize) -> Batch) -> Result<StepRecord> {
+        let start = Instant::now();
+        let step = self.optimizer.step + 1;
+        let n_micro = self.recipe.train.accumulate;
+        let share = 1.0 / n_micro as f32;
+        let mut gradients = GradientSum::default();
+        let mut totals = Totals::default();
+        for micro in 0..n_micro {
+            let batch = batch(step, micro);
+            self.backward(step, &batch, share, &mut gradients, &mut totals)?;
+        }
+        let norm = gradients.norm();
+        if !norm.is_finite() {
+            let what = "the gradient".to_owned();
+            return Err(TrainError::Diverged { step, what });
+        }
+        let lr = self.recipe.learning_rate(step);
+        let clip = self.recipe.train.grad_clip;
+        let scale = if clip > 0.0 { (clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        // The optimizer updates in place, which needs the only handle to each tensor: so the model moves.
+        let model = self.model.take().expect("a model between steps");
+        self.model = Some(self.optimizer.step(model, gradients, lr, scale));
+        let seconds = start.elapsed().as_secs_f64();
+        let tokens = self.recipe.tokens_per_step();
+        Ok(StepRecord {
+            step,
+            tokens: step * tokens as u64,
+            loss: totals.loss,
+            cross_entropy: totals.cross_entropy,
+            balance: totals.balance,
+            z: totals.z,
+            lr,
+            grad_norm: norm,
+            tokens_per_second: tokens as f64 / seconds,
+            seconds,
+            layers: self.layer_records(&totals.loads),
+        })
+    }
+
+    fn backward(
+        &self,
+        step: u64,
+        batch: &Batch,
+        share: f32,
+        gradients: &mut GradientSum,
+        totals: &mut Totals,
+    ) -> Result<()> {
+        let losses = self.model().losses(&self.config, batch)?;
+        let weights = self.recipe.losses;
+        let loss = losses.cross_entropy.clone()
+            + losses.balance.clone() * weights.balance
+            + losses.z.clone() * weights.z;
+        let add = |total: &mut f64, tensor: Tensor<1>| -> f64 {
+            let value = f64::from(tensor.into_scalar::<f32>());
+            *total += value * f64::from(share);
+            value
+        };
+        let value = add(&mut totals.loss, loss.clone());
+        if !value.is_finite() {
+            let what = "the loss".to_owned();
+            return Err(TrainError::Diverged { step, what });
+        }
+        add(&mut totals.cross_entropy, losses.cross_entropy);
+        add(&mut totals.balance, losses.balance);
+        add(&mut totals.z, losses.z);
+        if totals.loads.is_empty() {
+            totals.loads = losses.loads;
+        } else {
+            for (total, loads) in totals.loads.iter_mut().zip(&losses.loads) {
+                total.merge(loads)?;
+            }
+        }
+        gradients.add(self.model(), &mut loss.backward(), share);
+        Ok(())
+    }
+
+    fn layer_records(&self, loads: &[Loads]) -> Vec<LayerRecord> {
+        let layers = self.config.moe_layers();
+        layers
+            .into_iter()
+            .zip(loads)
+            .filter_map(|(layer, loads)| {
+                let summary = loads.summary()?;
+                Some(LayerRecord {
+                    layer,
+                    cv: summary.cv,
+                    max_vio: summary.max_vio,
+                    dead: summary.n_dead,
+                    entropy: summary.mean_entropy.unwrap_or_default(),
+                })
+            })
+            .collect()
+    }
+
+    /// Scores at most `max_tokens` held-out tokens of every domain, without gradients.
+    fn evaluate(&self, corpus: &Corpus, max_tokens: usize) -> Result<EvalRecord> {
+        let model = self.model().valid();
+        let seq_len = self.recipe.train.seq_len;
+        let mut record = EvalRecord {
+            step: self.optimizer.step,
+            eval: std::collections::BTreeMap::new(),
+        };
+        for domain in &corpus.domains {
+            let Some(all) = data::windows(&domain.heldout, seq_len, max_tokens) else {
+                continue;
+            };
+            let size = self.recipe.train.batch_size * seq_len;
+            let (mut sum, mut n) = (0.0, 0);
+            for (tokens, targets) in all.tokens.chunks(size).zip(all.targets.chunks(size)) {
+                let batch = Batch {
+                    tokens: std::sync::Arc::new(tokens.to_vec()),
+                    targets: std::sync::Arc::new(targets.to_vec()),
+                    seq_len,
+                };
+                let losses = model.losses(&self.config, &batch)?;
+                let nll = f64::from(losses.cross_entropy.into_scalar::<f32>());
+                sum += nll * tokens.len() as f64;
+                n += tokens.len();
+            }
+            let nll = sum / n as f64;
+            let score = Score {
+                tokens: n,
+                nll,
+                perplexity: nll.exp(),
+            };
+            record.eval.insert(domain.name.clone(), score);
+        }
+        Ok(record)
+    }
+}
