@@ -21,6 +21,7 @@ pub mod ansi;
 mod colour;
 mod counts;
 pub mod error;
+pub mod html;
 mod measures;
 pub mod meta;
 pub mod picture;

@@ -19,6 +19,7 @@ use parquet::arrow::ArrowWriter;
 use parquet::basic::Compression;
 use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
+use std::collections::HashMap;
 use std::fs::File;
 use std::mem::take;
 use std::path::{Path, PathBuf};
@@ -68,9 +69,13 @@ impl TraceWriter {
         let file = temp
             .reopen()
             .map_err(io("open the temporary file of", path))?;
-        let schema = schema::schema(columns);
-        let pairs = meta
-            .to_pairs()
+        let pairs = meta.to_pairs();
+        // Twice: as Parquet metadata, and in the arrow schema, where pyarrow keeps it when it rewrites a table.
+        let own = |&(key, ref value): &(&str, String)| (key.to_string(), value.clone());
+        let schema = schema::schema(columns).as_ref().clone();
+        let schema =
+            Arc::new(schema.with_metadata(pairs.iter().map(own).collect::<HashMap<_, _>>()));
+        let pairs = pairs
             .into_iter()
             .map(|(key, value)| KeyValue::new(key.to_string(), value));
         let properties = WriterProperties::builder()
