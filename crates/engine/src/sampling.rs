@@ -290,7 +290,7 @@ mod tests {
     /// How often each token of `logits()` is drawn, in thousandths.
     fn shares(options: SamplingOptions) -> Vec<usize> {
         let mut sampler = Sampler::new(options).unwrap();
-        let mut counts = vec![0; 4];
+        let mut counts = [0; 4];
         for _ in 0..20_000 {
             counts[sampler.sample(&mut logits()).unwrap() as usize] += 1;
         }

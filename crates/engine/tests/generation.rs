@@ -1,4 +1,5 @@
 //! Generation, evaluation and loading, from outside.
+#![expect(clippy::unwrap_used, reason = "a failure here is a failed test")]
 
 use std::ops::ControlFlow;
 use std::sync::Arc;

@@ -27,8 +27,8 @@ pub(super) static TABLE: Table = Table {
     quantize_act,
 };
 
-rows_by_tiles!(rows_f32, tile_f32, f32, f32, "avx2,fma,f16c", 4 x 2, 8);
-rows_by_tiles!(rows_bf16, tile_bf16, bf16, f32, "avx2,fma,f16c", 4 x 2, 8);
+rows_by_tiles!(rows_f32, tile_f32, f32, f32, "avx2,fma,f16c", 4 x 3, 8);
+rows_by_tiles!(rows_bf16, tile_bf16, bf16, f32, "avx2,fma,f16c", 4 x 3, 8);
 rows_by_tiles!(rows_q8_0, tile_q8_0, BlockQ8_0, ActQ8, "avx2,fma,f16c", 4 x 2, 4);
 
 const LANES: usize = 8;
@@ -45,16 +45,17 @@ unsafe fn tile_f32<const R: usize, const N: usize>(
     let mut acc = [[_mm256_setzero_ps(); N]; R];
     let mut i = 0;
     while i + LANES <= n {
-        let mut ws = [_mm256_setzero_ps(); R];
-        for (r, wv) in ws.iter_mut().enumerate() {
-            // SAFETY: eight values from i in row r.
-            *wv = unsafe { _mm256_loadu_ps(w.add(r * n + i)) };
-        }
-        for t in 0..N {
+        // The tokens stay in registers; each weight is used as it is loaded.
+        let mut xs = [_mm256_setzero_ps(); N];
+        for (t, xv) in xs.iter_mut().enumerate() {
             // SAFETY: eight values from i in row t.
-            let xv = unsafe { _mm256_loadu_ps(x.add(t * n + i)) };
-            for r in 0..R {
-                acc[r][t] = _mm256_fmadd_ps(ws[r], xv, acc[r][t]);
+            *xv = unsafe { _mm256_loadu_ps(x.add(t * n + i)) };
+        }
+        for r in 0..R {
+            // SAFETY: eight values from i in row r.
+            let wv = unsafe { _mm256_loadu_ps(w.add(r * n + i)) };
+            for t in 0..N {
+                acc[r][t] = _mm256_fmadd_ps(wv, xs[t], acc[r][t]);
             }
         }
         i += LANES;
@@ -84,17 +85,17 @@ unsafe fn tile_bf16<const R: usize, const N: usize>(
     let mut acc = [[_mm256_setzero_ps(); N]; R];
     let mut i = 0;
     while i + LANES <= n {
-        let mut ws = [_mm256_setzero_ps(); R];
-        for (r, wv) in ws.iter_mut().enumerate() {
+        let mut xs = [_mm256_setzero_ps(); N];
+        for (t, xv) in xs.iter_mut().enumerate() {
+            // SAFETY: eight values from i in row t.
+            *xv = unsafe { _mm256_loadu_ps(x.add(t * n + i)) };
+        }
+        for r in 0..R {
             // SAFETY: eight values from i in row r.
             let bits = unsafe { _mm_loadu_si128(w.add(r * n + i).cast()) };
-            *wv = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)));
-        }
-        for t in 0..N {
-            // SAFETY: eight values from i in row t.
-            let xv = unsafe { _mm256_loadu_ps(x.add(t * n + i)) };
-            for r in 0..R {
-                acc[r][t] = _mm256_fmadd_ps(ws[r], xv, acc[r][t]);
+            let wv = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)));
+            for t in 0..N {
+                acc[r][t] = _mm256_fmadd_ps(wv, xs[t], acc[r][t]);
             }
         }
         i += LANES;

@@ -53,16 +53,17 @@ unsafe fn tile_f32<const R: usize, const N: usize>(
     while i < n {
         // A whole step when the mask is full: the same operation, so the tail needs no second sequence.
         let mask = first(n - i);
-        let mut ws = [_mm512_setzero_ps(); R];
-        for (r, wv) in ws.iter_mut().enumerate() {
-            // SAFETY: the mask keeps lanes i.. below n, inside row r.
-            *wv = unsafe { _mm512_maskz_loadu_ps(mask, w.add(r * n + i)) };
+        // The tokens stay in registers; each weight is used as it is loaded.
+        let mut xs = [_mm512_setzero_ps(); N];
+        for (t, xv) in xs.iter_mut().enumerate() {
+            // SAFETY: the mask keeps lanes i.. below n, inside row t.
+            *xv = unsafe { _mm512_maskz_loadu_ps(mask, x.add(t * n + i)) };
         }
-        for t in 0..N {
-            // SAFETY: as above, inside row t.
-            let xv = unsafe { _mm512_maskz_loadu_ps(mask, x.add(t * n + i)) };
-            for r in 0..R {
-                acc[r][t] = _mm512_fmadd_ps(ws[r], xv, acc[r][t]);
+        for r in 0..R {
+            // SAFETY: as above, inside row r.
+            let wv = unsafe { _mm512_maskz_loadu_ps(mask, w.add(r * n + i)) };
+            for t in 0..N {
+                acc[r][t] = _mm512_fmadd_ps(wv, xs[t], acc[r][t]);
             }
         }
         i += LANES;
@@ -83,17 +84,17 @@ unsafe fn tile_bf16<const R: usize, const N: usize>(
     let mut i = 0;
     while i < n {
         let mask = first(n - i);
-        let mut ws = [_mm512_setzero_ps(); R];
-        for (r, wv) in ws.iter_mut().enumerate() {
-            // SAFETY: the mask keeps lanes i.. below n, inside row r.
-            let bits = unsafe { _mm256_maskz_loadu_epi16(mask, w.add(r * n + i).cast()) };
-            *wv = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)));
+        let mut xs = [_mm512_setzero_ps(); N];
+        for (t, xv) in xs.iter_mut().enumerate() {
+            // SAFETY: the mask keeps lanes i.. below n, inside row t.
+            *xv = unsafe { _mm512_maskz_loadu_ps(mask, x.add(t * n + i)) };
         }
-        for t in 0..N {
-            // SAFETY: as above, inside row t.
-            let xv = unsafe { _mm512_maskz_loadu_ps(mask, x.add(t * n + i)) };
-            for r in 0..R {
-                acc[r][t] = _mm512_fmadd_ps(ws[r], xv, acc[r][t]);
+        for r in 0..R {
+            // SAFETY: as above, inside row r.
+            let bits = unsafe { _mm256_maskz_loadu_epi16(mask, w.add(r * n + i).cast()) };
+            let wv = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)));
+            for t in 0..N {
+                acc[r][t] = _mm512_fmadd_ps(wv, xs[t], acc[r][t]);
             }
         }
         i += LANES;
@@ -125,29 +126,31 @@ unsafe fn tile_q8_0<const R: usize, const N: usize>(
     let flip = _mm256_set1_epi8(i8::MIN);
     let mut acc = [[_mm256_setzero_ps(); N]; R];
     for i in 0..n {
-        let mut ws = [_mm256_setzero_si256(); R];
-        let mut ds = [0.0f32; R];
-        for r in 0..R {
-            // SAFETY: block i of row r.
-            let block = unsafe { &*w.add(r * n + i) };
-            // SAFETY: the 32 quants of the block. Adding 128 makes them unsigned, as VNNI wants.
-            ws[r] = _mm256_xor_si256(
-                unsafe { _mm256_loadu_si256(block.qs.as_ptr().cast()) },
-                flip,
-            );
-            ds[r] = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(
-                block.d.to_bits(),
-            ))));
-        }
+        let mut xs = [_mm256_setzero_si256(); N];
+        let mut biases = [_mm256_setzero_si256(); N];
+        let mut scales = [0.0f32; N];
         for t in 0..N {
             // SAFETY: block i of row t.
             let act = unsafe { &*x.add(t * n + i) };
             // SAFETY: the 32 quants of the block.
-            let qs = unsafe { _mm256_loadu_si256(act.qs.as_ptr().cast()) };
-            let bias = _mm256_zextsi128_si256(_mm_cvtsi32_si128(act.bias));
-            for r in 0..R {
-                let sums = _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(bias, ws[r], qs));
-                acc[r][t] = _mm256_fmadd_ps(sums, _mm256_set1_ps(ds[r] * act.d), acc[r][t]);
+            xs[t] = unsafe { _mm256_loadu_si256(act.qs.as_ptr().cast()) };
+            biases[t] = _mm256_zextsi128_si256(_mm_cvtsi32_si128(act.bias));
+            scales[t] = act.d;
+        }
+        for r in 0..R {
+            // SAFETY: block i of row r.
+            let block = unsafe { &*w.add(r * n + i) };
+            // SAFETY: the 32 quants of the block. Adding 128 makes them unsigned, as VNNI wants.
+            let ws = _mm256_xor_si256(
+                unsafe { _mm256_loadu_si256(block.qs.as_ptr().cast()) },
+                flip,
+            );
+            let d = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(
+                block.d.to_bits(),
+            ))));
+            for t in 0..N {
+                let sums = _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(biases[t], ws, xs[t]));
+                acc[r][t] = _mm256_fmadd_ps(sums, _mm256_set1_ps(d * scales[t]), acc[r][t]);
             }
         }
     }
