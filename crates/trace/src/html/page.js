@@ -59,7 +59,11 @@ const FRAME = 2;
 function geometry(canvas, gutter, tallest) {
   const width = canvas.clientWidth || canvas.parentElement.clientWidth;
   const cellWidth = (width - gutter) / nExperts;
-  const cellHeight = Math.max(tallest > 12 ? 9 : 4, Math.min(tallest, cellWidth, tallest > 12 ? 999 : 90 / data.layers.length));
+  // Square where possible; few layers may be taller than wide, many stay readable.
+  const few = data.layers.length <= 12;
+  const least = gutter ? (few ? 18 : 9) : few ? 8 : 3;
+  const most = gutter ? tallest : Math.min(tallest, 100 / data.layers.length);
+  const cellHeight = Math.max(least, Math.min(most, cellWidth));
   return { width, gutter, cellWidth, cellHeight, height: Math.ceil(cellHeight * data.layers.length) };
 }
 function drawMap(canvas, d, gutter, tallest) {
@@ -191,7 +195,7 @@ function drawMaps() {
       ...data.domains.map((domain, d) => {
         const panel = element("button", null, { class: "panel" });
         const name = element("span");
-        name.append(element("span", "", { class: "dot" }), element("span", domain.name, { style: "margin:0" }));
+        name.append(element("span", "", { class: "dot" }), element("span", domain.name));
         panel.append(name, element("canvas"));
         panel.onclick = () => choose({ domain: d });
         return panel;
