@@ -22,6 +22,15 @@ pub(crate) fn remove_dir(path: &Path) -> Result<()> {
     }
 }
 
+pub(crate) fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(TrainError::io("remove", path, e))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Writes and syncs; removes the file when that fails.
 pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     let write = || {

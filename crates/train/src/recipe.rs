@@ -203,6 +203,35 @@ impl Recipe {
         Self::parse(path, &text)
     }
 
+    /// As [`Recipe::read`], with some values replaced: `overrides` are `key.path=value`, the value in TOML's form
+    /// (a bare word is a string).
+    ///
+    /// # Errors
+    /// As [`Recipe::read`], and an override that is not `key=value`.
+    pub fn read_with(path: &Path, overrides: &[String]) -> Result<Self> {
+        if overrides.is_empty() {
+            return Self::read(path);
+        }
+        let fail = |message: String| TrainError::Recipe {
+            path: path.to_owned(),
+            message,
+        };
+        let text = std::fs::read_to_string(path).map_err(|e| TrainError::io("read", path, e))?;
+        let mut table: toml::Table = text.parse().map_err(|e| fail(format!("{e}")))?;
+        for change in overrides {
+            let Some((key, value)) = change.split_once('=') else {
+                return Err(fail(format!("`{change}`, expected key=value")));
+            };
+            let parsed = format!("x = {value}").parse::<toml::Table>();
+            let value = match parsed {
+                Ok(mut one) => one.remove("x").unwrap_or_else(|| value.into()),
+                Err(_) => toml::Value::String(value.to_owned()),
+            };
+            set(&mut table, key, value).map_err(fail)?;
+        }
+        Self::parse(path, &table.to_string())
+    }
+
     /// Parses the text of a recipe; `path` names it in errors.
     ///
     /// # Errors
@@ -321,6 +350,23 @@ impl Recipe {
         let mut value = serde_json::to_value(self).expect("a recipe is plain data");
         value["output"] = serde_json::json!({});
         value
+    }
+}
+
+/// Sets `a.b.c` in nested tables.
+fn set(table: &mut toml::Table, key: &str, value: toml::Value) -> Result<(), String> {
+    match key.split_once('.') {
+        None => {
+            table.insert(key.to_owned(), value);
+            Ok(())
+        }
+        Some((head, rest)) => {
+            let inner = table.entry(head).or_insert_with(|| toml::Table::new().into());
+            let inner = inner
+                .as_table_mut()
+                .ok_or_else(|| format!("`{head}` is not a table, in `{key}`"))?;
+            set(inner, rest, value)
+        }
     }
 }
 

@@ -99,6 +99,18 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
     Ok(Outcome::Finished { model, eval })
 }
 
+/// Deletes the snapshots, log, tokenizer and tokens of a recipe's earlier run; its exported model stays.
+///
+/// # Errors
+/// Failures of the file system.
+pub fn forget(recipe: &Recipe) -> Result<()> {
+    let folder = &recipe.output.dir;
+    files::remove_dir(&folder.join("snapshots"))?;
+    files::remove_dir(&folder.join("tokens"))?;
+    files::remove_file(&folder.join("log.jsonl"))?;
+    files::remove_file(&folder.join("tokenizer.json"))
+}
+
 /// Speed and losses of some steps on random tokens, for comparisons.
 ///
 /// # Errors

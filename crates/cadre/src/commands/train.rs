@@ -1,0 +1,229 @@
+//! `cadre train`: trains a recipe, draws its curves, or measures the trainer's speed.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use cadre_train::TrainError;
+use cadre_train::log::{EvalRecord, StepRecord};
+use cadre_train::recipe::Recipe;
+use cadre_train::trainer::{self, Outcome, Progress};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use crate::cli::App;
+use crate::failure::Failure;
+use crate::output::{Format, Out, bar, count};
+
+/// A line this often where there is no terminal for a bar.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// Arguments of `cadre train`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Recipe (TOML). A run that was stopped goes on from its newest snapshot.
+    #[arg(value_name = "RECIPE", required = true)]
+    recipes: Vec<PathBuf>,
+    /// Overrides a value of the recipe, for example `train.steps=100`; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Deletes the run's snapshots and log, and starts over.
+    #[arg(long)]
+    fresh: bool,
+    /// Draws the curves of the recipes' runs to an SVG or PNG file instead of training.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["fresh", "bench"])]
+    plot: Option<PathBuf>,
+    /// Measures speed on random tokens instead of training; writes no files.
+    #[arg(long, conflicts_with = "fresh")]
+    bench: bool,
+    /// Steps that `--bench` takes.
+    #[arg(long, value_name = "N", default_value_t = 7, requires = "bench", value_parser = clap::value_parser!(u64).range(1..))]
+    steps: u64,
+    /// Threads; 0 takes one per core.
+    #[arg(short, long, value_name = "N", default_value_t = 0)]
+    threads: usize,
+    /// Form of the result.
+    #[arg(short, long, value_name = "FORM", default_value = "text")]
+    output: Format,
+}
+
+/// Trains, draws or measures.
+pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
+    let recipes = args
+        .recipes
+        .iter()
+        .map(|path| Recipe::read_with(path, &args.set))
+        .collect::<Result<Vec<_>, _>>()?;
+    if let Some(file) = &args.plot {
+        let logs: Vec<_> = recipes
+            .iter()
+            .map(|recipe| (recipe.name.clone(), recipe.output.dir.join("log.jsonl")))
+            .collect();
+        return Ok(cadre_train::plot::draw(&logs, file)?);
+    }
+    let [recipe] = recipes.as_slice() else {
+        return Err(
+            Failure::usage("several recipes are only for --plot; train them one by one").into(),
+        );
+    };
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(args.threads)
+        .build_global()
+        .context("cannot start the threads")?;
+    if args.bench {
+        return bench(recipe, args);
+    }
+    if args.fresh {
+        trainer::forget(recipe)?;
+    }
+    let _guard = app.interrupt.guard();
+    let mut watch = Watch::new(app, recipe);
+    let outcome = trainer::train(recipe, &mut watch)?;
+    watch.bar.finish_and_clear();
+    match outcome {
+        Outcome::Finished { model, eval } => finished(&model, &eval, args.output),
+        Outcome::Stopped { step } => {
+            watch.say(&format!(
+                "stopped after step {step}; the same command goes on from there"
+            ));
+            Err(Failure::interrupted().into())
+        }
+    }
+}
+
+fn finished(model: &std::path::Path, eval: &EvalRecord, form: Format) -> Result<()> {
+    let mut out = Out::new();
+    match form {
+        Format::Json => out.json(&json!({"model": model, "step": eval.step, "eval": eval.eval}))?,
+        Format::Text => {
+            let mut text = format!(
+                "{:<12} {:>8} {:>8} {:>11}\n",
+                "held out", "tokens", "nll", "perplexity"
+            );
+            for (domain, score) in &eval.eval {
+                let _ = writeln!(
+                    text,
+                    "{domain:<12} {:>8} {:>8.4} {:>11.2}",
+                    score.tokens, score.nll, score.perplexity
+                );
+            }
+            out.write(&text)?;
+            out.write(&format!("{}\n", model.display()))?;
+        }
+    }
+    out.finish()
+}
+
+fn bench(recipe: &Recipe, args: &Args) -> Result<()> {
+    let records = trainer::bench(recipe, args.steps)?;
+    let mut samples: Vec<f64> = records.iter().map(|r| r.tokens_per_second).collect();
+    let in_order = samples.clone();
+    samples.sort_by(f64::total_cmp);
+    let median = samples[samples.len() / 2];
+    let loss = |record: Option<&StepRecord>| record.map(|r| r.cross_entropy);
+    let n_parameters = trainer::n_parameters(recipe);
+    let mut out = Out::new();
+    match args.output {
+        Format::Json => out.json(&json!({
+            "tokens_per_second": median,
+            "samples": in_order,
+            "loss_first": loss(records.first()),
+            "loss_last": loss(records.last()),
+            "parameters": n_parameters,
+            "threads": rayon::current_num_threads(),
+        }))?,
+        Format::Text => out.write(&format!(
+            "{}: {median:.0} tokens/s (median of {} steps), {} parameters, {} threads\n",
+            recipe.name,
+            records.len(),
+            count(n_parameters as u64),
+            rayon::current_num_threads(),
+        ))?,
+    }
+    out.finish()
+}
+
+/// Shows a run: a bar on a terminal, a line now and then elsewhere; and carries Ctrl-C to it.
+struct Watch<'a> {
+    app: &'a App,
+    bar: ProgressBar,
+    total: u64,
+    last_line: Instant,
+}
+
+impl<'a> Watch<'a> {
+    fn new(app: &'a App, recipe: &Recipe) -> Self {
+        let bar = bar(&app.env, "", recipe.train.steps);
+        let template = "{wide_bar} {pos}/{len} {msg} ETA {eta}";
+        bar.set_style(
+            ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()),
+        );
+        Self {
+            app,
+            bar,
+            total: recipe.train.steps,
+            last_line: Instant::now(),
+        }
+    }
+
+    /// A line on standard error, above the bar where there is one.
+    fn say(&self, line: &str) {
+        if self.app.env.stderr_is_terminal {
+            self.bar.println(line);
+        } else {
+            // Progress is not worth failing for.
+            let _ =
+                std::io::Write::write_all(&mut std::io::stderr(), format!("{line}\n").as_bytes());
+        }
+    }
+}
+
+impl Progress for Watch<'_> {
+    fn stage(&mut self, what: &str) {
+        self.bar.set_message(what.to_owned());
+        if !self.app.env.stderr_is_terminal {
+            self.say(what);
+        }
+    }
+
+    fn begin(&mut self, done: u64, total: u64, refused: &[TrainError]) {
+        for error in refused {
+            self.say(&format!("warning: {error}; using the one before it"));
+        }
+        if done > 0 {
+            self.say(&format!("going on after step {done} of {total}"));
+        }
+        self.bar.set_position(done);
+        self.bar.reset_eta();
+    }
+
+    fn step(&mut self, record: &StepRecord) {
+        let line = format!(
+            "loss {:.3} {:.0} tok/s",
+            record.loss, record.tokens_per_second
+        );
+        self.bar.set_position(record.step);
+        if !self.app.env.stderr_is_terminal && self.last_line.elapsed() >= QUIET {
+            self.last_line = Instant::now();
+            let eta = self.bar.eta().as_secs();
+            self.say(&format!(
+                "step {}/{} {line} ETA {eta} s",
+                record.step, self.total
+            ));
+        }
+        self.bar.set_message(line);
+    }
+
+    fn evaluated(&mut self, record: &EvalRecord) {
+        let mut line = format!("step {}: held-out perplexity", record.step);
+        for (domain, score) in &record.eval {
+            let _ = write!(line, " {domain} {:.1}", score.perplexity);
+        }
+        self.say(&line);
+    }
+
+    fn stop(&mut self) -> bool {
+        self.app.interrupt.requested()
+    }
+}
