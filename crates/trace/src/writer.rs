@@ -60,10 +60,10 @@ impl TraceWriter {
     /// [`TraceError::BadMeta`] for impossible counts, [`TraceError::Io`] when the folder cannot be written to.
     pub fn create(path: &Path, meta: &TraceMeta, columns: Columns) -> Result<Self, TraceError> {
         meta.check()?;
-        if path.is_dir() {
-            return Err(io("write a trace over the folder", path)(
-                std::io::ErrorKind::IsADirectory.into(),
-            ));
+        // The finished file is renamed over its target, which must not replace a folder, a device or a pipe.
+        if path.exists() && !path.is_file() {
+            let source = std::io::Error::other("it is not a regular file");
+            return Err(io("write a trace over", path)(source));
         }
         let temp = temporary_beside(path)?;
         let file = temp
@@ -487,6 +487,7 @@ mod tests {
         for path in [
             folder.path().to_path_buf(),
             folder.path().join("absent/t.parquet"),
+            PathBuf::from(if cfg!(unix) { "/dev/null" } else { "." }),
         ] {
             let error = TraceWriter::create(&path, &synthetic::meta(), Columns::default())
                 .err()
