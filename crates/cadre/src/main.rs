@@ -1,2 +1,27 @@
-//! The one binary.
-fn main() {}
+//! The one binary: reads argv and the environment, runs one command, prints, and sets the exit code.
+//!
+//! Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted.
+#![forbid(unsafe_code)]
+
+mod cli;
+mod commands;
+mod data;
+mod disk;
+mod embedded;
+mod env;
+mod experts;
+mod failure;
+mod interrupt;
+mod live;
+mod model;
+mod output;
+mod stop;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match cli::run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => ExitCode::from(failure::report(&error)),
+    }
+}

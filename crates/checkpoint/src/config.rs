@@ -10,6 +10,10 @@ use crate::keys::Keys;
 /// Architectures that this version reads.
 pub(crate) const KNOWN_MODEL_TYPES: &[&str] = &["qwen3_moe"];
 
+/// Experts of all layers together; far above any model, so that a damaged file cannot make
+/// readers reserve memory without end.
+const MAX_EXPERTS: usize = 1 << 22;
+
 /// What a model is made of. Both spellings of transformers 4 and 5 arrive here as one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
@@ -141,11 +145,16 @@ impl ModelConfig {
             );
             return complain("num_key_value_heads", problem);
         }
-        if !self.head_dim.is_multiple_of(2) {
-            return complain(
-                "head_dim",
-                format!("is {}, expected an even number", self.head_dim),
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
+            let problem = format!("is {}, expected a positive even number", self.head_dim);
+            return complain("head_dim", problem);
+        }
+        if self.n_layers.saturating_mul(self.n_experts) > MAX_EXPERTS {
+            let problem = format!(
+                "is {}, which with num_experts = {} makes more than {MAX_EXPERTS} experts",
+                self.n_layers, self.n_experts
             );
+            return complain("num_hidden_layers", problem);
         }
         if self.top_k > self.n_experts {
             let problem = format!(
@@ -447,6 +456,8 @@ mod tests {
         let cases = [
             ("hidden_size", json!("wide")),
             ("num_hidden_layers", json!(0)),
+            ("num_hidden_layers", json!(1_000_000)),
+            ("hidden_size", json!(1u64 << 40)),
             ("vocab_size", Value::Null),
             ("num_key_value_heads", json!(3)),
             ("head_dim", json!(15)),

@@ -11,6 +11,9 @@ pub(crate) struct Keys {
     map: Map<String, Value>,
 }
 
+/// Largest size of anything; the product of two of them still fits.
+const MAX_SIZE: usize = 1 << 31;
+
 impl Keys {
     pub(crate) fn parse(file: String, text: &str) -> Result<Self> {
         let value: Value = serde_json::from_str(text).map_err(|source| CheckpointError::Json {
@@ -69,8 +72,13 @@ impl Keys {
 
     fn as_size(&self, key: &str, value: &Value) -> Result<usize> {
         let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
-        size.filter(|size| *size > 0)
-            .ok_or_else(|| self.problem(key, format!("is {value}, expected a positive integer")))
+        size.filter(|size| (1..=MAX_SIZE).contains(size))
+            .ok_or_else(|| {
+                self.problem(
+                    key,
+                    format!("is {value}, expected an integer of 1 to {MAX_SIZE}"),
+                )
+            })
     }
 
     pub(crate) fn size(&self, key: &str) -> Result<usize> {

@@ -1,0 +1,116 @@
+//! The command line: global flags, the list of commands, and what every command gets.
+
+use std::io;
+
+use anyhow::Result;
+use clap::{ArgAction, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+#[cfg(feature = "train")]
+use crate::commands::train;
+use crate::commands::{completions, doctor, eval, inspect, logits, run, trace};
+use crate::env::Env;
+use crate::interrupt::Interrupt;
+use crate::output::ColorChoice;
+
+/// Runs Mixture-of-Experts models and shows what every expert does.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cadre",
+    version,
+    arg_required_else_help = true,
+    max_term_width = 100
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Colour of the output.
+    #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
+    color: ColorChoice,
+    /// More log lines on standard error; repeat for more. RUST_LOG overrides.
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Generate text.
+    Run(run::Args),
+    /// Record which experts every token uses, or show a recording.
+    Trace(trace::Args),
+    /// Train a model from a recipe, draw its curves, or measure training speed.
+    #[cfg(feature = "train")]
+    Train(train::Args),
+    /// Print raw logits of token ids, for checking against other engines.
+    Logits(logits::Args),
+    /// Measure a model on data.
+    Eval(eval::Args),
+    /// Show what is in a checkpoint.
+    Inspect(inspect::Args),
+    /// Show what this machine can do and what Cadre will choose.
+    Doctor(doctor::Args),
+    /// Print a completion script for a shell.
+    Completions(completions::Args),
+}
+
+/// What every command gets besides its own arguments.
+pub(crate) struct App {
+    /// The environment.
+    pub(crate) env: Env,
+    /// Ctrl-C.
+    pub(crate) interrupt: Interrupt,
+    /// Choice for standard output.
+    pub(crate) color: ColorChoice,
+}
+
+/// Parses argv and runs the command. Wrong usage ends the process with code 2 in here.
+pub(crate) fn run() -> Result<()> {
+    let cli = Cli::parse();
+    let env = Env::read();
+    start_logging(&env, cli.verbose);
+    let app = App {
+        interrupt: Interrupt::install()?,
+        color: cli.color,
+        env,
+    };
+    match cli.command {
+        Command::Run(args) => run::run(&app, &args),
+        #[cfg(feature = "train")]
+        Command::Train(args) => train::run(&app, &args),
+        Command::Trace(args) => trace::run(&app, &args),
+        Command::Logits(args) => logits::run(&app, &args),
+        Command::Eval(args) => eval::run(&app, &args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Doctor(args) => doctor::run(&app, &args),
+        Command::Completions(args) => completions::run(&args),
+    }
+}
+
+/// Log lines go to standard error: warnings, or more with `-v`.
+fn start_logging(env: &Env, verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    let filter = env.rust_log.as_deref().unwrap_or(level);
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(filter))
+        .with_ansi(env.allows_color && env.stderr_is_terminal)
+        .with_writer(io::stderr)
+        .without_time()
+        .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

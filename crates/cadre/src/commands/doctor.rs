@@ -1,0 +1,197 @@
+//! `cadre doctor`: what this machine can do, what Cadre will choose, and why.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use cadre_kernels::ThreadPool;
+use cadre_kernels::doctor::{bandwidth, cpu};
+use serde::Serialize;
+
+use crate::cli::App;
+use crate::disk;
+use crate::model::CheckpointArg;
+use crate::output::{Format, Out, bytes, spinner};
+
+/// Bytes read per pass: several times the last-level cache of common machines.
+const PASS: usize = 256 << 20;
+const N_PASSES: usize = 7;
+
+/// Arguments of `cadre doctor`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    checkpoint: CheckpointArg,
+    /// Also measure reading from the disk of this folder; writes and removes a 256 MiB file there.
+    #[arg(long, value_name = "FOLDER")]
+    disk: Option<PathBuf>,
+    /// Form of the result.
+    #[arg(short, long, value_name = "FORM", default_value = "text")]
+    output: Format,
+}
+
+/// The document behind `-o json`.
+#[derive(Debug, Serialize)]
+struct Report {
+    version: &'static str,
+    arch: &'static str,
+    features: Vec<Feature>,
+    kernels_available: Vec<&'static str>,
+    kernels_chosen: &'static str,
+    threads: usize,
+    memory_bytes: Option<u64>,
+    memory_bandwidth: Vec<Bandwidth>,
+    disk: Option<disk::Measured>,
+    model: Model,
+}
+
+#[derive(Debug, Serialize)]
+struct Feature {
+    name: &'static str,
+    present: bool,
+}
+
+/// Reading memory, bytes per second.
+#[derive(Debug, Serialize)]
+struct Bandwidth {
+    threads: usize,
+    median: f64,
+    best: f64,
+}
+
+/// What the measurements mean for a model held in memory.
+#[derive(Debug, Serialize)]
+struct Model {
+    name: String,
+    read_bytes_per_token: u64,
+    /// Decoding cannot be faster than this: bandwidth divided by bytes read per token.
+    bound_tokens_per_second: f64,
+}
+
+/// Measures and prints.
+pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
+    let checkpoint = args.checkpoint.open()?;
+    let progress = spinner(&app.env, "measuring memory".to_owned());
+    let cpu = cpu();
+    let mut n_threads = vec![1];
+    if cpu.n_threads > 1 {
+        n_threads.push(cpu.n_threads);
+    }
+    let memory_bandwidth: Vec<Bandwidth> = n_threads
+        .into_iter()
+        .map(|threads| {
+            let measured = bandwidth(&ThreadPool::new(threads), PASS, N_PASSES);
+            Bandwidth {
+                threads,
+                median: measured.median,
+                best: measured.best,
+            }
+        })
+        .collect();
+    progress.set_message("measuring the disk");
+    // Ctrl-C waits for the measurement, which removes its file.
+    let guard = app.interrupt.guard();
+    let disk = args.disk.as_deref().map(disk::measure).transpose()?;
+    drop(guard);
+    progress.finish_and_clear();
+    app.interrupt.check()?;
+    let read_bytes_per_token = super::inspect::read_bytes_per_token(&checkpoint)?;
+    let best = memory_bandwidth
+        .iter()
+        .map(|one| one.median)
+        .fold(0.0, f64::max);
+    let report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        arch: cpu.arch,
+        features: cpu
+            .features
+            .iter()
+            .map(|&(name, present)| Feature { name, present })
+            .collect(),
+        kernels_available: cpu.available.iter().map(|isa| isa.name()).collect(),
+        kernels_chosen: cpu.chosen.name(),
+        threads: cpu.n_threads,
+        memory_bytes: memory_bytes(),
+        memory_bandwidth,
+        disk,
+        model: Model {
+            name: checkpoint.origin().to_owned(),
+            read_bytes_per_token,
+            bound_tokens_per_second: best / read_bytes_per_token.max(1) as f64,
+        },
+    };
+    let mut out = Out::new();
+    match args.output {
+        Format::Json => out.json(&report)?,
+        Format::Text => out.write(&text(&report))?,
+    }
+    out.finish()
+}
+
+/// Memory of the machine, where the system says it in a file.
+fn memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
+fn text(report: &Report) -> String {
+    let mut text = String::new();
+    let mut line = |label: &str, value: String| {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{label:<14} {value}");
+    };
+    let features: Vec<_> = report
+        .features
+        .iter()
+        .map(|one| format!("{}{}", if one.present { "+" } else { "-" }, one.name))
+        .collect();
+    line("cadre", report.version.to_owned());
+    line(
+        "processor",
+        format!("{} {}", report.arch, features.join(" ")),
+    );
+    line(
+        "kernels",
+        format!(
+            "{} (the last of those that this processor runs: {})",
+            report.kernels_chosen,
+            report.kernels_available.join(", ")
+        ),
+    );
+    line(
+        "threads",
+        format!(
+            "{} (all that the system grants; -t to change)",
+            report.threads
+        ),
+    );
+    line(
+        "memory",
+        report
+            .memory_bytes
+            .map_or_else(|| "unknown".to_owned(), bytes),
+    );
+    for one in &report.memory_bandwidth {
+        let rates = format!("{:.1} GB/s, best {:.1}", one.median / 1e9, one.best / 1e9);
+        line("reading", format!("{rates} with {} thread(s)", one.threads));
+    }
+    match &report.disk {
+        Some(disk) => line("disk", disk.to_string()),
+        None => line("disk", "not measured; pass --disk FOLDER".to_owned()),
+    }
+    let model = &report.model;
+    line(
+        "model",
+        format!(
+            "{}: reads {} per token, so at most {:.0} tokens/s from memory",
+            model.name,
+            bytes(model.read_bytes_per_token),
+            model.bound_tokens_per_second
+        ),
+    );
+    text
+}

@@ -1,0 +1,11 @@
+//! One file per command: its arguments, and a thin `run` that calls the libraries and prints.
+
+pub(crate) mod completions;
+pub(crate) mod doctor;
+pub(crate) mod eval;
+pub(crate) mod inspect;
+pub(crate) mod logits;
+pub(crate) mod run;
+pub(crate) mod trace;
+#[cfg(feature = "train")]
+pub(crate) mod train;

@@ -1,0 +1,251 @@
+//! `cadre run`: generates text, and on request shows its experts.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::io::Read;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use cadre_engine::{Finish, GenerateOptions, SamplingOptions, SessionOptions, generate};
+use serde::Serialize;
+
+use crate::cli::App;
+use crate::experts::{ExpertView, ExpertWatch};
+use crate::failure::Failure;
+use crate::live::Live;
+use crate::model::ModelArgs;
+use crate::output::{Format, Out, note};
+
+/// Arguments of `cadre run`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Text to continue.
+    #[arg(short, long, value_name = "TEXT", conflicts_with = "file")]
+    prompt: Option<String>,
+    /// File with the text to continue. Without -p and -f it is read from standard input.
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Most tokens to generate.
+    #[arg(
+        short = 'n',
+        long = "predict",
+        visible_alias = "n-predict",
+        value_name = "N"
+    )]
+    #[arg(default_value_t = 200)]
+    n_predict: usize,
+    /// Longest prompt and answer together, in tokens; 0 means what the model allows, up to 4096.
+    #[arg(short, long, value_name = "N", default_value_t = 0)]
+    ctx_size: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// Stop before this text; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Colour every token by its leading expert, and print what the experts did.
+    #[arg(long)]
+    experts: bool,
+    /// Layer whose experts colour the text; by default the one that tells domains apart best.
+    #[arg(long, value_name = "LAYER", requires = "experts")]
+    layer: Option<usize>,
+    /// Print only the new text, not the prompt before it.
+    #[arg(long)]
+    no_echo: bool,
+    /// Form of the result.
+    #[arg(short, long, value_name = "FORM", default_value = "text")]
+    output: Format,
+}
+
+/// How tokens are drawn.
+#[derive(Debug, clap::Args)]
+struct SamplingArgs {
+    /// Temperature; 0 always takes the most probable token.
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    temp: f32,
+    /// Draw from this many of the most probable tokens; 0 turns it off.
+    #[arg(long, value_name = "K", default_value_t = 40)]
+    top_k: usize,
+    /// Draw from the most probable tokens that have this much probability together; 1 is off.
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    top_p: f32,
+    /// Draw from tokens at least this probable relative to the most probable one; 0 is off.
+    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    min_p: f32,
+    /// Make tokens that occurred less probable; 1 is off.
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    repeat_penalty: f32,
+    /// Seed of the draws; without it, every run differs.
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    fn options(&self) -> SamplingOptions {
+        SamplingOptions {
+            temperature: self.temp,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repeat_penalty,
+            // A new hasher is seeded by the operating system.
+            seed: self
+                .seed
+                .unwrap_or_else(|| RandomState::new().build_hasher().finish()),
+        }
+    }
+}
+
+/// The document behind `-o json`.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    model: &'a str,
+    prompt: &'a str,
+    text: &'a str,
+    prompt_tokens: &'a [u32],
+    tokens: &'a [u32],
+    finish: &'static str,
+    seed: u64,
+    prompt_tokens_per_second: f64,
+    tokens_per_second: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    experts: Option<&'a cadre_trace::Stats>,
+}
+
+/// Generates and prints.
+pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
+    let prompt = read_prompt(app, args)?;
+    let sampling = args.sampling.options();
+    sampling
+        .check()
+        .map_err(|error| Failure::usage(error.to_string()))?;
+    let loaded = args.model.load(app)?;
+    let tokenizer = loaded.tokenizer()?;
+    let ids = tokenizer.encode(&prompt)?;
+    let options = SessionOptions {
+        n_ctx: (args.ctx_size > 0).then_some(args.ctx_size),
+        ..SessionOptions::default()
+    };
+    let mut session = loaded.model.session(&options)?;
+    check_room(&ids, session.n_ctx(), loaded.model.info().max_context)?;
+    let view = match args.experts {
+        true => Some(ExpertView::new(app, &loaded, args.layer)?),
+        false => None,
+    };
+    let watch = view
+        .as_ref()
+        .map(|view| Ok::<_, anyhow::Error>((view, view.watch(&ids)?)));
+
+    // From here on Ctrl-C is polled, so that colours end and what was written stays readable.
+    let guard = app.interrupt.guard();
+    let out = (args.output == Format::Text).then(Out::new);
+    let mut live = Live::new(
+        &tokenizer,
+        &args.stop,
+        &app.interrupt,
+        out,
+        watch.transpose()?,
+    );
+    if !args.no_echo {
+        live.echo(&ids)?;
+    }
+    let generating = GenerateOptions {
+        max_new_tokens: args.n_predict,
+        stop_tokens: loaded.model.info().eos_token_ids.clone(),
+        sampling,
+    };
+    let generated = generate(&*loaded.model, &mut session, &ids, &generating, &mut live)?;
+    let transcript = live.finish()?;
+    drop(guard);
+    app.interrupt.check()?;
+
+    let rates = transcript.clock.rates(ids.len(), generated.tokens.len());
+    // Nothing was routed when nothing was asked for.
+    let watch = transcript.experts.filter(|_| args.n_predict > 0);
+    let stats = watch.map(ExpertWatch::finish).transpose()?;
+    let mut out = Out::new();
+    if args.output == Format::Json {
+        out.json(&Report {
+            model: loaded.checkpoint.origin(),
+            prompt: &prompt,
+            text: &transcript.text,
+            prompt_tokens: &ids,
+            tokens: &generated.tokens,
+            finish: finish_name(generated.finish, transcript.stopped),
+            seed: sampling.seed,
+            prompt_tokens_per_second: rates.prompt,
+            tokens_per_second: rates.new,
+            experts: stats.as_ref(),
+        })?;
+    } else if let (Some(view), Some(stats)) = (&view, &stats) {
+        out.write(&view.summary(stats)?)?;
+    }
+    out.finish()?;
+    note(&app.env, &format!("{rates}; seed {}", sampling.seed));
+    Ok(())
+}
+
+fn finish_name(finish: Finish, stop_string: bool) -> &'static str {
+    match finish {
+        Finish::Length => "length",
+        Finish::StopToken(_) => "stop_token",
+        Finish::ContextFull => "context_full",
+        Finish::Stopped if stop_string => "stop_string",
+        Finish::Stopped => "interrupted",
+    }
+}
+
+/// The prompt from -p, -f or standard input; never empty.
+fn read_prompt(app: &App, args: &Args) -> Result<String> {
+    let prompt = match (&args.prompt, &args.file) {
+        (Some(prompt), _) => prompt.clone(),
+        (None, Some(path)) => {
+            let text = std::fs::read_to_string(path);
+            without_line_end(
+                text.with_context(|| format!("cannot read the prompt file {}", path.display()))?,
+            )
+        }
+        (None, None) if app.env.stdin_is_terminal => {
+            let hint = "pass -p TEXT or -f FILE, or pipe text in";
+            return Err(Failure::usage("there is no prompt").hint(hint).into());
+        }
+        (None, None) => {
+            let mut text = String::new();
+            let read = std::io::stdin().read_to_string(&mut text);
+            read.context("cannot read the prompt from standard input")?;
+            without_line_end(text)
+        }
+    };
+    if prompt.is_empty() {
+        let hint = "give the model something to continue, such as -p \"Once upon a time\"";
+        return Err(Failure::usage("the prompt is empty").hint(hint).into());
+    }
+    Ok(prompt)
+}
+
+/// Editors and `echo` end files with a line break that nobody means as part of the prompt.
+fn without_line_end(mut text: String) -> String {
+    if text.ends_with('\n') {
+        text.pop();
+    }
+    if text.ends_with('\r') {
+        text.pop();
+    }
+    text
+}
+
+/// Refuses a prompt that leaves no room for even one new token.
+fn check_room(prompt: &[u32], n_ctx: usize, limit: usize) -> Result<()> {
+    if prompt.len() <= n_ctx {
+        return Ok(());
+    }
+    let n_tokens = prompt.len();
+    let message = format!("the prompt has {n_tokens} tokens, but the context holds {n_ctx}");
+    let hint = if n_tokens <= limit {
+        format!("pass -c {limit}, the limit of the model, or shorten the prompt")
+    } else {
+        format!("shorten the prompt; {limit} tokens is the limit of the model")
+    };
+    Err(Failure::new(message).hint(hint).into())
+}

@@ -1,0 +1,308 @@
+//! `cadre trace`: records which experts every token uses, and shows recordings.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use cadre_checkpoint::Tokenizer;
+use cadre_engine::{Logits, Model, Observer, RoutingEvent, Session, SessionOptions};
+use cadre_trace::{
+    Columns, Profile, Stats, StatsOptions, Step, TraceWriter, Written, html, picture, show,
+};
+use clap::Subcommand;
+
+use crate::cli::App;
+use crate::data::{self, Document};
+use crate::experts;
+use crate::failure::Failure;
+use crate::model::ModelArgs;
+use crate::output::{Format, Out, bar, bytes, note};
+
+/// Arguments of `cadre trace`.
+#[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    what: Option<What>,
+    #[command(flatten)]
+    record: RecordArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Show load, entropy, dead and hot experts of a recording.
+    Show(ShowArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct RecordArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// JSON lines with `domain` and `text`, or plain text; may be given several times.
+    #[arg(long, value_name = "FILE", required = true)]
+    data: Vec<PathBuf>,
+    /// Parquet file to write.
+    // Required, which the type cannot say: `trace show` comes without it.
+    #[arg(short, long, value_name = "FILE", required = true)]
+    output: Option<PathBuf>,
+    /// Tokens per sequence; longer documents become several. 0 means what the model allows, up to
+    /// 4096.
+    #[arg(short, long, value_name = "N", default_value_t = 0)]
+    ctx_size: usize,
+    /// Also record the router logits of every token.
+    #[arg(long)]
+    logits: bool,
+    /// Also record the output norm of every picked expert.
+    #[arg(long)]
+    norms: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct ShowArgs {
+    /// The recording.
+    trace: PathBuf,
+    /// Write one self-contained page with a heat map to this file.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Write a picture of the load per domain to this file.
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Write what the experts are for to this file; as `profile.json` in a checkpoint, it is shown
+    /// by `run --experts`.
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
+    /// Form of the result.
+    #[arg(short, long, value_name = "FORM", default_value = "text")]
+    output: Format,
+}
+
+/// Records or shows.
+pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
+    match (&args.what, &args.record.output) {
+        (Some(What::Show(args)), _) => show_trace(app, args),
+        (None, Some(output)) => record(app, &args.record, output),
+        (None, None) => Err(Failure::usage("there is no file to write: pass -o FILE").into()),
+    }
+}
+
+fn record(app: &App, args: &RecordArgs, output: &Path) -> Result<()> {
+    refuse_special_file(output)?;
+    let mut documents = Vec::new();
+    for path in &args.data {
+        documents.extend(data::read(path)?);
+    }
+    let loaded = args.model.load(app)?;
+    let info = loaded.model.info();
+    if info.moe_layers.is_empty() {
+        return Err(Failure::new("the model has no layers with experts: nothing to trace").into());
+    }
+    let sequences = cut(
+        &documents,
+        &loaded.tokenizer()?,
+        args.ctx_size,
+        info.max_context,
+    )?;
+    let n_tokens = sequences.iter().map(|one| one.tokens.len() as u64).sum();
+
+    // From here on Ctrl-C is polled, so that the unfinished file is removed.
+    let _guard = app.interrupt.guard();
+    let columns = Columns {
+        logits: args.logits,
+        norms: args.norms,
+    };
+    let writer = TraceWriter::create(output, &experts::meta(info), columns)?;
+    let mut recorder = Recorder {
+        writer,
+        columns,
+        current: None,
+        error: None,
+    };
+    let n_ctx = sequences.iter().map(|one| one.tokens.len()).max();
+    let mut session = loaded.model.session(&SessionOptions {
+        n_ctx,
+        ..SessionOptions::default()
+    })?;
+    let progress = bar(&app.env, "tokens", n_tokens);
+    for sequence in sequences {
+        progress.inc(recorder.sequence(app, &*loaded.model, &mut session, sequence)?);
+    }
+    progress.finish_and_clear();
+    let Written { n_rows, n_bytes } = recorder.writer.finish()?;
+    note(
+        &app.env,
+        &format!(
+            "{}: {n_rows} rows of {n_tokens} tokens ({}), {}",
+            output.display(),
+            data::summary(&documents),
+            bytes(n_bytes)
+        ),
+    );
+    Ok(())
+}
+
+/// A finished trace is renamed over its target, which must not be a device or a pipe.
+fn refuse_special_file(path: &Path) -> Result<()> {
+    match std::fs::metadata(path) {
+        Ok(metadata) if !metadata.is_file() => {
+            let message = format!("{} is not a regular file", path.display());
+            Err(Failure::new(message)
+                .hint("pass the name of a file to write")
+                .into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// One sequence to trace.
+struct Sequence {
+    number: u32,
+    domain: String,
+    tokens: Vec<u32>,
+}
+
+/// Tokenises, and cuts documents that are longer than the context.
+fn cut(
+    documents: &[Document],
+    tokenizer: &Tokenizer,
+    ctx_size: usize,
+    limit: usize,
+) -> Result<Vec<Sequence>> {
+    let window = if ctx_size > 0 {
+        ctx_size
+    } else {
+        limit.min(4096)
+    };
+    let mut sequences = Vec::new();
+    for document in documents {
+        for tokens in tokenizer.encode(&document.text)?.chunks(window) {
+            let number = u32::try_from(sequences.len()).context("too many sequences")?;
+            let domain = document.domain.clone();
+            sequences.push(Sequence {
+                number,
+                domain,
+                tokens: tokens.to_vec(),
+            });
+        }
+    }
+    Ok(sequences)
+}
+
+/// Passes what it observes on to the file.
+struct Recorder {
+    writer: TraceWriter,
+    columns: Columns,
+    current: Option<Sequence>,
+    error: Option<anyhow::Error>,
+}
+
+impl Recorder {
+    /// Records one sequence; returns its tokens.
+    fn sequence(
+        &mut self,
+        app: &App,
+        model: &dyn Model,
+        session: &mut Session,
+        sequence: Sequence,
+    ) -> Result<u64> {
+        session.rewind(0);
+        let tokens = sequence.tokens.clone();
+        self.current = Some(sequence);
+        for chunk in tokens.chunks(session.chunk()) {
+            app.interrupt.check()?;
+            model.forward(session, chunk, Logits::None, self)?;
+            if let Some(error) = self.error.take() {
+                return Err(error);
+            }
+        }
+        Ok(tokens.len() as u64)
+    }
+
+    fn push(&mut self, event: &RoutingEvent<'_>) -> Result<()> {
+        let Some(sequence) = &self.current else {
+            return Ok(());
+        };
+        let first = event.first_position;
+        self.writer.push(&Step {
+            seq: sequence.number,
+            first_pos: u32::try_from(first).context("the sequence is too long to trace")?,
+            tokens: &sequence.tokens[first..first + event.routing.n_tokens()],
+            domain: &sequence.domain,
+            layer: event.layer,
+            routing: event.routing,
+            logits: self.columns.logits.then_some(event.logits),
+            norms: self.columns.norms.then_some(event.norms),
+        })?;
+        Ok(())
+    }
+}
+
+impl Observer for Recorder {
+    fn routed(&mut self, event: &RoutingEvent<'_>) {
+        if self.error.is_none()
+            && let Err(error) = self.push(event)
+        {
+            self.error = Some(error);
+        }
+    }
+
+    fn wants_norms(&self) -> bool {
+        self.columns.norms
+    }
+}
+
+fn show_trace(app: &App, args: &ShowArgs) -> Result<()> {
+    let stats = Stats::from_file(&args.trace, &StatsOptions::default())?;
+    let title = args.trace.file_stem().unwrap_or_default().to_string_lossy();
+    let mut files = Vec::new();
+    if let Some(path) = &args.html {
+        files.push((path, html::page(&stats, &title)));
+    }
+    if let Some(path) = &args.svg {
+        let order = picture::ExpertOrder::HomeDomain;
+        let options = picture::SvgOptions {
+            order,
+            ..picture::SvgOptions::default()
+        };
+        files.push((path, picture::domain_svg(&stats, &options)));
+    }
+    if let Some(path) = &args.profile {
+        files.push((path, Profile::from_stats(&stats).to_json()));
+    }
+    for (path, text) in files {
+        write_file(path, &text)?;
+        note(&app.env, &format!("wrote {}", path.display()));
+    }
+    let mut out = Out::new();
+    match args.output {
+        Format::Json => out.json(&stats)?,
+        Format::Text => {
+            let colour = app.color.on_stdout(&app.env);
+            let options = show::TextOptions {
+                colour,
+                max_width: app.env.width.max(80),
+            };
+            out.write(&show::text(&stats, &options))?;
+        }
+    }
+    out.finish()
+}
+
+/// Writes a whole file or nothing.
+fn write_file(path: &Path, text: &str) -> Result<()> {
+    refuse_special_file(path)?;
+    let shown = path.display();
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let temporary = folder.join(format!(
+        ".{}.partial-{}",
+        path.file_name().unwrap_or_default().to_string_lossy(),
+        std::process::id()
+    ));
+    let written = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, path));
+    if written.is_err() {
+        // It may not exist; the first error is the one to tell.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written.with_context(|| format!("cannot write {shown}"))
+}

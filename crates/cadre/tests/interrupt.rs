@@ -1,0 +1,102 @@
+//! Ctrl-C ends every long command with 130, and unfinished files disappear.
+#![cfg(unix)]
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod common;
+
+use std::fs;
+use std::io::Read;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{arg, cadre, tiny};
+
+fn interrupt(child: &Child) {
+    let sent = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(sent.success());
+}
+
+/// Waits until `ready` holds, and fails rather than hanging.
+fn wait_until(what: &str, mut ready: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !ready() {
+        assert!(start.elapsed() < Duration::from_secs(60), "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_trace_in_progress_is_removed() {
+    let model = tiny();
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("d.txt");
+    fs::write(&data, "the cat sat on the mill. ".repeat(100_000)).unwrap();
+    let out = folder.path().join("t.parquet");
+    let args = [
+        "trace",
+        "-m",
+        arg(model.path()),
+        "--data",
+        arg(&data),
+        "-o",
+        arg(&out),
+    ];
+    let child = cadre(&args).stderr(Stdio::piped()).spawn().unwrap();
+    let n_entries = || fs::read_dir(folder.path()).unwrap().count();
+    wait_until("the temporary file appears", || n_entries() == 2);
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert!(
+        output.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert_eq!(n_entries(), 1, "only the data is left");
+}
+
+#[test]
+fn waiting_for_a_prompt_ends_at_once() {
+    let mut child = cadre(&["run"]).stdin(Stdio::piped()).spawn().unwrap();
+    // The handler is installed before anything else is done; a moment is enough.
+    std::thread::sleep(Duration::from_millis(500));
+    interrupt(&child);
+    wait_until("the command ends", || child.try_wait().unwrap().is_some());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+}
+
+#[test]
+fn running_text_ends_with_a_line_break() {
+    let model = cadre_testkit::TinyMoe::default()
+        .configure(|config| {
+            config.max_position_embeddings = 100_000;
+            config.eos_token_ids.clear();
+        })
+        .build()
+        .unwrap();
+    let path = arg(model.path());
+    let args = [
+        "run", "-m", path, "-p", "the", "-n", "99999", "-c", "100000",
+    ];
+    let mut child = cadre(&args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut text = vec![0; 16];
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut text).unwrap();
+    interrupt(&child);
+    stdout.read_to_end(&mut text).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert!(
+        output.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert_eq!(text.last(), Some(&b'\n'));
+}
