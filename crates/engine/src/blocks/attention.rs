@@ -50,6 +50,12 @@ impl AttentionScratch {
 }
 
 impl Attention {
+    /// Bytes of the matrices.
+    pub(crate) fn n_bytes(&self) -> usize {
+        let matrices = [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj];
+        matrices.iter().map(|matrix| matrix.n_bytes()).sum()
+    }
+
     /// `out_td = attention(x_td)`; stores the chunk's keys and values in `kv`.
     pub(crate) fn forward(
         &self,

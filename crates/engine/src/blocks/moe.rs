@@ -70,6 +70,11 @@ impl MoeScratch {
 }
 
 impl Moe {
+    /// Bytes of the router and all experts.
+    pub(crate) fn n_bytes(&self) -> usize {
+        self.gate.n_bytes() + self.experts.n_bytes()
+    }
+
     /// `out_td = sum over picks of weight * expert(x_td)`; tells `observer` about the routing.
     pub(crate) fn forward(
         &self,

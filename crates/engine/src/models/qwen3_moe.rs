@@ -45,6 +45,17 @@ enum FeedForward {
     Dense(SwiGlu),
 }
 
+impl Layer {
+    /// Bytes of the matrices; norms are negligible.
+    fn n_bytes(&self) -> usize {
+        let mlp = match &self.mlp {
+            FeedForward::Moe(moe) => moe.n_bytes(),
+            FeedForward::Dense(dense) => dense.n_bytes(),
+        };
+        self.self_attn.n_bytes() + mlp
+    }
+}
+
 /// Loads a checkpoint whose tensor names and shapes have been checked.
 pub(crate) fn load(
     checkpoint: &Checkpoint,
@@ -288,6 +299,7 @@ impl Qwen3Moe {
     ) -> Result<()> {
         let d = self.info.d_model;
         let n = tokens.len() * d;
+        let kernels = self.compute.kernels();
         let position = session.position;
         let Scratch {
             hidden,
@@ -317,7 +329,7 @@ impl Qwen3Moe {
             layer
                 .self_attn
                 .forward(step, normed, block_out, kv, (attention, matmul));
-            add(hidden, block_out);
+            kernels.axpy(1.0, block_out, hidden);
             layer
                 .post_attention_layernorm
                 .forward(compute, hidden, normed);
@@ -333,7 +345,7 @@ impl Qwen3Moe {
                     block.forward(compute, normed, block_out, (&mut moe.ffn, matmul));
                 }
             }
-            add(hidden, block_out);
+            kernels.axpy(1.0, block_out, hidden);
         }
         Ok(())
     }
@@ -372,29 +384,8 @@ impl Qwen3Moe {
     }
 
     fn weight_bytes(&self) -> u64 {
-        let layer_bytes = |layer: &Layer| {
-            let attention = &layer.self_attn;
-            let projections = [
-                &attention.q_proj,
-                &attention.k_proj,
-                &attention.v_proj,
-                &attention.o_proj,
-            ];
-            let mlp = match &layer.mlp {
-                FeedForward::Moe(moe) => moe.gate.n_bytes() + moe.experts.n_bytes(),
-                FeedForward::Dense(dense) => dense.n_bytes(),
-            };
-            projections.iter().map(|m| m.n_bytes()).sum::<usize>() + mlp
-        };
         let head = self.lm_head.as_ref().map_or(0, Matrix::n_bytes);
-        let layers = self.layers.iter().map(layer_bytes).sum::<usize>();
+        let layers = self.layers.iter().map(Layer::n_bytes).sum::<usize>();
         (self.embed_tokens.n_bytes() + head + layers) as u64
-    }
-}
-
-/// `x += y`.
-fn add(x: &mut [f32], y: &[f32]) {
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
     }
 }
