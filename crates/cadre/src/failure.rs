@@ -62,9 +62,7 @@ pub(crate) fn report(error: &anyhow::Error) -> u8 {
     if is_broken_pipe(error) {
         return 0;
     }
-    let failure = error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<Failure>());
+    let failure = error.downcast_ref::<Failure>();
     let code = failure.map_or(1, |failure| failure.code);
     if code == interrupt::EXIT {
         return code;
@@ -82,7 +80,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .any(|error| error.kind() == ErrorKind::BrokenPipe)
 }
 
-/// `error: ...`, then the causes that say something new, then hints.
+/// `error: ...`, then the causes that say something new, then the hint.
 fn render(error: &anyhow::Error) -> String {
     let mut text = format!("error: {error}\n");
     let mut before = error.to_string();
@@ -93,10 +91,10 @@ fn render(error: &anyhow::Error) -> String {
         }
         before = message;
     }
-    let failures = error
-        .chain()
-        .filter_map(|cause| cause.downcast_ref::<Failure>());
-    for hint in failures.filter_map(|failure| failure.hint.as_ref()) {
+    if let Some(Failure {
+        hint: Some(hint), ..
+    }) = error.downcast_ref()
+    {
         text += &format!("hint: {hint}\n");
     }
     text
@@ -119,6 +117,8 @@ mod tests {
         let error: anyhow::Error = Failure::usage("b").into();
         let error = error.context("a");
         assert_eq!(render(&error), "error: a\n  caused by: b\n");
+        let error = anyhow::anyhow!("b").context(Failure::new("a").hint("c"));
+        assert_eq!(render(&error), "error: a\n  caused by: b\nhint: c\n");
     }
 
     #[test]

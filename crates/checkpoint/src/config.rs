@@ -322,7 +322,7 @@ fn refuse_rope_scaling(keys: &Keys, key: &str) -> Result<()> {
         };
         if !harmless {
             let reason = "only the unscaled `default` rotation is implemented";
-            return Err(keys.unsupported(&format!("{key}.{name}"), entry, reason));
+            return Err(keys.unsupported(key, value, reason));
         }
     }
     Ok(())
@@ -428,11 +428,7 @@ mod tests {
                 json!({"type": "yarn", "factor": 4.0}),
                 "rope_scaling",
             ),
-            (
-                "rope_parameters",
-                json!({"rope_type": "linear"}),
-                "rope_parameters.rope_type",
-            ),
+            ("rope_parameters", json!({"rope_type": "linear"}), "linear"),
             (
                 "quantization_config",
                 json!({"quant_method": "gptq"}),

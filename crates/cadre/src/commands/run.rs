@@ -62,19 +62,39 @@ pub(crate) struct Args {
 #[derive(Debug, clap::Args)]
 struct SamplingArgs {
     /// Temperature; 0 always takes the most probable token.
-    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    #[arg(
+        long,
+        value_name = "T",
+        default_value_t = 0.8,
+        allow_negative_numbers = true
+    )]
     temp: f32,
     /// Draw from this many of the most probable tokens; 0 turns it off.
     #[arg(long, value_name = "K", default_value_t = 40)]
     top_k: usize,
     /// Draw from the most probable tokens that have this much probability together; 1 is off.
-    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 0.95,
+        allow_negative_numbers = true
+    )]
     top_p: f32,
     /// Draw from tokens at least this probable relative to the most probable one; 0 is off.
-    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 0.05,
+        allow_negative_numbers = true
+    )]
     min_p: f32,
     /// Make tokens that occurred less probable; 1 is off.
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    #[arg(
+        long,
+        value_name = "R",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
     repeat_penalty: f32,
     /// Seed of the draws; without it, every run differs.
     #[arg(long, value_name = "N")]

@@ -1,15 +1,11 @@
 //! Ctrl-C ends every long command with 130, and unfinished files disappear.
-#![cfg(unix)]
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
-
-mod common;
 
 use std::fs;
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{arg, cadre, tiny};
+use crate::common::{arg, cadre, tiny};
 
 fn interrupt(child: &Child) {
     let sent = Command::new("kill")

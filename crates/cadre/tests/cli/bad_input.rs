@@ -1,14 +1,11 @@
 //! Bad input: one clear error that names the thing, the right exit code, and nothing left behind.
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
-
-mod common;
 
 use std::fs;
 use std::path::Path;
 
+use crate::common::{arg, cadre, failure, output, tiny};
 use cadre_checkpoint::TensorData;
 use cadre_testkit::{TinyFolder, TinyMoe};
-use common::{arg, cadre, failure, output, tiny};
 
 /// Fails with `code` and names every one of `words`.
 #[track_caller]

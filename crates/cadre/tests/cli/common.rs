@@ -40,7 +40,11 @@ pub(crate) fn json(args: &[&str]) -> serde_json::Value {
 pub(crate) fn failure(args: &[&str]) -> (i32, String) {
     let output = output(args);
     let errors = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(errors.matches("error: ").count(), 1, "{args:?}: {errors}");
+    let n_errors = errors
+        .lines()
+        .filter(|line| line.starts_with("error: "))
+        .count();
+    assert_eq!(n_errors, 1, "{args:?}: {errors}");
     assert!(!errors.contains("panicked"), "{args:?}: {errors}");
     (output.status.code().unwrap(), errors)
 }

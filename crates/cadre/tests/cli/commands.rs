@@ -1,14 +1,11 @@
 //! Every command does its work on a tiny checkpoint, and its JSON keeps its promises.
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
-
-mod common;
 
 use std::fs;
 use std::io::Write;
 use std::process::Stdio;
 
+use crate::common::{arg, cadre, json, output, stdout, tiny};
 use cadre_testkit::{TinyFolder, TinyMoe, assert_close};
-use common::{arg, cadre, json, output, stdout, tiny};
 use serde_json::Value;
 
 const DATA: &str = "{\"domain\": \"code\", \"text\": \"let x = 12 + 30; let y = x * 2;\"}\n\
