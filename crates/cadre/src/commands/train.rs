@@ -58,9 +58,13 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     if let Some(file) = &args.plot {
         let logs: Vec<_> = recipes
             .iter()
-            .map(|recipe| (recipe.name.clone(), recipe.output.dir.join("log.jsonl")))
+            .map(|recipe| (&*recipe.name, recipe.output.dir.join("log.jsonl")))
             .collect();
-        return Ok(cadre_train::plot::draw(&logs, file)?);
+        let runs: Vec<_> = logs
+            .iter()
+            .map(|(name, log)| (*name, log.as_path()))
+            .collect();
+        return Ok(cadre_train::plot::draw(&runs, file)?);
     }
     let [recipe] = recipes.as_slice() else {
         return Err(

@@ -6,3 +6,5 @@ mod commands;
 mod common;
 #[cfg(unix)]
 mod interrupt;
+#[cfg(feature = "train")]
+mod train;
