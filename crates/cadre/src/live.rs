@@ -9,9 +9,10 @@ use anyhow::Result;
 use cadre_checkpoint::{TokenStream, Tokenizer};
 use cadre_engine::{Hooks, Observer, RoutingEvent};
 
+use crate::cli::App;
 use crate::experts::{ExpertView, ExpertWatch};
 use crate::interrupt::Interrupt;
-use crate::output::Out;
+use crate::output::{Out, harmless};
 use crate::stop::StopMatcher;
 
 /// Follows one generation. Errors of printing break it and come out of [`Live::finish`].
@@ -22,6 +23,8 @@ pub(crate) struct Live<'a> {
     interrupt: &'a Interrupt,
     /// Where the text is shown while it grows, if it is.
     out: Option<Out>,
+    /// Whether that is a terminal.
+    on_terminal: bool,
     experts: Option<(&'a ExpertView, ExpertWatch)>,
     /// Text whose expert is not known yet, with its position.
     waiting: VecDeque<(String, usize)>,
@@ -48,7 +51,7 @@ impl<'a> Live<'a> {
     pub(crate) fn new(
         tokenizer: &'a Tokenizer,
         stops: &[String],
-        interrupt: &'a Interrupt,
+        app: &'a App,
         out: Option<Out>,
         experts: Option<(&'a ExpertView, ExpertWatch)>,
     ) -> Self {
@@ -56,8 +59,9 @@ impl<'a> Live<'a> {
             tokenizer,
             stream: tokenizer.stream(),
             stops: StopMatcher::new(stops),
-            interrupt,
+            interrupt: &app.interrupt,
             out,
+            on_terminal: app.env.stdout_is_terminal,
             experts,
             waiting: VecDeque::new(),
             text: String::new(),
@@ -84,6 +88,9 @@ impl<'a> Live<'a> {
         if self.experts.is_some() {
             self.waiting.push_back((text, position));
             return Ok(());
+        }
+        if self.on_terminal {
+            return out.write_now(&harmless(&text));
         }
         out.write_now(&text)
     }

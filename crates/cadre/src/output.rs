@@ -83,6 +83,13 @@ impl Out {
     }
 }
 
+/// Generated text without control characters, which could steer a terminal; line breaks and tabs
+/// stay.
+pub(crate) fn harmless(text: &str) -> String {
+    let is_harmful = |c: char| c.is_control() && c != '\n' && c != '\t';
+    text.replace(is_harmful, "\u{fffd}")
+}
+
 /// A bar over `n_steps` of `what`, on standard error and only on a terminal.
 pub(crate) fn bar(env: &Env, what: &'static str, n_steps: u64) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(n_steps), target(env));
@@ -149,5 +156,10 @@ mod tests {
         assert_eq!(count(3_300_000_000), "3.30 G");
         assert_eq!(bytes(1536), "1.50 KiB");
         assert_eq!(bytes(12), "12 B");
+    }
+
+    #[test]
+    fn text_cannot_steer_the_terminal() {
+        assert_eq!(harmless("a\tb\n\u{1b}[2J\u{e9}"), "a\tb\n\u{fffd}[2J\u{e9}");
     }
 }

@@ -160,13 +160,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     // From here on Ctrl-C is polled, so that colours end and what was written stays readable.
     let guard = app.interrupt.guard();
     let out = (args.output == Format::Text).then(Out::new);
-    let mut live = Live::new(
-        &tokenizer,
-        &args.stop,
-        &app.interrupt,
-        out,
-        watch.transpose()?,
-    );
+    let mut live = Live::new(&tokenizer, &args.stop, app, out, watch.transpose()?);
     if !args.no_echo {
         live.echo(&ids)?;
     }

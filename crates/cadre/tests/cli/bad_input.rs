@@ -244,6 +244,18 @@ fn data_files() {
     assert_eq!(entries(folder.path()), ["data.jsonl"]);
 }
 
+#[cfg(feature = "train")]
+#[test]
+fn recipes() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = folder.path().join("r.toml");
+    refused(&["train", arg(&recipe)], 1, &["r.toml"]);
+    fs::write(&recipe, "nonsense = 1\n").unwrap();
+    refused(&["train", arg(&recipe)], 1, &["r.toml", "nonsense"]);
+    refused(&["train"], 2, &["RECIPE"]);
+    assert_eq!(entries(folder.path()), ["r.toml"]);
+}
+
 #[test]
 fn traces() {
     let folder = tempfile::tempdir().unwrap();
