@@ -15,6 +15,7 @@ pub mod losses;
 pub mod ops;
 pub mod optimizer;
 pub mod params;
+pub mod plot;
 pub mod recipe;
 pub mod routers;
 mod snapshot;
