@@ -8,7 +8,7 @@ use std::path::Path;
 use cadre_checkpoint::{
     Checkpoint, CheckpointError, Dtype, FolderContents, TensorData, tensor_specs, write_folder,
 };
-use cadre_testkit::{TinyFolder, TinyMoe, tiny_tokenizer_json};
+use cadre_testkit::{TinyFolder, TinyMoe, golden_dir, tiny_tokenizer_json};
 use safetensors::tensor::TensorView;
 
 fn tiny() -> TinyFolder {
@@ -377,4 +377,21 @@ fn a_tokenizer_larger_than_the_model_is_refused() {
     let error = write_folder(&parent.path().join("new"), &contents).unwrap_err();
     assert!(matches!(error, CheckpointError::Tokenizer { .. }));
     assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn folders_written_by_transformers_open_with_exactly_their_tensors() {
+    let folders = std::fs::read_dir(golden_dir().join("qwen3_moe")).unwrap();
+    let mut n_opened = 0;
+    for folder in folders {
+        let path = folder.unwrap().path();
+        if path.is_dir() {
+            let checkpoint = Checkpoint::open(&path).unwrap();
+            checkpoint
+                .expect_exactly(&tensor_specs(checkpoint.config()))
+                .unwrap();
+            n_opened += 1;
+        }
+    }
+    assert!(n_opened >= 5, "only {n_opened} golden folders");
 }

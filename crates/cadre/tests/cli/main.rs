@@ -1,10 +1,11 @@
 //! The built binary on tiny checkpoints: what commands print, how they fail, and how they stop.
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
 
 mod bad_input;
 mod commands;
 mod common;
 #[cfg(unix)]
 mod interrupt;
+mod nano;
 #[cfg(feature = "train")]
 mod train;

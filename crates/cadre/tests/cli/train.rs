@@ -1,0 +1,200 @@
+//! `cadre train`: killed and resumed, interrupted, full disk, bad recipes, speed, and a model that runs.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::common::{arg, cadre, failure, json, output, stdout};
+
+/// A folder with a little text and a recipe for a very small model.
+struct Bench {
+    folder: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let text = |i: usize| {
+            format!(
+                "the {i} cats sat on {} mills and saw {} dogs. ",
+                i * 7,
+                i % 5
+            )
+        };
+        let lines: String = (0..60)
+            .map(|i| {
+                let text: String = (0..12).map(|j| text(i * j)).collect();
+                format!("{{\"domain\": \"cats\", \"text\": \"{text}\"}}\n")
+            })
+            .collect();
+        fs::write(folder.path().join("cats.jsonl"), lines).unwrap();
+        Self { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn recipe(&self, run: &str, steps: u64) -> PathBuf {
+        let data = self.path("cats.jsonl");
+        let text = format!(
+            "name = \"{run}\"\n\
+             [model]\nvocab_size = 300\nhidden_size = 32\nn_layers = 2\nn_heads = 2\nn_kv_heads = 1\n\
+             head_dim = 16\nn_experts = 4\ntop_k = 2\nmoe_intermediate_size = 16\n\
+             max_position_embeddings = 64\ntie_word_embeddings = true\n\
+             [data]\nsources = [{{ domain = \"cats\", train = {data:?}, heldout = {data:?} }}]\n\
+             [train]\nsteps = {steps}\nbatch_size = 2\nseq_len = 32\nlr = 1e-2\nwarmup_steps = 5\n\
+             [output]\ndir = {:?}\nsnapshot_every = 7\n",
+            self.path(run)
+        );
+        let path = self.path(&format!("{run}.toml"));
+        fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+/// Losses of a run by step.
+fn losses(run: &Path) -> Vec<String> {
+    let log = fs::read_to_string(run.join("log.jsonl")).unwrap_or_default();
+    log.lines()
+        .filter_map(|line| {
+            let line: serde_json::Value = serde_json::from_str(line).ok()?;
+            Some(format!("{} {}", line["step"], line.get("loss")?))
+        })
+        .collect()
+}
+
+fn wait_for_steps(run: &Path, n_steps: usize) {
+    let start = Instant::now();
+    while losses(run).len() < n_steps {
+        assert!(
+            start.elapsed() < Duration::from_secs(120),
+            "no step {n_steps}"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn killed_at_any_step_and_resumed_is_the_run_without_the_kill() {
+    let bench = Bench::new();
+    let whole = bench.recipe("whole", 60);
+    stdout(&["train", arg(&whole)]);
+    let killed = bench.recipe("killed", 60);
+    for n_steps in [3, 12, 31] {
+        let mut child = cadre(&["train", arg(&killed)])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        wait_for_steps(&bench.path("killed"), n_steps);
+        // On Unix this is SIGKILL.
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    stdout(&["train", arg(&killed)]);
+    let expected = losses(&bench.path("whole"));
+    assert_eq!(expected.len(), 60);
+    assert_eq!(losses(&bench.path("killed")), expected);
+    let weights = |run: &str| fs::read(bench.path(run).join("model/model.safetensors")).unwrap();
+    assert_eq!(weights("killed"), weights("whole"));
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_saves_and_exits_with_130() {
+    let bench = Bench::new();
+    let recipe = bench.recipe("run", 100_000);
+    let child = cadre(&["train", arg(&recipe)])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_for_steps(&bench.path("run"), 2);
+    let pid = child.id().to_string();
+    assert!(
+        Command::new("kill")
+            .args(["-INT", &pid])
+            .status()
+            .unwrap()
+            .success()
+    );
+    let output = child.wait_with_output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{errors}");
+    assert!(
+        errors.contains("the same command goes on from there"),
+        "{errors}"
+    );
+    let n_snapshots = fs::read_dir(bench.path("run/snapshots")).unwrap().count();
+    assert!(n_snapshots >= 1);
+}
+
+#[test]
+fn the_result_is_a_checkpoint_that_every_command_takes() {
+    let bench = Bench::new();
+    let recipe = bench.recipe("run", 10);
+    let report = json(&["train", arg(&recipe), "-o", "json"]);
+    assert!(report["eval"]["cats"]["perplexity"].as_f64().unwrap() < 300.0);
+    let model = bench.path("run/model");
+    let data = bench.path("cats.jsonl");
+    let measured = json(&[
+        "eval",
+        "perplexity",
+        "-m",
+        arg(&model),
+        "--data",
+        arg(&data),
+        "-o",
+        "json",
+    ]);
+    assert!(measured["domains"]["cats"]["perplexity"].as_f64().unwrap() < 300.0);
+    stdout(&["run", "-m", arg(&model), "-p", "the cats", "-n", "4"]);
+    let curves = bench.path("curves.svg");
+    stdout(&["train", arg(&recipe), "--plot", arg(&curves)]);
+    assert!(fs::read_to_string(&curves).unwrap().contains("<svg"));
+}
+
+#[test]
+fn speed_is_reported_without_writing_anything() {
+    let bench = Bench::new();
+    let recipe = bench.recipe("run", 10);
+    let report = json(&[
+        "train",
+        "--bench",
+        arg(&recipe),
+        "--steps",
+        "3",
+        "-o",
+        "json",
+    ]);
+    assert_eq!(report["samples"].as_array().unwrap().len(), 3);
+    assert!(report["tokens_per_second"].as_f64().unwrap() > 0.0);
+    assert!(!bench.path("run").exists());
+}
+
+#[test]
+fn bad_recipes_are_named() {
+    let bench = Bench::new();
+    let recipe = bench.recipe("run", 10);
+    let recipe = arg(&recipe);
+    let cases = [
+        (vec!["train", "absent.toml"], "absent.toml"),
+        (
+            vec!["train", recipe, "--set", "train.learning_rate=1"],
+            "learning_rate",
+        ),
+        (vec!["train", recipe, "--set", "train.steps=-1"], "steps"),
+        (vec!["train", recipe, "--set", "model.top_k=9"], "9"),
+        (vec!["train", recipe, "--set", "nonsense"], "key=value"),
+        (vec!["train", recipe, "--plot", "x.svg"], "log.jsonl"),
+    ];
+    for (args, named) in cases {
+        let (code, error) = failure(&args);
+        assert_eq!(code, 1, "{error}");
+        assert!(error.contains(named), "{args:?}: {error}");
+    }
+    assert!(!bench.path("run").exists(), "nothing was begun");
+    assert_eq!(output(&["train"]).status.code(), Some(2));
+}
