@@ -63,7 +63,7 @@ pub enum PlotError {
         /// The output.
         path: PathBuf,
         /// Reason, with the file system's under it.
-        source: crate::TrainError,
+        source: Box<crate::TrainError>,
     },
     /// The drawing library failed.
     #[error("drawing failed: {0}")]
@@ -89,7 +89,7 @@ pub fn draw(runs: &[(&str, &Path)], out: &Path) -> Result<(), PlotError> {
     let bytes = format.render(&panels::figure(&histories))?;
     crate::files::write_atomic(out, &bytes).map_err(|source| PlotError::Write {
         path: out.to_owned(),
-        source,
+        source: Box::new(source),
     })
 }
 
