@@ -171,7 +171,7 @@ impl<DB: DrawingBackend> Canvas<DB> {
         let ((x0, x1), (y0, y1)) = (x_range(panel), y_range(panel));
         let (width, height) = self.area.dim_in_pixel();
         let rows = (height / self.scale / 55) as usize;
-        let columns = (width / self.scale / 95) as usize;
+        let columns = (width / self.scale / 70) as usize;
         let mut chart = ChartBuilder::on(&self.area)
             .margin_top(30 * self.scale)
             .margin_right(right * self.scale)
@@ -206,7 +206,7 @@ impl<DB: DrawingBackend> Canvas<DB> {
         let (left, top) = self.area.get_base_pixel();
         let corner = [columns.end - left, rows.end - top].map(|x| x / self.scale as i32);
         if right >= END_LABELS {
-            self.text("step", (corner[0] + 10, corner[1] + 10), 12, MUTED)?;
+            self.text("step", (corner[0] + 28, corner[1] + 12), 12, MUTED)?;
         }
         self.end_labels(area, &panel.lines, corner)
     }
