@@ -159,7 +159,11 @@ pub fn random_batch(recipe: &Recipe, step: u64, micro: usize) -> Batch {
     let mut rng = stream(recipe.seed, &format!("random {step} {micro}"));
     let mut ids = || {
         let vocab = recipe.model.vocab_size as u32;
-        Arc::new((0..n).map(|_| rng.random_range(0..vocab)).collect::<Vec<_>>())
+        Arc::new(
+            (0..n)
+                .map(|_| rng.random_range(0..vocab))
+                .collect::<Vec<_>>(),
+        )
     };
     Batch {
         tokens: ids(),

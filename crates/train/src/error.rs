@@ -72,7 +72,9 @@ pub enum TrainError {
         problem: String,
     },
     /// Loss or router logits are not finite.
-    #[error("step {step}: {what} is not finite, the run has diverged; lower train.lr, or raise train.warmup_steps")]
+    #[error(
+        "step {step}: {what} is not finite, the run has diverged; lower train.lr, or raise train.warmup_steps"
+    )]
     Diverged {
         /// The optimizer step.
         step: u64,

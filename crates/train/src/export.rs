@@ -37,7 +37,11 @@ pub fn export(
 #[must_use]
 pub fn tensors(model: &LanguageModel) -> Vec<TensorData<'static>> {
     let mut out = Vec::new();
-    push(&mut out, "model.embed_tokens".to_owned(), &model.embed_tokens);
+    push(
+        &mut out,
+        "model.embed_tokens".to_owned(),
+        &model.embed_tokens,
+    );
     for (i, layer) in model.layers.iter().enumerate() {
         push_layer(&mut out, &format!("model.layers.{i}"), layer);
     }
@@ -58,7 +62,11 @@ fn push<const D: usize>(out: &mut Vec<TensorData<'_>>, name: String, param: &Par
 }
 
 fn push_layer(out: &mut Vec<TensorData<'_>>, name: &str, layer: &Layer) {
-    push(out, format!("{name}.input_layernorm"), &layer.input_layernorm);
+    push(
+        out,
+        format!("{name}.input_layernorm"),
+        &layer.input_layernorm,
+    );
     let attention = &layer.self_attn;
     for (part, param) in [
         ("q_proj", &attention.q_proj),
@@ -75,7 +83,9 @@ fn push_layer(out: &mut Vec<TensorData<'_>>, name: &str, layer: &Layer) {
     match &layer.mlp {
         FeedForward::Moe(moe) => {
             push(out, format!("{name}.mlp.gate"), &moe.gate);
-            push_experts(out, &moe.gate_up, &moe.down, |e| format!("{name}.mlp.experts.{e}"));
+            push_experts(out, &moe.gate_up, &moe.down, |e| {
+                format!("{name}.mlp.experts.{e}")
+            });
         }
         FeedForward::Dense(mlp) => {
             push_experts(out, &mlp.gate_up, &mlp.down, |_| format!("{name}.mlp"));
@@ -95,8 +105,16 @@ fn push_experts(
     let size = width * d;
     for e in 0..n_experts {
         let parts = [
-            ("gate_proj", [width, d], &gate_up[2 * e * size..(2 * e + 1) * size]),
-            ("up_proj", [width, d], &gate_up[(2 * e + 1) * size..(2 * e + 2) * size]),
+            (
+                "gate_proj",
+                [width, d],
+                &gate_up[2 * e * size..(2 * e + 1) * size],
+            ),
+            (
+                "up_proj",
+                [width, d],
+                &gate_up[(2 * e + 1) * size..(2 * e + 2) * size],
+            ),
             ("down_proj", [d, width], &down[e * size..(e + 1) * size]),
         ];
         for (part, shape, values) in parts {
@@ -122,8 +140,11 @@ pub fn import(checkpoint: &Checkpoint, device: &Device) -> Result<LanguageModel>
         device: device.clone(),
     };
     let mut model = LanguageModel::init(config, &init);
-    let load = |name: &str, shape: &[usize]| checkpoint.tensor_f32(&format!("{name}.weight"), shape);
-    set(&mut model.embed_tokens, |shape| load("model.embed_tokens", shape))?;
+    let load =
+        |name: &str, shape: &[usize]| checkpoint.tensor_f32(&format!("{name}.weight"), shape);
+    set(&mut model.embed_tokens, |shape| {
+        load("model.embed_tokens", shape)
+    })?;
     for (i, layer) in model.layers.iter_mut().enumerate() {
         import_layer(layer, &format!("model.layers.{i}"), &load)?;
     }
@@ -160,13 +181,18 @@ fn import_layer(
         ("v_proj", &mut attention.v_proj),
         ("o_proj", &mut attention.o_proj),
     ] {
-        set(param, |shape| load(&named(&format!("self_attn.{part}")), shape))?;
+        set(param, |shape| {
+            load(&named(&format!("self_attn.{part}")), shape)
+        })?;
     }
     for (part, param) in [
         ("input_layernorm", &mut layer.input_layernorm),
         ("self_attn.q_norm", &mut attention.q_norm),
         ("self_attn.k_norm", &mut attention.k_norm),
-        ("post_attention_layernorm", &mut layer.post_attention_layernorm),
+        (
+            "post_attention_layernorm",
+            &mut layer.post_attention_layernorm,
+        ),
     ] {
         set(param, |shape| load(&named(part), shape))?;
     }
@@ -184,13 +210,23 @@ fn import_layer(
         FeedForward::Moe(moe) => {
             set(&mut moe.gate, |shape| load(&named("mlp.gate"), shape))?;
             let prefix = named("mlp.experts");
-            (&mut moe.gate_up, &mut moe.down, Box::new(move |e| format!("{prefix}.{e}")))
+            (
+                &mut moe.gate_up,
+                &mut moe.down,
+                Box::new(move |e| format!("{prefix}.{e}")),
+            )
         }
         FeedForward::Dense(mlp) => {
             let prefix = named("mlp");
-            (&mut mlp.gate_up, &mut mlp.down, Box::new(move |_| prefix.clone()))
+            (
+                &mut mlp.gate_up,
+                &mut mlp.down,
+                Box::new(move |_| prefix.clone()),
+            )
         }
     };
-    set(gate_up, |shape| stack(shape, &prefix, &["gate_proj", "up_proj"]))?;
+    set(gate_up, |shape| {
+        stack(shape, &prefix, &["gate_proj", "up_proj"])
+    })?;
     set(down, |shape| stack(shape, &prefix, &["down_proj"]))
 }

@@ -206,28 +206,38 @@ impl ModuleMapper for Updater<'_> {
             .inner()
             .try_into_primitive::<Flex>()
             .expect("training runs on the Flex backend");
-        update(primitive.storage_mut::<f32>(), &gradient, moments, constants);
+        update(
+            primitive.storage_mut::<f32>(),
+            &gradient,
+            moments,
+            constants,
+        );
         let tensor = Tensor::<D>::from_primitive::<Flex>(primitive);
         Param::from_mapped_value(id, tensor.autodiff().require_grad(), mapper)
     }
 }
 
 fn update(values: &mut [f32], gradient: &[f32], moments: &mut Moments, c: Constants) {
-    let AdamWConfig { beta1, beta2, eps, .. } = c.config;
+    let AdamWConfig {
+        beta1, beta2, eps, ..
+    } = c.config;
     values
         .par_chunks_mut(CHUNK)
         .zip(gradient.par_chunks(CHUNK))
         .zip(moments.first.par_chunks_mut(CHUNK))
         .zip(moments.second.par_chunks_mut(CHUNK))
         .for_each(|(((values, gradient), first), second)| {
-            crate::ops::vectorised(#[inline(always)] || {
-                let state = first.iter_mut().zip(second.iter_mut());
-                for ((x, g), (m, v)) in values.iter_mut().zip(gradient).zip(state) {
-                    let g = g * c.scale;
-                    *m = beta1 * *m + (1.0 - beta1) * g;
-                    *v = beta2 * *v + (1.0 - beta2) * g * g;
-                    *x = *x * c.keep - c.rate * *m / (v.sqrt() * c.second + eps);
-                }
-            });
+            crate::ops::vectorised(
+                #[inline(always)]
+                || {
+                    let state = first.iter_mut().zip(second.iter_mut());
+                    for ((x, g), (m, v)) in values.iter_mut().zip(gradient).zip(state) {
+                        let g = g * c.scale;
+                        *m = beta1 * *m + (1.0 - beta1) * g;
+                        *v = beta2 * *v + (1.0 - beta2) * g * g;
+                        *x = *x * c.keep - c.rate * *m / (v.sqrt() * c.second + eps);
+                    }
+                },
+            );
         });
 }

@@ -45,7 +45,8 @@ impl ModuleVisitor for Visitor {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let tensor = param.val();
         let shape = tensor.dims().to_vec();
-        self.found.insert(self.path.join("."), (shape, values(&tensor)));
+        self.found
+            .insert(self.path.join("."), (shape, values(&tensor)));
     }
 }
 

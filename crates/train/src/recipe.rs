@@ -269,7 +269,10 @@ impl Recipe {
             ));
         }
         if !(self.train.lr > 0.0 && self.train.lr.is_finite()) {
-            return Err(format!("`train.lr` = {}, expected more than 0", self.train.lr));
+            return Err(format!(
+                "`train.lr` = {}, expected more than 0",
+                self.train.lr
+            ));
         }
         let Some(data) = &self.data else {
             return Ok(());
@@ -277,7 +280,11 @@ impl Recipe {
         if data.sources.is_empty() {
             return Err("`data.sources` is empty, expected at least one domain".to_owned());
         }
-        match data.sources.iter().find(|s| !(s.weight > 0.0 && s.weight.is_finite())) {
+        match data
+            .sources
+            .iter()
+            .find(|s| !(s.weight > 0.0 && s.weight.is_finite()))
+        {
             Some(s) => Err(format!(
                 "`weight` = {} of domain `{}`, expected more than 0",
                 s.weight, s.domain
@@ -361,7 +368,9 @@ fn set(table: &mut toml::Table, key: &str, value: toml::Value) -> Result<(), Str
             Ok(())
         }
         Some((head, rest)) => {
-            let inner = table.entry(head).or_insert_with(|| toml::Table::new().into());
+            let inner = table
+                .entry(head)
+                .or_insert_with(|| toml::Table::new().into());
             let inner = inner
                 .as_table_mut()
                 .ok_or_else(|| format!("`{head}` is not a table, in `{key}`"))?;
@@ -416,13 +425,17 @@ mod tests {
         assert!(with("lr = 1e-3", "lr = 1e-3\nlearning = 1").contains("learning"));
         assert!(with("steps = 20", "steps = 0").contains("train.steps"));
         assert!(with("seq_len = 16", "seq_len = 65").contains("max_position_embeddings"));
-        assert!(with("top_k = 2", "top_k = 5").contains("top_k") || with("top_k = 2", "top_k = 5").contains("num_experts_per_tok"));
+        assert!(
+            with("top_k = 2", "top_k = 5").contains("top_k")
+                || with("top_k = 2", "top_k = 5").contains("num_experts_per_tok")
+        );
         assert!(with("lr = 1e-3", "lr = \"fast\"").contains("lr"));
     }
 
     #[test]
     fn no_experts_means_dense_everywhere() {
-        let recipe = parse(&TINY.replace("n_experts = 4", "n_experts = 0\nintermediate_size = 16")).unwrap();
+        let recipe =
+            parse(&TINY.replace("n_experts = 4", "n_experts = 0\nintermediate_size = 16")).unwrap();
         let config = recipe.model_config();
         assert!((0..2).all(|layer| !config.is_moe_layer(layer)));
         assert_eq!(config.intermediate_size, 16);

@@ -30,7 +30,7 @@ struct Manifest {
 ///
 /// # Errors
 /// Failures of the file system; nothing half-written keeps a snapshot's name.
-pub fn save(
+pub(crate) fn save(
     folder: &Path,
     recipe: &Recipe,
     model: &LanguageModel,
@@ -88,7 +88,7 @@ fn encode(model: &LanguageModel, optimizer: &AdamW) -> Vec<u8> {
 ///
 /// # Errors
 /// A snapshot of another recipe, or an unreadable folder.
-pub fn restore(
+pub(crate) fn restore(
     folder: &Path,
     recipe: &Recipe,
     mut model: LanguageModel,
@@ -139,7 +139,9 @@ fn open(path: &Path) -> Result<(Manifest, Vec<u8>)> {
     let state = files::read(&path.join(STATE)).map_err(|e| damaged(e.to_string()))?;
     if state.len() as u64 != manifest.state_bytes {
         let (is, was) = (state.len(), manifest.state_bytes);
-        return Err(damaged(format!("{STATE} has {is} bytes, {was} were written")));
+        return Err(damaged(format!(
+            "{STATE} has {is} bytes, {was} were written"
+        )));
     }
     if crc32fast::hash(&state) != manifest.state_crc32 {
         return Err(damaged(format!("the checksum of {STATE} does not match")));
@@ -149,9 +151,10 @@ fn open(path: &Path) -> Result<(Manifest, Vec<u8>)> {
 
 fn check_recipe(folder: &Path, recipe: &Recipe, other: &serde_json::Value) -> Result<()> {
     let ours = recipe.fingerprint();
-    let differs = ours
-        .as_object()
-        .and_then(|ours| ours.iter().find(|(key, value)| other.get(key) != Some(value)));
+    let differs = ours.as_object().and_then(|ours| {
+        ours.iter()
+            .find(|(key, value)| other.get(key) != Some(value))
+    });
     match differs {
         Some((key, _)) => Err(TrainError::OtherRun {
             path: folder.to_owned(),
@@ -185,7 +188,9 @@ fn decode(
             .collect();
         if values.len() != len {
             let n = values.len();
-            return Err(damaged(format!("tensor {name} has {n} values, expected {len}")));
+            return Err(damaged(format!(
+                "tensor {name} has {n} values, expected {len}"
+            )));
         }
         Ok(values)
     };

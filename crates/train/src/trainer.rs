@@ -95,7 +95,13 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
     log.write(&eval)?;
     progress.evaluated(&eval);
     let model = folder.join("model");
-    export(run.model(), &run.config, &corpus.tokenizer_json, Dtype::Bf16, &model)?;
+    export(
+        run.model(),
+        &run.config,
+        &corpus.tokenizer_json,
+        Dtype::Bf16,
+        &model,
+    )?;
     Ok(Outcome::Finished { model, eval })
 }
 
@@ -172,8 +178,12 @@ impl<'a> Run<'a> {
 
     /// Restores the newest whole snapshot; returns the damaged ones.
     fn resume(&mut self, snapshots: &std::path::Path) -> Result<Vec<TrainError>> {
-        let (model, refused) =
-            snapshot::restore(snapshots, self.recipe, self.model().clone(), &mut self.optimizer)?;
+        let (model, refused) = snapshot::restore(
+            snapshots,
+            self.recipe,
+            self.model().clone(),
+            &mut self.optimizer,
+        )?;
         self.model = Some(model);
         Ok(refused)
     }
@@ -197,7 +207,11 @@ impl<'a> Run<'a> {
         }
         let lr = self.recipe.learning_rate(step);
         let clip = self.recipe.train.grad_clip;
-        let scale = if clip > 0.0 { (clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        let scale = if clip > 0.0 {
+            (clip / (norm + 1e-6)).min(1.0)
+        } else {
+            1.0
+        };
         // The optimizer updates in place, which needs the only handle to each tensor: so the model moves.
         let model = self.model.take().expect("a model between steps");
         self.model = Some(self.optimizer.step(model, gradients, lr, scale));

@@ -1,9 +1,11 @@
 //! A run that is stopped and resumed is the run that was never stopped; damaged snapshots are passed over.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+use cadre_train::TrainError;
 use cadre_train::log::StepRecord;
 use cadre_train::recipe::Recipe;
 use cadre_train::trainer::{self, Outcome, Progress};
-use cadre_train::TrainError;
 use std::path::{Path, PathBuf};
 
 /// Stops after `stop_after` steps and remembers what it was told.
@@ -33,7 +35,9 @@ impl Progress for Watch {
 fn write_documents(path: &Path, words: &[&str]) {
     let lines: String = (0..40)
         .map(|i| {
-            let text: Vec<&str> = (0..60).map(|j| words[(i * 7 + j * j) % words.len()]).collect();
+            let text: Vec<&str> = (0..60)
+                .map(|j| words[(i * 7 + j * j) % words.len()])
+                .collect();
             format!("{{\"domain\":\"d\",\"text\":\"{}\"}}\n", text.join(" "))
         })
         .collect();
@@ -157,7 +161,11 @@ fn a_damaged_snapshot_is_refused_and_the_one_before_it_is_used() {
         let mut watch = Watch::default();
         trainer::train(&hurt, &mut watch).unwrap();
         assert_eq!(watch.started_at, 4, "{damage}");
-        assert!(watch.refused[0].contains("step-00000006"), "{:?}", watch.refused);
+        assert!(
+            watch.refused[0].contains("step-00000006"),
+            "{:?}",
+            watch.refused
+        );
         assert_eq!(trajectory(&hurt), trajectory(&whole), "{damage}");
     }
 }
@@ -172,8 +180,13 @@ fn another_recipe_in_the_same_folder_is_refused() {
     };
     trainer::train(&first, &mut watch).unwrap();
     first.train.lr = 5e-3;
-    let error = trainer::train(&first, &mut Watch::default()).unwrap_err().to_string();
-    assert!(error.contains("[train]") && error.contains("--fresh"), "{error}");
+    let error = trainer::train(&first, &mut Watch::default())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("[train]") && error.contains("--fresh"),
+        "{error}"
+    );
     trainer::forget(&first).unwrap();
     let mut watch = Watch::default();
     trainer::train(&first, &mut watch).unwrap();
@@ -186,12 +199,21 @@ fn bad_data_is_named() {
     let recipe = recipe(folder.path(), "run");
     let file = folder.path().join("a.jsonl");
     std::fs::write(&file, "{\"text\": \"fine\"}\n{\"txt\": 1}\n").unwrap();
-    let error = trainer::train(&recipe, &mut Watch::default()).unwrap_err().to_string();
+    let error = trainer::train(&recipe, &mut Watch::default())
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("a.jsonl line 2"), "{error}");
     std::fs::write(&file, "{\"text\": \"short\"}\n").unwrap();
-    let error = trainer::train(&recipe, &mut Watch::default()).unwrap_err().to_string();
-    assert!(error.contains("a.jsonl") && error.contains("seq_len"), "{error}");
+    let error = trainer::train(&recipe, &mut Watch::default())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("a.jsonl") && error.contains("seq_len"),
+        "{error}"
+    );
     std::fs::remove_file(&file).unwrap();
-    let error = trainer::train(&recipe, &mut Watch::default()).unwrap_err().to_string();
+    let error = trainer::train(&recipe, &mut Watch::default())
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("a.jsonl"), "{error}");
 }

@@ -18,7 +18,13 @@ pub struct Mlp {
 impl Mlp {
     /// Random parameters of width `width`.
     #[must_use]
-    pub fn init(d_model: usize, width: usize, init: &Init, name: &str, residual_scale: f32) -> Self {
+    pub fn init(
+        d_model: usize,
+        width: usize,
+        init: &Init,
+        name: &str,
+        residual_scale: f32,
+    ) -> Self {
         let matrix = |part: &str, shape, scale| {
             Param::from_tensor(init.normal(&format!("{name}.{part}"), shape, scale))
         };

@@ -60,7 +60,11 @@ impl Moe {
     ) -> Result<(Tensor<2>, RoutingReport), RoutingError> {
         let logits = ops::linear(x.clone(), self.gate.val());
         let routed = router.route(logits)?;
-        let dispatch = Arc::new(Dispatch::new(&routed.ids, router.top_k(), router.n_experts()));
+        let dispatch = Arc::new(Dispatch::new(
+            &routed.ids,
+            router.top_k(),
+            router.n_experts(),
+        ));
         let (gate_up, down) = (self.gate_up.val(), self.down.val());
         let y = ops::experts(x, gate_up, down, routed.weights, dispatch);
         let report = RoutingReport {

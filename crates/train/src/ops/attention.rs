@@ -65,9 +65,7 @@ impl Rope {
                 position as f64 * shape.rope_theta.powf(exponent)
             })
         });
-        let (sin, cos) = angles
-            .map(|a| (a.sin() as f32, a.cos() as f32))
-            .unzip();
+        let (sin, cos) = angles.map(|a| (a.sin() as f32, a.cos() as f32)).unzip();
         Self { cos, sin }
     }
 
@@ -111,13 +109,16 @@ impl<'a> Head<'a> {
     /// Norm, rotation and scale of every row.
     fn prepared(&self, w: &[f32], rope: &Rope, eps: f32, scale: f32) -> Vec<f32> {
         let mut out = vec![0.0; self.x.len() / self.stride * self.dim];
-        vectorised(#[inline(always)] || {
-            for (l, out) in out.chunks_exact_mut(self.dim).enumerate() {
-                rms_norm::row(out, self.row(l), w, eps);
-                rope.rotate(out, l, 1.0);
-                out.iter_mut().for_each(|x| *x *= scale);
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                for (l, out) in out.chunks_exact_mut(self.dim).enumerate() {
+                    rms_norm::row(out, self.row(l), w, eps);
+                    rope.rotate(out, l, 1.0);
+                    out.iter_mut().for_each(|x| *x *= scale);
+                }
+            },
+        );
         out
     }
 
@@ -129,23 +130,29 @@ impl<'a> Head<'a> {
         mut grad: Vec<f32>,
         (w, rope, eps, scale): (&[f32], &Rope, f32, f32),
     ) {
-        vectorised(#[inline(always)] || {
-            for (l, grad) in grad.chunks_exact_mut(self.dim).enumerate() {
-                grad.iter_mut().for_each(|g| *g *= scale);
-                rope.rotate(grad, l, -1.0);
-                let x = self.row(l);
-                let inverse = 1.0 / (dot(x, x) / self.dim as f32 + eps).sqrt();
-                let start = l * self.stride + self.offset;
-                let dx = &mut dx[start..start + self.dim];
-                rms_norm::row_backward(dx, dw, [x, w, grad], inverse);
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                for (l, grad) in grad.chunks_exact_mut(self.dim).enumerate() {
+                    grad.iter_mut().for_each(|g| *g *= scale);
+                    rope.rotate(grad, l, -1.0);
+                    let x = self.row(l);
+                    let inverse = 1.0 / (dot(x, x) / self.dim as f32 + eps).sqrt();
+                    let start = l * self.stride + self.offset;
+                    let dx = &mut dx[start..start + self.dim];
+                    rms_norm::row_backward(dx, dw, [x, w, grad], inverse);
+                }
+            },
+        );
     }
 }
 
 fn check(inputs: &[Dense; 5], shape: &AttentionShape) {
     let n_tokens = shape.batch * shape.seq_len;
-    assert!(shape.n_heads.is_multiple_of(shape.n_kv_heads), "whole groups of heads");
+    assert!(
+        shape.n_heads.is_multiple_of(shape.n_kv_heads),
+        "whole groups of heads"
+    );
     assert!(shape.head_dim.is_multiple_of(2), "RoPE rotates pairs");
     assert_eq!(inputs[0].dims(), [n_tokens, shape.q_width()], "q");
     assert_eq!(inputs[1].dims(), [n_tokens, shape.kv_width()], "k");
@@ -179,7 +186,10 @@ pub(super) fn forward(inputs: &[Dense; 5], shape: AttentionShape) -> [FlexTensor
                         let p = &mut scores[..(to - from) * to];
                         multiply_scores(p, &q_hat, &k_hat, (from, to), dim);
                         let lse = &mut lse[head * seq + from..head * seq + to];
-                        vectorised(#[inline(always)] || softmax_causal(p, lse, from, to));
+                        vectorised(
+                            #[inline(always)]
+                            || softmax_causal(p, lse, from, to),
+                        );
                         let into = &mut y[from * qw + head * dim..];
                         let into = MatMut::strided(into, to - from, dim, qw);
                         let p = Mat::new(p, to - from, to);
@@ -213,7 +223,14 @@ fn multiply_scores(
 ) {
     let q = Mat::new(&q_hat[from * dim..to * dim], to - from, dim);
     let k = Mat::new(&k_hat[..to * dim], to, dim);
-    gemm(MatMut::new(scores, to - from, to), Write::Set, 1.0, q, k.t(), 1);
+    gemm(
+        MatMut::new(scores, to - from, to),
+        Write::Set,
+        1.0,
+        q,
+        k.t(),
+        1,
+    );
 }
 
 /// Row `i` attends to keys `0..=from + i`; the rest becomes zero.
@@ -284,12 +301,24 @@ struct Sequence<'a> {
 
 impl<'a> Sequence<'a> {
     fn head(&self, x: &'a [f32], stride: usize, head: usize) -> Head<'a> {
-        head_of(x, self.b, self.shape.seq_len, stride, head, self.shape.head_dim)
+        head_of(
+            x,
+            self.b,
+            self.shape.seq_len,
+            stride,
+            head,
+            self.shape.head_dim,
+        )
     }
 
     /// Fills the sequence's input gradients; returns its share of the norm gradients.
     fn backward(&self, dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) -> (Vec<f32>, Vec<f32>) {
-        let AttentionShape { seq_len, head_dim, eps, .. } = self.shape;
+        let AttentionShape {
+            seq_len,
+            head_dim,
+            eps,
+            ..
+        } = self.shape;
         let [q, k, _, q_norm, k_norm] = self.inputs;
         let mut dq_norm = vec![0.0; head_dim];
         let mut dk_norm = vec![0.0; head_dim];
@@ -317,7 +346,11 @@ impl<'a> Sequence<'a> {
         dk_hat: &mut [f32],
         dv: &mut [f32],
     ) -> Vec<f32> {
-        let AttentionShape { seq_len: seq, head_dim: dim, .. } = self.shape;
+        let AttentionShape {
+            seq_len: seq,
+            head_dim: dim,
+            ..
+        } = self.shape;
         let (qw, kvw) = (self.shape.q_width(), self.shape.kv_width());
         let kv = head / self.shape.group();
         let v = self.head(self.inputs[2], kvw, kv);
@@ -332,15 +365,25 @@ impl<'a> Sequence<'a> {
             let ds = &mut dscores[..n * to];
             multiply_scores(p, q_hat, k_hat, (from, to), dim);
             let dy_rows = dy.mat(from, to);
-            gemm(MatMut::new(ds, n, to), Write::Set, 1.0, dy_rows, v.mat(0, to).t(), 1);
-            vectorised(#[inline(always)] || {
-                let rows = p.chunks_exact_mut(to).zip(ds.chunks_exact_mut(to));
-                for (i, (p, ds)) in rows.enumerate() {
-                    let row = from + i;
-                    let delta = dot(y.row(row), dy.row(row));
-                    score_backward(p, ds, row + 1, self.lse[head * seq + row], delta);
-                }
-            });
+            gemm(
+                MatMut::new(ds, n, to),
+                Write::Set,
+                1.0,
+                dy_rows,
+                v.mat(0, to).t(),
+                1,
+            );
+            vectorised(
+                #[inline(always)]
+                || {
+                    let rows = p.chunks_exact_mut(to).zip(ds.chunks_exact_mut(to));
+                    for (i, (p, ds)) in rows.enumerate() {
+                        let row = from + i;
+                        let delta = dot(y.row(row), dy.row(row));
+                        score_backward(p, ds, row + 1, self.lse[head * seq + row], delta);
+                    }
+                },
+            );
             let (p, ds) = (Mat::new(p, n, to), Mat::new(ds, n, to));
             let into = MatMut::strided(&mut dv[kv * dim..], to, dim, kvw);
             gemm(into, Write::Add, 1.0, p.t(), dy_rows, 1);

@@ -30,9 +30,23 @@ pub(super) fn with_gradients(x: &Dense, w: &Dense, targets: &[u32]) -> [FlexTens
         let (from, to) = (start * d, (start + n) * d);
         let dlogits = Mat::new(dlogits, n, vocab);
         let w = Mat::new(ws, vocab, d);
-        gemm(MatMut::new(&mut dx[from..to], n, d), Write::Set, 1.0, dlogits, w, threads);
+        gemm(
+            MatMut::new(&mut dx[from..to], n, d),
+            Write::Set,
+            1.0,
+            dlogits,
+            w,
+            threads,
+        );
         let x = Mat::new(&xs[from..to], n, d);
-        gemm(MatMut::new(&mut dw, vocab, d), Write::Add, 1.0, dlogits.t(), x, threads);
+        gemm(
+            MatMut::new(&mut dw, vocab, d),
+            Write::Add,
+            1.0,
+            dlogits.t(),
+            x,
+            threads,
+        );
     });
     [
         tensor(vec![total], [1]),
@@ -54,18 +68,28 @@ fn run(x: &Dense, w: &Dense, targets: &[u32], mut each: impl FnMut(usize, &[f32]
         let logits = &mut buffer[..n * vocab];
         let x = Mat::new(&x.values()[start * d..(start + n) * d], n, d);
         let w = Mat::new(w.values(), vocab, d).t();
-        gemm(MatMut::new(logits, n, vocab), Write::Set, 1.0, x, w, threads);
+        gemm(
+            MatMut::new(logits, n, vocab),
+            Write::Set,
+            1.0,
+            x,
+            w,
+            threads,
+        );
         let losses: Vec<f64> = logits
             .par_chunks_mut(ROWS * vocab)
             .zip(targets[start..start + n].par_chunks(ROWS))
             .map(|(logits, targets)| {
-                vectorised(#[inline(always)] || {
-                    let mut total = 0.0;
-                    for (row, &target) in logits.chunks_exact_mut(vocab).zip(targets) {
-                        total += to_gradient(row, target as usize, scale);
-                    }
-                    total
-                })
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        let mut total = 0.0;
+                        for (row, &target) in logits.chunks_exact_mut(vocab).zip(targets) {
+                            total += to_gradient(row, target as usize, scale);
+                        }
+                        total
+                    },
+                )
             })
             .collect();
         total += losses.iter().sum::<f64>();

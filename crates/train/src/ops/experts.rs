@@ -31,7 +31,10 @@ impl Dispatch {
     /// If an id is not below `n_experts`, or the picks are not whole rows.
     #[must_use]
     pub fn new(ids: &[u16], top_k: usize, n_experts: usize) -> Self {
-        assert!(top_k > 0 && ids.len().is_multiple_of(top_k), "whole rows of picks");
+        assert!(
+            top_k > 0 && ids.len().is_multiple_of(top_k),
+            "whole rows of picks"
+        );
         let mut starts = vec![0; n_experts + 1];
         for &id in ids {
             starts[usize::from(id) + 1] += 1;
@@ -94,17 +97,22 @@ impl Dispatch {
     /// `y[t] = sum over slots of weight * rows[position]`; without weights, the plain sum.
     fn combine(&self, rows: &[f32], weights: Option<&[f32]>, d: usize) -> Vec<f32> {
         let mut y = vec![0.0; self.pairs.len() / self.top_k * d];
-        y.par_chunks_mut(ROWS * d).enumerate().for_each(|(task, y)| {
-            vectorised(#[inline(always)] || {
-                for (row, y) in y.chunks_exact_mut(d).enumerate() {
-                    let first = (task * ROWS + row) * self.top_k;
-                    for pair in first..first + self.top_k {
-                        let from = self.positions[pair] as usize * d;
-                        axpy(y, weights.map_or(1.0, |w| w[pair]), &rows[from..from + d]);
-                    }
-                }
+        y.par_chunks_mut(ROWS * d)
+            .enumerate()
+            .for_each(|(task, y)| {
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        for (row, y) in y.chunks_exact_mut(d).enumerate() {
+                            let first = (task * ROWS + row) * self.top_k;
+                            for pair in first..first + self.top_k {
+                                let from = self.positions[pair] as usize * d;
+                                axpy(y, weights.map_or(1.0, |w| w[pair]), &rows[from..from + d]);
+                            }
+                        }
+                    },
+                );
             });
-        });
         y
     }
 }
@@ -112,7 +120,10 @@ impl Dispatch {
 /// `n` rows of `[gate | up]` become `n` rows of `silu(gate) * up`.
 #[inline(always)]
 fn activate(act: &mut [f32], gate_up: &[f32], width: usize) {
-    for (act, gu) in act.chunks_exact_mut(width).zip(gate_up.chunks_exact(2 * width)) {
+    for (act, gu) in act
+        .chunks_exact_mut(width)
+        .zip(gate_up.chunks_exact(2 * width))
+    {
         let (gate, up) = gu.split_at(width);
         for ((a, g), u) in act.iter_mut().zip(gate).zip(up) {
             *a = g * sigmoid(*g) * u;
@@ -128,7 +139,11 @@ struct Sizes {
 fn sizes([x, gate_up, down, weights]: &[Dense; 4], dispatch: &Dispatch) -> Sizes {
     let [n_tokens, d] = x.dims();
     let [n_experts, d_out, width] = down.dims();
-    assert_eq!(gate_up.dims(), [n_experts, 2 * width, d], "gate_up [E, 2 I, D]");
+    assert_eq!(
+        gate_up.dims(),
+        [n_experts, 2 * width, d],
+        "gate_up [E, 2 I, D]"
+    );
     assert_eq!(d_out, d, "down [E, D, I]");
     assert_eq!(weights.dims(), [n_tokens, dispatch.top_k], "weights [T, K]");
     assert_eq!(dispatch.starts.len(), n_experts + 1, "one group per expert");
@@ -151,17 +166,34 @@ pub(super) fn forward(inputs: &[Dense; 4], dispatch: &Dispatch) -> [FlexTensor; 
         .for_each(|(e, (gate_up, out))| {
             let n = out.len() / d;
             let rows = dispatch.gather(x, d, e);
-            let w = Mat::new(&w_gate_up[e * 2 * width * d..(e + 1) * 2 * width * d], 2 * width, d);
+            let w = Mat::new(
+                &w_gate_up[e * 2 * width * d..(e + 1) * 2 * width * d],
+                2 * width,
+                d,
+            );
             let into = MatMut::new(gate_up, n, 2 * width);
             gemm(into, Write::Set, 1.0, Mat::new(&rows, n, d), w.t(), 1);
             let mut act = vec![0.0; n * width];
-            vectorised(#[inline(always)] || activate(&mut act, gate_up, width));
+            vectorised(
+                #[inline(always)]
+                || activate(&mut act, gate_up, width),
+            );
             let w = Mat::new(&w_down[e * d * width..(e + 1) * d * width], d, width);
-            gemm(MatMut::new(out, n, d), Write::Set, 1.0, Mat::new(&act, n, width), w.t(), 1);
+            gemm(
+                MatMut::new(out, n, d),
+                Write::Set,
+                1.0,
+                Mat::new(&act, n, width),
+                w.t(),
+                1,
+            );
         });
     let y = dispatch.combine(&out, Some(weights), d);
     let n_tokens = n_pairs / dispatch.top_k;
-    [tensor(y, [n_tokens, d]), tensor(gate_up, [n_pairs, 2 * width])]
+    [
+        tensor(y, [n_tokens, d]),
+        tensor(gate_up, [n_pairs, 2 * width]),
+    ]
 }
 
 /// Gradients with respect to x, gate_up, down and weights.
@@ -195,35 +227,69 @@ pub(super) fn backward(
             let dy_rows = Mat::new(&dy_rows, n, d);
             let w = Mat::new(&w_down[e * d * width..(e + 1) * d * width], d, width);
             let mut dact = vec![0.0; n * width];
-            gemm(MatMut::new(&mut dact, n, width), Write::Set, 1.0, dy_rows, w, 1);
+            gemm(
+                MatMut::new(&mut dact, n, width),
+                Write::Set,
+                1.0,
+                dy_rows,
+                w,
+                1,
+            );
 
             let mut act = vec![0.0; n * width];
             let mut dgate_up = vec![0.0; n * 2 * width];
-            let pair_weights = dispatch.pairs[from..to].iter().map(|&p| weights[p as usize]);
-            vectorised(#[inline(always)] || {
-                activate(&mut act, gate_up, width);
-                let rows = act.chunks_exact_mut(width).zip(dact.chunks_exact(width));
-                let rows = rows.zip(gate_up.chunks_exact(2 * width));
-                let rows = rows.zip(dgate_up.chunks_exact_mut(2 * width));
-                let rows = rows.zip(pair_weights).zip(dweights.iter_mut());
-                for (((((act, dact), gu), dgu), weight), dweight) in rows {
-                    *dweight = dot(act, dact);
-                    activate_backward(dgu, gu, dact, weight);
-                    act.iter_mut().for_each(|a| *a *= weight);
-                }
-            });
+            let pair_weights = dispatch.pairs[from..to]
+                .iter()
+                .map(|&p| weights[p as usize]);
+            vectorised(
+                #[inline(always)]
+                || {
+                    activate(&mut act, gate_up, width);
+                    let rows = act.chunks_exact_mut(width).zip(dact.chunks_exact(width));
+                    let rows = rows.zip(gate_up.chunks_exact(2 * width));
+                    let rows = rows.zip(dgate_up.chunks_exact_mut(2 * width));
+                    let rows = rows.zip(pair_weights).zip(dweights.iter_mut());
+                    for (((((act, dact), gu), dgu), weight), dweight) in rows {
+                        *dweight = dot(act, dact);
+                        activate_backward(dgu, gu, dact, weight);
+                        act.iter_mut().for_each(|a| *a *= weight);
+                    }
+                },
+            );
 
             let act = Mat::new(&act, n, width);
-            gemm(MatMut::new(dw_down, d, width), Write::Set, 1.0, dy_rows.t(), act, 1);
+            gemm(
+                MatMut::new(dw_down, d, width),
+                Write::Set,
+                1.0,
+                dy_rows.t(),
+                act,
+                1,
+            );
             let rows = dispatch.gather(x, d, e);
             let dgate_up = Mat::new(&dgate_up, n, 2 * width);
             let into = MatMut::new(dw_gate_up, 2 * width, d);
-            gemm(into, Write::Set, 1.0, dgate_up.t(), Mat::new(&rows, n, d), 1);
-            let w = Mat::new(&w_gate_up[e * 2 * width * d..(e + 1) * 2 * width * d], 2 * width, d);
+            gemm(
+                into,
+                Write::Set,
+                1.0,
+                dgate_up.t(),
+                Mat::new(&rows, n, d),
+                1,
+            );
+            let w = Mat::new(
+                &w_gate_up[e * 2 * width * d..(e + 1) * 2 * width * d],
+                2 * width,
+                d,
+            );
             gemm(MatMut::new(dx, n, d), Write::Set, 1.0, dgate_up, w, 1);
         });
     let dx = dispatch.combine(&dx_rows, None, d);
-    let dweights = dispatch.positions.iter().map(|&p| dweights_sorted[p as usize]).collect();
+    let dweights = dispatch
+        .positions
+        .iter()
+        .map(|&p| dweights_sorted[p as usize])
+        .collect();
     let ([n_experts, ..], n_tokens) = (inputs[2].dims::<3>(), n_pairs / dispatch.top_k);
     [
         tensor(dx, [n_tokens, d]),

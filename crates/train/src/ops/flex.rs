@@ -100,11 +100,7 @@ impl Kernels for Flex {
         rms_norm::backward(&Dense::of(&x), &Dense::of(&w), eps, &Dense::of(&dy))
     }
 
-    fn embed_backward(
-        dy: FloatTensor<Self>,
-        ids: &[u32],
-        shape: [usize; 2],
-    ) -> FloatTensor<Self> {
+    fn embed_backward(dy: FloatTensor<Self>, ids: &[u32], shape: [usize; 2]) -> FloatTensor<Self> {
         embedding::backward(&Dense::of(&dy), ids, shape)
     }
 

@@ -1,13 +1,13 @@
 //! Where each operation joins the autodiff graph: what it saves, and which backward kernel it calls.
 
 use super::{AttentionShape, Dispatch, Fused, Kernels};
+use burn::backend::Autodiff;
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
 };
 use burn::backend::tensor::FloatTensor;
-use burn::backend::Autodiff;
 use std::sync::Arc;
 
 /// Declares the backward step of one operation: its state, and how state and output gradient become
@@ -66,15 +66,10 @@ backward!(
     }
 );
 
-backward!(
-    Experts,
-    4,
-    ([F<B>; 4], F<B>, Arc<Dispatch>),
-    |state, dy| {
-        let (inputs, saved, dispatch) = state;
-        B::experts_backward(&inputs, saved, &dispatch, dy)
-    }
-);
+backward!(Experts, 4, ([F<B>; 4], F<B>, Arc<Dispatch>), |state, dy| {
+    let (inputs, saved, dispatch) = state;
+    B::experts_backward(&inputs, saved, &dispatch, dy)
+});
 
 backward!(CrossEntropy, 2, [F<B>; 2], |state, dy| {
     state.map(|gradient| {

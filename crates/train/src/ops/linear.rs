@@ -7,7 +7,10 @@ use cadre_kernels::gemm::{Mat, MatMut, Write, gemm};
 fn shapes(x: &Dense, w: &Dense) -> [usize; 3] {
     let [rows, n_in] = x.dims();
     let [n_out, w_in] = w.dims();
-    assert_eq!(n_in, w_in, "linear: x [{rows}, {n_in}] with w [{n_out}, {w_in}]");
+    assert_eq!(
+        n_in, w_in,
+        "linear: x [{rows}, {n_in}] with w [{n_out}, {w_in}]"
+    );
     [rows, n_in, n_out]
 }
 
@@ -31,9 +34,23 @@ pub(super) fn backward(x: &Dense, w: &Dense, dy: &Dense) -> [FlexTensor; 2] {
     let dy = Mat::new(dy.values(), rows, n_out);
     let mut dx = vec![0.0; rows * n_in];
     let w = Mat::new(w.values(), n_out, n_in);
-    gemm(MatMut::new(&mut dx, rows, n_in), Write::Set, 1.0, dy, w, threads);
+    gemm(
+        MatMut::new(&mut dx, rows, n_in),
+        Write::Set,
+        1.0,
+        dy,
+        w,
+        threads,
+    );
     let mut dw = vec![0.0; n_out * n_in];
     let x = Mat::new(x.values(), rows, n_in);
-    gemm(MatMut::new(&mut dw, n_out, n_in), Write::Set, 1.0, dy.t(), x, threads);
+    gemm(
+        MatMut::new(&mut dw, n_out, n_in),
+        Write::Set,
+        1.0,
+        dy.t(),
+        x,
+        threads,
+    );
     [tensor(dx, [rows, n_in]), tensor(dw, [n_out, n_in])]
 }

@@ -62,7 +62,12 @@ pub(crate) fn add_scaled(y: &mut [f32], a: f32, x: &[f32]) {
     const CHUNK: usize = 1 << 15;
     y.par_chunks_mut(CHUNK)
         .zip(x.par_chunks(CHUNK))
-        .for_each(|(y, x)| vectorised(#[inline(always)] || axpy(y, a, x)));
+        .for_each(|(y, x)| {
+            vectorised(
+                #[inline(always)]
+                || axpy(y, a, x),
+            )
+        });
 }
 
 /// The largest value; negative infinity for none.
@@ -75,7 +80,10 @@ pub(crate) fn max(row: &[f32]) -> f32 {
             lanes[i] = if x[i] > lanes[i] { x[i] } else { lanes[i] };
         }
     }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &x| m.max(x))
+    lanes
+        .iter()
+        .chain(rest)
+        .fold(f32::NEG_INFINITY, |m, &x| m.max(x))
 }
 
 /// `row = exp(row - shift)`, and the sum.

@@ -19,9 +19,7 @@ pub use attention::AttentionShape;
 pub use experts::Dispatch;
 pub(crate) use math::{add_scaled, dot, vectorised};
 
-use burn::backend::{
-    Backend, Dispatch as Routed, backend_extension, tensor::FloatTensor,
-};
+use burn::backend::{Backend, Dispatch as Routed, backend_extension, tensor::FloatTensor};
 use burn::tensor::Tensor;
 use std::sync::Arc;
 
@@ -75,11 +73,7 @@ pub trait Kernels: Fused {
         dy: FloatTensor<Self>,
     ) -> [FloatTensor<Self>; 2];
     /// Gradient of [`Fused::embed`] with respect to `w`, whose shape is `[rows, cols]`.
-    fn embed_backward(
-        dy: FloatTensor<Self>,
-        ids: &[u32],
-        shape: [usize; 2],
-    ) -> FloatTensor<Self>;
+    fn embed_backward(dy: FloatTensor<Self>, ids: &[u32], shape: [usize; 2]) -> FloatTensor<Self>;
     /// Attention output and the log-sum-exp of every score row.
     fn attend_forward(
         inputs: &[FloatTensor<Self>; 5],

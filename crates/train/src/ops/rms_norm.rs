@@ -22,12 +22,7 @@ pub(super) fn row(y: &mut [f32], x: &[f32], w: &[f32], eps: f32) -> f32 {
 ///
 /// With `n = x inverse` and `g = dy w`: `dx = inverse (g - n mean(g n))`, `dw += dy n`.
 #[inline(always)]
-pub(super) fn row_backward(
-    dx: &mut [f32],
-    dw: &mut [f32],
-    [x, w, dy]: [&[f32]; 3],
-    inverse: f32,
-) {
+pub(super) fn row_backward(dx: &mut [f32], dw: &mut [f32], [x, w, dy]: [&[f32]; 3], inverse: f32) {
     let mut lanes = [0.0_f32; 16];
     for (i, ((x, w), dy)) in x.iter().zip(w).zip(dy).enumerate() {
         lanes[i % 16] += dy * w * x * inverse;
@@ -47,11 +42,14 @@ pub(super) fn forward(x: &Dense, w: &Dense, eps: f32) -> FlexTensor {
     y.par_chunks_mut(ROWS * d)
         .zip(x.par_chunks(ROWS * d))
         .for_each(|(y, x)| {
-            vectorised(#[inline(always)] || {
-                for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                    row(y, x, w, eps);
-                }
-            });
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                        row(y, x, w, eps);
+                    }
+                },
+            );
         });
     tensor(y, [rows, d])
 }
@@ -66,13 +64,16 @@ pub(super) fn backward(x: &Dense, w: &Dense, eps: f32, dy: &Dense) -> [FlexTenso
         .zip(dy.par_chunks(ROWS * d))
         .map(|((dx, x), dy)| {
             let mut dw = vec![0.0; d];
-            vectorised(#[inline(always)] || {
-                let rows = dx.chunks_exact_mut(d).zip(x.chunks_exact(d));
-                for ((dx, x), dy) in rows.zip(dy.chunks_exact(d)) {
-                    let inverse = 1.0 / (dot(x, x) / d as f32 + eps).sqrt();
-                    row_backward(dx, &mut dw, [x, w, dy], inverse);
-                }
-            });
+            vectorised(
+                #[inline(always)]
+                || {
+                    let rows = dx.chunks_exact_mut(d).zip(x.chunks_exact(d));
+                    for ((dx, x), dy) in rows.zip(dy.chunks_exact(d)) {
+                        let inverse = 1.0 / (dot(x, x) / d as f32 + eps).sqrt();
+                        row_backward(dx, &mut dw, [x, w, dy], inverse);
+                    }
+                },
+            );
             dw
         })
         .collect();
