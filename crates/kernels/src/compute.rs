@@ -2,7 +2,8 @@
 
 use crate::arch::Rows;
 use crate::blocks::{ActQ8, Q8_BLOCK};
-use crate::matrix::{Data, Format, Matrix};
+use crate::format::Format;
+use crate::matrix::{Data, Matrix};
 use crate::pool::{SendPtr, ThreadPool};
 use crate::table::Kernels;
 

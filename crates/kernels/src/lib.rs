@@ -15,6 +15,7 @@ mod arch;
 mod blocks;
 mod compute;
 pub mod doctor;
+mod format;
 pub mod gemm;
 mod isa;
 mod matrix;
@@ -23,8 +24,9 @@ mod table;
 
 pub use blocks::{ActQ8, BlockQ8_0, Q8_BLOCK, dequantize_q8_0, quantize_q8_0};
 pub use compute::{Compute, MatmulScratch};
+pub use format::Format;
 pub use half::{bf16, f16};
 pub use isa::Isa;
-pub use matrix::{Format, Matrix, MatrixError};
+pub use matrix::{Matrix, MatrixError};
 pub use pool::ThreadPool;
 pub use table::Kernels;

@@ -3,28 +3,7 @@
 use half::bf16;
 
 use crate::blocks::{BlockQ8_0, Q8_BLOCK, dequantize_q8_0, quantize_q8_0};
-
-/// How the weights of a [`Matrix`] are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// 32-bit floats.
-    F32,
-    /// bfloat16.
-    Bf16,
-    /// 8-bit blocks of 32 with an f16 scale.
-    Q8_0,
-}
-
-impl Format {
-    /// Its usual name: `f32`, `bf16`, `q8_0`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Format::F32 => "f32",
-            Format::Bf16 => "bf16",
-            Format::Q8_0 => "q8_0",
-        }
-    }
-}
+use crate::format::Format;
 
 /// Why a matrix could not be made.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
