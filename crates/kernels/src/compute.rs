@@ -1,9 +1,11 @@
 //! Matrix products over the threads: the one entry through which models multiply by weights.
 
+use half::bf16;
+
 use crate::arch::Rows;
-use crate::blocks::{ActQ8, Q8_BLOCK};
+use crate::blocks::{ActQ8, BlockQ8_0, Q8_BLOCK};
 use crate::format::Format;
-use crate::matrix::{Data, Matrix};
+use crate::matrix::Matrix;
 use crate::pool::{SendPtr, ThreadPool};
 use crate::table::Kernels;
 
@@ -209,32 +211,44 @@ impl Compute {
             // SAFETY: row `from` of the part's outputs.
             let y = unsafe { part.y.add((from - part.from) * part.n_out) };
             let n_blocks = n_in / Q8_BLOCK;
-            // SAFETY, for the three calls: `kernels` proves the instruction set; slicing checked that the
+            // SAFETY, for the calls below: `kernels` proves the instruction set; slicing checked that the
             // operands hold the part's rows; the caller checked the outputs.
-            match w.data() {
-                Data::F32(values) => {
-                    let args = part.args(
-                        &values[part.first_row * n_in..],
-                        &x[from * n_in..],
-                        (n_tokens, n_in, y),
-                    );
+            match w.format() {
+                Format::F32 => {
+                    let w = &w.units::<f32>()[part.first_row * n_in..];
+                    let args = part.args(w, &x[from * n_in..], (n_tokens, n_in, y));
                     // SAFETY: see above.
                     unsafe { (table.rows_f32)(&args) }
                 }
-                Data::Bf16(values) => {
-                    let args = part.args(
-                        &values[part.first_row * n_in..],
-                        &x[from * n_in..],
-                        (n_tokens, n_in, y),
-                    );
+                Format::Bf16 => {
+                    let w = &w.units::<bf16>()[part.first_row * n_in..];
+                    let args = part.args(w, &x[from * n_in..], (n_tokens, n_in, y));
                     // SAFETY: see above.
                     unsafe { (table.rows_bf16)(&args) }
                 }
-                Data::Q8_0(blocks) => {
-                    let (w, x) = (&blocks[part.first_row * n_blocks..], &q8[from * n_blocks..]);
-                    let args = part.args(w, x, (n_tokens, n_blocks, y));
+                Format::Q8_0 => {
+                    let w = &w.units::<BlockQ8_0>()[part.first_row * n_blocks..];
+                    let args = part.args(w, &q8[from * n_blocks..], (n_tokens, n_blocks, y));
                     // SAFETY: see above.
                     unsafe { (table.rows_q8_0)(&args) }
+                }
+                _ => {
+                    let mut values = vec![0.0; n_in];
+                    for r in 0..part.n_rows {
+                        w.row(part.first_row + r, &mut values);
+                        let args = Rows {
+                            w: values.as_ptr(),
+                            n_rows: 1,
+                            x: x[from * n_in..][..n_tokens * n_in].as_ptr(),
+                            n_tokens,
+                            n_units: n_in,
+                            // SAFETY: column `r` of the part's outputs.
+                            y: unsafe { y.add(r) },
+                            y_stride: part.n_out,
+                        };
+                        // SAFETY: see above.
+                        unsafe { (table.rows_f32)(&args) }
+                    }
                 }
             }
         }

@@ -5,7 +5,11 @@
 
 use half::{bf16, f16};
 
-use crate::blocks::{BlockQ8_0, Q8_BLOCK, quantize_q8_0};
+use crate::blocks::{
+    self, Block, BlockIq4Nl, BlockIq4Xs, BlockMxfp4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1,
+    BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8K, Q8_BLOCK,
+    quantize_q8_0,
+};
 
 /// How the values of a tensor are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -22,6 +26,32 @@ pub enum Format {
     U8,
     /// Blocks of 32 signed bytes with an f16 scale.
     Q8_0,
+    /// Blocks of 32 four-bit integers with an f16 scale.
+    Q4_0,
+    /// [`Format::Q4_0`] with a minimum.
+    Q4_1,
+    /// Blocks of 32 five-bit integers with an f16 scale.
+    Q5_0,
+    /// [`Format::Q5_0`] with a minimum.
+    Q5_1,
+    /// Super-blocks of 256 two-bit integers with a 4-bit scale and minimum per 16.
+    Q2K,
+    /// Super-blocks of three-bit integers with a 6-bit scale per 16.
+    Q3K,
+    /// Super-blocks of four-bit integers with a 6-bit scale and minimum per 32.
+    Q4K,
+    /// Super-blocks of five-bit integers with a 6-bit scale and minimum per 32.
+    Q5K,
+    /// Super-blocks of six-bit integers with an 8-bit scale per 16.
+    Q6K,
+    /// Super-blocks of 256 signed bytes with an f32 scale.
+    Q8K,
+    /// Blocks of 32 codes of 16 uneven values, with an f16 scale.
+    Iq4Nl,
+    /// Super-blocks of the same codes with a 6-bit scale per 32.
+    Iq4Xs,
+    /// Blocks of 32 four-bit floats with a shared power of two.
+    Mxfp4,
 }
 
 /// What is known about one format.
@@ -56,6 +86,19 @@ const ROWS: &[Row] = &[
     row(Format::F8E4M3, "F8_E4M3", None, (1, 1)),
     row(Format::U8, "U8", None, (1, 1)),
     row(Format::Q8_0, "Q8_0", Some(8), (32, 34)),
+    row(Format::Q4_0, "Q4_0", Some(2), (32, 18)),
+    row(Format::Q4_1, "Q4_1", Some(3), (32, 20)),
+    row(Format::Q5_0, "Q5_0", Some(6), (32, 22)),
+    row(Format::Q5_1, "Q5_1", Some(7), (32, 24)),
+    row(Format::Q2K, "Q2_K", Some(10), (256, 84)),
+    row(Format::Q3K, "Q3_K", Some(11), (256, 110)),
+    row(Format::Q4K, "Q4_K", Some(12), (256, 144)),
+    row(Format::Q5K, "Q5_K", Some(13), (256, 176)),
+    row(Format::Q6K, "Q6_K", Some(14), (256, 210)),
+    row(Format::Q8K, "Q8_K", Some(15), (256, 292)),
+    row(Format::Iq4Nl, "IQ4_NL", Some(20), (32, 18)),
+    row(Format::Iq4Xs, "IQ4_XS", Some(23), (256, 136)),
+    row(Format::Mxfp4, "MXFP4", Some(39), (32, 17)),
 ];
 
 impl Format {
@@ -161,42 +204,59 @@ impl Format {
             Self::Bf16 => decode_words::<2>(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
             Self::F8E4M3 => decode_words::<1>(bytes, out, |[b]| f8_e4m3(b)),
             Self::U8 => decode_words::<1>(bytes, out, |[b]| f32::from(b)),
-            Self::Q8_0 => {
-                for (block, out) in bytes.chunks_exact(34).zip(out.chunks_exact_mut(Q8_BLOCK)) {
-                    let d = f16::from_le_bytes([block[0], block[1]]).to_f32();
-                    for (out, q) in out.iter_mut().zip(&block[2..]) {
-                        *out = f32::from(*q as i8) * d;
-                    }
-                }
-            }
+            Self::Q8_0 => decode_blocks::<BlockQ8_0>(bytes, out),
+            Self::Q4_0 => decode_blocks::<BlockQ4_0>(bytes, out),
+            Self::Q4_1 => decode_blocks::<BlockQ4_1>(bytes, out),
+            Self::Q5_0 => decode_blocks::<BlockQ5_0>(bytes, out),
+            Self::Q5_1 => decode_blocks::<BlockQ5_1>(bytes, out),
+            Self::Q2K => decode_blocks::<BlockQ2K>(bytes, out),
+            Self::Q3K => decode_blocks::<BlockQ3K>(bytes, out),
+            Self::Q4K => decode_blocks::<BlockQ4K>(bytes, out),
+            Self::Q5K => decode_blocks::<BlockQ5K>(bytes, out),
+            Self::Q6K => decode_blocks::<BlockQ6K>(bytes, out),
+            Self::Q8K => decode_blocks::<BlockQ8K>(bytes, out),
+            Self::Iq4Nl => decode_blocks::<BlockIq4Nl>(bytes, out),
+            Self::Iq4Xs => decode_blocks::<BlockIq4Xs>(bytes, out),
+            Self::Mxfp4 => decode_blocks::<BlockMxfp4>(bytes, out),
         }
+    }
+
+    /// Whether values can be stored in it: [`Format::encode`] is there.
+    #[must_use]
+    pub fn can_encode(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16 | Self::Q8_0)
     }
 
     /// Stores `values`, rounding plain formats to nearest even; `None` when they are not whole blocks, when the format
     /// cannot be written, or when a value is not representable (NaN and infinities in a quantised format).
     #[must_use]
     pub fn encode(self, values: &[f32]) -> Option<Vec<u8>> {
-        self.n_bytes(values.len())?;
+        let mut bytes = vec![0; self.n_bytes(values.len())?];
+        self.encode_into(values, &mut bytes).then_some(bytes)
+    }
+
+    /// [`Format::encode`] into `out`; false instead of `None`, and then `out` is unusable.
+    ///
+    /// # Panics
+    /// When the lengths do not match.
+    pub fn encode_into(self, values: &[f32], out: &mut [u8]) -> bool {
+        assert_eq!(self.n_bytes(values.len()), Some(out.len()), "whole blocks");
         match self {
-            Self::F32 => Some(values.iter().flat_map(|v| v.to_le_bytes()).collect()),
-            Self::F16 => {
-                let words = values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes());
-                Some(words.collect())
-            }
-            Self::Bf16 => {
-                let words = values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes());
-                Some(words.collect())
-            }
-            Self::F8E4M3 | Self::U8 => None,
+            Self::F32 => encode_words::<4>(values, out, f32::to_le_bytes),
+            Self::F16 => encode_words::<2>(values, out, |v| f16::from_f32(v).to_le_bytes()),
+            Self::Bf16 => encode_words::<2>(values, out, |v| bf16::from_f32(v).to_le_bytes()),
             Self::Q8_0 => {
-                let mut blocks = vec![BlockQ8_0::ZERO; values.len() / Q8_BLOCK];
-                let bytes = |block: &BlockQ8_0| {
-                    let mut bytes = block.d.to_le_bytes().to_vec();
-                    bytes.extend(block.qs.iter().map(|q| *q as u8));
-                    bytes
-                };
-                quantize_q8_0(values, &mut blocks).then(|| blocks.iter().flat_map(bytes).collect())
+                let mut block = [BlockQ8_0::ZERO];
+                let blocks = out.chunks_exact_mut(size_of::<BlockQ8_0>());
+                for (values, out) in values.chunks_exact(Q8_BLOCK).zip(blocks) {
+                    if !quantize_q8_0(values, &mut block) {
+                        return false;
+                    }
+                    out.copy_from_slice(blocks::bytes_of(&block));
+                }
+                true
             }
+            _ => false,
         }
     }
 }
@@ -213,15 +273,33 @@ fn decode_words<const N: usize>(bytes: &[u8], out: &mut [f32], word: impl Fn([u8
     }
 }
 
-/// `e4m3fn`: sign, 4 bits of exponent with bias 7, 3 bits of mantissa; 0x7f and 0xff are NaN, there are no infinities.
-fn f8_e4m3(byte: u8) -> f32 {
-    let sign = if byte & 0x80 == 0 { 1.0 } else { -1.0 };
-    let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f32::from(byte & 7));
-    match (exponent, byte & 7) {
-        (15, 7) => f32::NAN,
-        (0, _) => sign * mantissa * 2f32.powi(-9),
-        _ => sign * (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+fn decode_blocks<B: Block>(bytes: &[u8], out: &mut [f32]) {
+    let blocks = bytes.chunks_exact(size_of::<B>());
+    for (bytes, out) in blocks.zip(out.chunks_exact_mut(B::LEN)) {
+        blocks::read::<B>(bytes).decode(out);
     }
+}
+
+fn encode_words<const N: usize>(
+    values: &[f32],
+    out: &mut [u8],
+    word: impl Fn(f32) -> [u8; N],
+) -> bool {
+    for (out, value) in out.as_chunks_mut::<N>().0.iter_mut().zip(values) {
+        *out = word(*value);
+    }
+    true
+}
+
+/// `e4m3fn`: sign, 4 bits of exponent with bias 7, 3 bits of mantissa; 0x7f and 0xff are NaN, there are no infinities.
+///
+/// Exponent and mantissa are moved to where f32 has them, and the difference of the biases is multiplied in, which
+/// makes the numbers below the normal ones come out right too.
+fn f8_e4m3(byte: u8) -> f32 {
+    const BIASES: f32 = f32::from_bits((127 + 127 - 7) << 23);
+    let (sign, magnitude) = (u32::from(byte & 0x80), u32::from(byte & 0x7f));
+    let value = f32::from_bits(sign << 24 | magnitude << 20) * BIASES;
+    if magnitude == 0x7f { f32::NAN } else { value }
 }
 
 #[cfg(test)]

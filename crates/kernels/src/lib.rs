@@ -22,7 +22,8 @@ mod matrix;
 mod pool;
 mod table;
 
-pub use blocks::{ActQ8, BlockQ8_0, Q8_BLOCK, dequantize_q8_0, quantize_q8_0};
+pub use blocks::{ActQ8, ActQ8K, BlockQ8_0, Q8_BLOCK, SUPER_BLOCK, dequantize_q8_0, quantize_q8_0};
+pub use bytes::Bytes;
 pub use compute::{Compute, MatmulScratch};
 pub use format::Format;
 pub use half::{bf16, f16};

@@ -1,11 +1,8 @@
-//! Quantised blocks: their memory layout and the reference conversions from and to f32.
-//!
-//! `Q8_0` is the GGUF block of 32 weights: an f16 scale, then 32 signed bytes; `y = q * d`.
+//! Q8_0 and Q8_K: signed bytes with one scale per 32 or 256 weights.
 
 use half::f16;
 
-/// Values per 8-bit block.
-pub const Q8_BLOCK: usize = 32;
+use super::{Block32, Block256, N_SCALES, Q8_BLOCK, Quants32, Quants256, SUPER_BLOCK, block};
 
 /// Thirty-two weights in 34 bytes, laid out as GGUF's Q8_0.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -17,20 +14,19 @@ pub struct BlockQ8_0 {
     pub qs: [i8; Q8_BLOCK],
 }
 
-/// Thirty-two activations quantised for an integer dot product with [`BlockQ8_0`].
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// 256 weights `q * d`. An intermediate of ggml's that files hardly ever hold.
+#[derive(Clone, Copy, Debug)]
 #[repr(C)]
-pub struct ActQ8 {
-    /// Scale. NaN when an input was NaN or infinite, so that the product says so.
-    pub d: f32,
-    /// `-128 * sum(qs)`: what an unsigned product with `weight + 128` has to be corrected by.
-    pub bias: i32,
-    /// Quants in -127..=127; activation `j` is `qs[j] * d`.
-    pub qs: [i8; Q8_BLOCK],
+pub(crate) struct BlockQ8K {
+    /// Scale: a little-endian f32, in bytes to need no alignment.
+    pub(crate) d: [u8; 4],
+    pub(crate) qs: [i8; SUPER_BLOCK],
+    /// Sums of every 16 quants, which weights do not need.
+    pub(crate) sums: [[u8; 2]; N_SCALES],
 }
 
-const _: () = assert!(size_of::<BlockQ8_0>() == 34 && align_of::<BlockQ8_0>() == 2);
-const _: () = assert!(size_of::<ActQ8>() == 40 && align_of::<ActQ8>() == 4);
+block!(BlockQ8_0, of_32, 34);
+block!(BlockQ8K, of_256, 292);
 
 impl BlockQ8_0 {
     /// A block of zeros.
@@ -40,13 +36,25 @@ impl BlockQ8_0 {
     };
 }
 
-impl ActQ8 {
-    /// A block of zeros.
-    pub const ZERO: Self = Self {
-        d: 0.0,
-        bias: 0,
-        qs: [0; Q8_BLOCK],
-    };
+impl Block32 for BlockQ8_0 {
+    fn unpack(&self) -> Quants32 {
+        Quants32 {
+            qs: self.qs,
+            d: self.d.to_f32(),
+            m: 0.0,
+        }
+    }
+}
+
+impl Block256 for BlockQ8K {
+    const SIGNED: bool = true;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Quants256) {
+        out.d = f32::from_le_bytes(self.d);
+        out.qs = self.qs;
+        out.scales = [1; N_SCALES];
+    }
 }
 
 /// Quantises `weights` (a multiple of 32 of them) to `blocks`, rounding halves away from zero.
@@ -67,7 +75,8 @@ pub fn quantize_q8_0(weights: &[f32], blocks: &mut [BlockQ8_0]) -> bool {
         let amax = weights.iter().fold(0.0f32, |m, w| m.max(w.abs()));
         let finite = (weights.iter().map(|w| w * 0.0).sum::<f32>()) == 0.0;
         let d = amax / 127.0;
-        let inverse = if d >= f32::MIN_POSITIVE { 1.0 / d } else { 0.0 };
+        // A scale so small that its inverse overflows is stored as zero anyway.
+        let inverse = if (1.0 / d).is_finite() { 1.0 / d } else { 0.0 };
         block.d = f16::from_f32(d);
         representable &= finite && block.d.is_finite();
         for (q, w) in block.qs.iter_mut().zip(weights) {
