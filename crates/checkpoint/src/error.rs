@@ -87,6 +87,14 @@ pub enum CheckpointError {
         /// What was expected and what was found.
         problem: String,
     },
+    /// A GGUF file is cut off, damaged, or holds something that is not known.
+    #[error("{file} cannot be read as GGUF: {problem}")]
+    Gguf {
+        /// The file.
+        file: String,
+        /// What was expected and what was found, with the key or tensor.
+        problem: String,
+    },
     /// The index and its shards disagree.
     #[error("{file}: {problem}")]
     Index {
