@@ -1,4 +1,4 @@
-"""Owns what the golden scripts share: exact JSON for f32 numbers, manifests, and one Qwen3-MoE forward pass that also reports routing.
+"""Owns what the golden scripts share: exact JSON for f32 numbers, manifests, and a forward pass that also reports routing.
 
 A golden is one file or folder small enough to read in a diff. Numbers are written with the fewest digits that
 give back the same f32, so that reading the JSON loses nothing.
@@ -67,26 +67,66 @@ def versions():
     }
 
 
+def routers(model):
+    """(decoder layer, router module) of every layer that has experts, in order; dense layers are left out."""
+    return [
+        (i, module)
+        for i, layer in enumerate(model.model.layers)
+        for _, module in layer.named_modules()
+        if type(module).__name__.lower().endswith("topkrouter")
+    ]
+
+
 def moe_layers(model):
-    """Indices of the decoder layers that have experts, in order; dense layers are left out."""
-    return [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+    """Indices of the decoder layers that have experts, in order."""
+    return [i for i, _ in routers(model)]
+
+
+def selection(module, logits):
+    """What a router sorts experts by, and how near its other decisions are to tipping over.
+
+    Returns (keys [T, n_experts] with -inf for experts outside the kept groups, smallest margin of those decisions).
+    """
+    import torch
+
+    bias = getattr(module, "e_score_correction_bias", None)
+    keys = logits if bias is None else logits.sigmoid() + bias
+    margin = float("inf")
+    groups = getattr(module, "num_group", None)
+    if groups is not None and groups > 1 and getattr(module, "topk_method", None) != "greedy":
+        per_group = keys.view(len(keys), groups, -1)
+        # DeepSeek-V2 ranks groups by their best expert, V3 and GLM by the sum of their two best.
+        score = per_group.amax(-1) if bias is None else per_group.topk(2, dim=-1).values.sum(-1)
+        kept = module.topk_group
+        ordered = score.sort(dim=-1, descending=True).values
+        if kept < groups:
+            margin = (ordered[:, kept - 1] - ordered[:, kept]).min().item()
+        mask = torch.zeros_like(score).scatter_(1, score.topk(kept, dim=-1).indices, 1.0).bool()
+        keys = per_group.masked_fill(~mask.unsqueeze(-1), float("-inf")).flatten(1)
+    if (jitter := getattr(module, "router_jitter_noise", None)) is not None:
+        # SparseMixer drops experts whose relative distance to the best one exceeds 2 * jitter: a jump in the weight.
+        for rank in range(2):
+            best = keys.sort(dim=-1, descending=True).values[:, rank : rank + 1]
+            distance = (best - keys) / keys.abs().clamp(min=best)
+            margin = min(margin, (distance - 2 * jitter).abs().min().item())
+    return keys, margin
 
 
 def forward(model, tokens):
     """Logits and routing of one sequence.
 
-    Returns (logits [T, vocab], routing), where routing has one entry per MoE layer:
-    {"layer": model layer index, "logits": [T, n_experts], "weights": [T, top_k], "experts": [T, top_k]}.
-    Experts are ordered by falling probability.
+    Returns (logits [T, vocab], routing), where routing has one entry per MoE layer: {"layer": model layer index,
+    "logits": [T, n_experts], "weights": [T, top_k], "experts": [T, top_k], "keys": what was sorted by, "margin"}.
+    Experts are ordered by falling sorting key (transformers leaves the order open where it asks for unsorted top-k).
     """
     import torch
 
     seen = []
     hooks = [
-        model.model.layers[i].mlp.gate.register_forward_hook(
-            lambda _module, _inputs, output, layer=i: seen.append((layer, *output))
+        module.register_forward_hook(
+            lambda module, _inputs, output, layer=layer: seen.append((layer, module, *output))
         )
-        for i in moe_layers(model)
+        for layer, module in routers(model)
     ]
     try:
         with torch.no_grad():
@@ -94,27 +134,38 @@ def forward(model, tokens):
     finally:
         for hook in hooks:
             hook.remove()
-    routing = [
-        {"layer": layer, "logits": scores.float(), "weights": weights.float(), "experts": experts}
-        for layer, scores, weights, experts in seen
-    ]
+    routing = []
+    for layer, module, scores, weights, experts in seen:
+        keys, margin = selection(module, scores.float())
+        order = keys.gather(1, experts).argsort(dim=-1, descending=True, stable=True)
+        routing.append(
+            {
+                "layer": layer,
+                "logits": scores.float(),
+                "weights": weights.float().gather(1, order),
+                "experts": experts.gather(1, order),
+                "keys": keys,
+                "margin": margin,
+            }
+        )
     return logits, routing
 
 
 def routing_gap(routing):
-    """The smallest difference between the router logits of the last picked and the first unpicked expert.
+    """The smallest difference between the sorting keys of neighbouring picks, and of the last pick and the next expert.
 
     A golden with a gap far above rounding error pins the picked experts, whatever the order of summation.
     """
-    gaps = []
+    gaps = [float("inf")]
     for layer in routing:
         top_k = layer["experts"].shape[1]
-        ordered = layer["logits"].sort(dim=-1, descending=True).values
+        ordered = layer["keys"].sort(dim=-1, descending=True).values
         picked = ordered[:, :top_k]
         if top_k > 1:  # the order inside the picks matters as well
             gaps.append((picked[:, :-1] - picked[:, 1:]).min().item())
         if top_k < ordered.shape[1]:
             gaps.append((ordered[:, top_k - 1] - ordered[:, top_k]).min().item())
+        gaps.append(layer["margin"])
     return min(gaps)
 
 

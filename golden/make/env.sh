@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the Python environment of the references and peers, and prints the path of its interpreter.
 #
-#   PY="$(bash golden/make/env.sh)" && "$PY" golden/make/qwen3_moe.py
+#   PY="$(bash golden/make/env.sh)" && "$PY" golden/make/checkpoints.py
 #
 # The environment lies in .cache/venv/peers (ignored by git), about 4 GiB; the download is about 2 GiB and comes
 # from PyPI alone. Running the script again is free: a stamp remembers the requirements it was made from.
