@@ -20,6 +20,9 @@ pub mod gemm;
 mod isa;
 mod matrix;
 mod pool;
+mod product;
+#[cfg(test)]
+mod samples;
 mod table;
 
 pub use blocks::{ActQ8, ActQ8K, BlockQ8_0, Q8_BLOCK, SUPER_BLOCK, dequantize_q8_0, quantize_q8_0};

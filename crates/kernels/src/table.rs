@@ -5,7 +5,7 @@ use std::fmt;
 use half::bf16;
 
 use crate::arch::{self, Rows, Table};
-use crate::blocks::{ActQ8, BlockQ8_0, Q8_BLOCK};
+use crate::blocks::{ActQ8, ActQ8K, BlockQ8_0, Q8_BLOCK, SUPER_BLOCK};
 use crate::isa::Isa;
 
 /// The kernels of one instruction set. Holding the value proves that the CPU has it.
@@ -178,6 +178,13 @@ impl Kernels {
         // SAFETY: `self` proves the instruction set; the lengths were compared.
         unsafe { (self.table.quantize_act)(x, out) };
     }
+
+    /// Activations to super-blocks. Panics unless there is a block per 256 values.
+    pub fn quantize_act_k(&self, x: &[f32], out: &mut [ActQ8K]) {
+        assert_eq!(x.len(), out.len() * SUPER_BLOCK, "one block per 256 values");
+        // SAFETY: `self` proves the instruction set; the lengths were compared.
+        unsafe { (self.table.quantize_act_k)(x, out) };
+    }
 }
 
 #[cfg(test)]
@@ -267,6 +274,20 @@ mod tests {
             for kernels in others() {
                 let mut got = vec![ActQ8::ZERO; expected.len()];
                 kernels.quantize_act(&x, &mut got);
+                prop_assert_eq!(&got, &expected, "{:?}", kernels);
+            }
+        }
+
+        #[test]
+        fn quantised_super_blocks_are_the_twins(
+            x in (1usize..3).prop_flat_map(|n| values(n * SUPER_BLOCK)), scale in -60i32..60
+        ) {
+            let x: Vec<f32> = x.iter().map(|v| v * 2.0f32.powi(scale)).collect();
+            let mut expected = vec![ActQ8K::ZERO; x.len() / SUPER_BLOCK];
+            twin().quantize_act_k(&x, &mut expected);
+            for kernels in others() {
+                let mut got = vec![ActQ8K::ZERO; expected.len()];
+                kernels.quantize_act_k(&x, &mut got);
                 prop_assert_eq!(&got, &expected, "{:?}", kernels);
             }
         }
@@ -368,6 +389,14 @@ mod tests {
                 let mut acts = [ActQ8::ZERO; 2];
                 kernels.quantize_act(&x, &mut acts);
                 assert!(
+                    acts[0].d.is_finite() && acts[1].d.is_nan() && acts[1].sum.is_nan(),
+                    "{kernels:?} {bad}"
+                );
+                let mut x = vec![1.0; 512];
+                x[300] = bad;
+                let mut acts = [ActQ8K::ZERO; 2];
+                kernels.quantize_act_k(&x, &mut acts);
+                assert!(
                     acts[0].d.is_finite() && acts[1].d.is_nan(),
                     "{kernels:?} {bad}"
                 );
@@ -384,6 +413,7 @@ mod tests {
         }];
         let x = [ActQ8 {
             d: 1.0,
+            sum: -127.0 * 32.0,
             bias: -128 * -127 * 32,
             qs: [-127; 32],
         }];

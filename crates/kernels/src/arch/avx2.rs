@@ -10,26 +10,28 @@
 
 use std::arch::x86_64::*;
 
-use half::bf16;
+use half::{bf16, f16};
 
-use super::scalar::ActScale;
-use super::{Table, rows_by_tiles};
-use crate::blocks::{ActQ8, BlockQ8_0, Q8_BLOCK};
+use super::{Table, avx2_quants, rows_by_tiles};
+use crate::blocks::{ActQ8, ActScale, Q8_BLOCK};
 
 pub(super) static TABLE: Table = Table {
     rows_f32,
+    rows_f16,
     rows_bf16,
-    rows_q8_0,
+    rows_q8_0: avx2_quants::rows_q8_0,
+    quants: avx2_quants::QUANTS,
     add_weighted_rows,
     max,
     exp_sum,
     silu_mul,
     quantize_act,
+    quantize_act_k: avx2_quants::quantize_act_k,
 };
 
 rows_by_tiles!(rows_f32, tile_f32, f32, f32, "avx2,fma,f16c", 4 x 3, 8);
-rows_by_tiles!(rows_bf16, tile_bf16, bf16, f32, "avx2,fma,f16c", 4 x 3, 8);
-rows_by_tiles!(rows_q8_0, tile_q8_0, BlockQ8_0, ActQ8, "avx2,fma,f16c", 4 x 2, 4);
+rows_by_tiles!(rows_f16, tile_half<f16>, f16, f32, "avx2,fma,f16c", 4 x 3, 8);
+rows_by_tiles!(rows_bf16, tile_half<bf16>, bf16, f32, "avx2,fma,f16c", 4 x 3, 8);
 
 const LANES: usize = 8;
 
@@ -73,12 +75,45 @@ unsafe fn tile_f32<const R: usize, const N: usize>(
     sums
 }
 
+/// Numbers of 16 bits.
+trait Half: Copy {
+    /// # Safety
+    /// The CPU has AVX2 and F16C.
+    unsafe fn widen(bits: __m128i) -> __m256;
+
+    fn to_f32(self) -> f32;
+}
+
+impl Half for bf16 {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn widen(bits: __m128i) -> __m256 {
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
+    }
+
+    fn to_f32(self) -> f32 {
+        Self::to_f32(self)
+    }
+}
+
+impl Half for f16 {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn widen(bits: __m128i) -> __m256 {
+        _mm256_cvtph_ps(bits)
+    }
+
+    fn to_f32(self) -> f32 {
+        Self::to_f32(self)
+    }
+}
+
 /// # Safety
 /// `w` and `x` hold `R` and `N` rows of `n` values.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-unsafe fn tile_bf16<const R: usize, const N: usize>(
-    w: *const bf16,
+unsafe fn tile_half<H: Half, const R: usize, const N: usize>(
+    w: *const H,
     x: *const f32,
     n: usize,
 ) -> [[f32; N]; R] {
@@ -92,8 +127,7 @@ unsafe fn tile_bf16<const R: usize, const N: usize>(
         }
         for r in 0..R {
             // SAFETY: eight values from i in row r.
-            let bits = unsafe { _mm_loadu_si128(w.add(r * n + i).cast()) };
-            let wv = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)));
+            let wv = unsafe { H::widen(_mm_loadu_si128(w.add(r * n + i).cast())) };
             for t in 0..N {
                 acc[r][t] = _mm256_fmadd_ps(wv, xs[t], acc[r][t]);
             }
@@ -113,49 +147,9 @@ unsafe fn tile_bf16<const R: usize, const N: usize>(
     sums
 }
 
-/// # Safety
-/// `w` and `x` hold `R` and `N` rows of `n` blocks.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-unsafe fn tile_q8_0<const R: usize, const N: usize>(
-    w: *const BlockQ8_0,
-    x: *const ActQ8,
-    n: usize,
-) -> [[f32; N]; R] {
-    let ones = _mm256_set1_epi16(1);
-    let mut acc = [[_mm256_setzero_ps(); N]; R];
-    for i in 0..n {
-        let mut ws = [_mm256_setzero_si256(); R];
-        let mut ds = [0.0f32; R];
-        for r in 0..R {
-            // SAFETY: block i of row r.
-            let block = unsafe { &*w.add(r * n + i) };
-            // SAFETY: the 32 quants of the block.
-            ws[r] = unsafe { _mm256_loadu_si256(block.qs.as_ptr().cast()) };
-            ds[r] = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(
-                block.d.to_bits(),
-            ))));
-        }
-        for t in 0..N {
-            // SAFETY: block i of row t.
-            let act = unsafe { &*x.add(t * n + i) };
-            // SAFETY: the 32 quants of the block.
-            let qs = unsafe { _mm256_loadu_si256(act.qs.as_ptr().cast()) };
-            for r in 0..R {
-                // |w| <= 128 and |x| <= 127, so a pair of products stays below 2^15 and nothing saturates.
-                let pairs =
-                    _mm256_maddubs_epi16(_mm256_abs_epi8(ws[r]), _mm256_sign_epi8(qs, ws[r]));
-                let sums = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
-                acc[r][t] = _mm256_fmadd_ps(sums, _mm256_set1_ps(ds[r] * act.d), acc[r][t]);
-            }
-        }
-    }
-    reduce(acc)
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn reduce<const R: usize, const N: usize>(acc: [[__m256; N]; R]) -> [[f32; N]; R] {
+pub(super) fn reduce<const R: usize, const N: usize>(acc: [[__m256; N]; R]) -> [[f32; N]; R] {
     let mut sums = [[0.0; N]; R];
     for r in 0..R {
         for t in 0..N {
@@ -318,11 +312,10 @@ fn quantize_act(x: &[f32], out: &mut [ActQ8]) {
         // SAFETY: the array has eight values.
         unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), bits) };
         let scale = ActScale::of(f32::from_bits(lanes.into_iter().fold(0, u32::max)));
-        *out = ActQ8 {
-            d: scale.d,
-            ..ActQ8::ZERO
-        };
+        *out = ActQ8::ZERO;
         if scale.inverse == 0.0 {
+            // Not a product: a NaN times zero converts to the lowest integer.
+            scale.finish(0, out);
             continue;
         }
         let mut sum = 0;
@@ -337,6 +330,6 @@ fn quantize_act(x: &[f32], out: &mut [ActQ8]) {
                 sum += lane;
             }
         }
-        out.bias = -128 * sum;
+        scale.finish(sum, out);
     }
 }

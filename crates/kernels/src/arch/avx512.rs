@@ -10,25 +10,28 @@
 
 use std::arch::x86_64::*;
 
-use half::bf16;
+use half::{bf16, f16};
 
-use super::scalar::ActScale;
-use super::{Table, rows_by_tiles};
-use crate::blocks::{ActQ8, BlockQ8_0, Q8_BLOCK};
+use super::{Table, avx2_quants, rows_by_tiles};
+use crate::blocks::{ActQ8, ActScale, BlockQ8_0, Q8_BLOCK};
 
 pub(super) static TABLE: Table = Table {
     rows_f32,
+    rows_f16,
     rows_bf16,
     rows_q8_0,
+    quants: avx2_quants::QUANTS,
     add_weighted_rows,
     max,
     exp_sum,
     silu_mul,
     quantize_act,
+    quantize_act_k: avx2_quants::quantize_act_k,
 };
 
 rows_by_tiles!(rows_f32, tile_f32, f32, f32, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 8);
-rows_by_tiles!(rows_bf16, tile_bf16, bf16, f32, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 8);
+rows_by_tiles!(rows_f16, tile_half<f16>, f16, f32, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 8);
+rows_by_tiles!(rows_bf16, tile_half<bf16>, bf16, f32, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 8);
 rows_by_tiles!(rows_q8_0, tile_q8_0, BlockQ8_0, ActQ8, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 4);
 
 const LANES: usize = 16;
@@ -71,12 +74,35 @@ unsafe fn tile_f32<const R: usize, const N: usize>(
     reduce(acc)
 }
 
+/// Numbers of 16 bits.
+trait Half: Copy {
+    /// # Safety
+    /// The CPU has AVX-512 F and BW.
+    unsafe fn widen(bits: __m256i) -> __m512;
+}
+
+impl Half for bf16 {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
+    #[inline]
+    unsafe fn widen(bits: __m256i) -> __m512 {
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+    }
+}
+
+impl Half for f16 {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
+    #[inline]
+    unsafe fn widen(bits: __m256i) -> __m512 {
+        _mm512_cvtph_ps(bits)
+    }
+}
+
 /// # Safety
 /// `w` and `x` hold `R` and `N` rows of `n` values.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
 #[inline]
-unsafe fn tile_bf16<const R: usize, const N: usize>(
-    w: *const bf16,
+unsafe fn tile_half<H: Half, const R: usize, const N: usize>(
+    w: *const H,
     x: *const f32,
     n: usize,
 ) -> [[f32; N]; R] {
@@ -91,8 +117,7 @@ unsafe fn tile_bf16<const R: usize, const N: usize>(
         }
         for r in 0..R {
             // SAFETY: as above, inside row r.
-            let bits = unsafe { _mm256_maskz_loadu_epi16(mask, w.add(r * n + i).cast()) };
-            let wv = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)));
+            let wv = unsafe { H::widen(_mm256_maskz_loadu_epi16(mask, w.add(r * n + i).cast())) };
             for t in 0..N {
                 acc[r][t] = _mm512_fmadd_ps(wv, xs[t], acc[r][t]);
             }
@@ -271,18 +296,16 @@ fn quantize_act(x: &[f32], out: &mut [ActQ8]) {
         );
         let scale = ActScale::of(f32::from_bits(_mm512_reduce_max_epi32(bits) as u32));
         if scale.inverse == 0.0 {
-            *out = ActQ8 {
-                d: scale.d,
-                ..ActQ8::ZERO
-            };
+            // Not a product: a NaN times zero converts to the lowest integer.
+            out.qs = [0; Q8_BLOCK];
+            scale.finish(0, out);
             continue;
         }
         let inverse = _mm512_set1_ps(scale.inverse);
         // The conversion rounds halves to even, the mode that Rust keeps the CPU in.
         let a = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
         let b = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-        out.d = scale.d;
-        out.bias = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+        scale.finish(_mm512_reduce_add_epi32(_mm512_add_epi32(a, b)), out);
         // SAFETY: the two halves of the 32 quants.
         unsafe {
             _mm_storeu_si128(out.qs.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(a));

@@ -6,12 +6,17 @@
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx2_quants;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 mod scalar;
 
-use half::bf16;
+use half::{bf16, f16};
 
-use crate::blocks::{ActQ8, BlockQ8_0};
+use crate::blocks::{
+    ActQ8, ActQ8K, BlockIq4Nl, BlockIq4Xs, BlockMxfp4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1,
+    BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8K,
+};
 use crate::isa::Isa;
 
 /// Arguments of a block of matrix product: `y[t * y_stride + r] = dot(w row r, x row t)`.
@@ -38,8 +43,10 @@ type RowsFn<W, X> = unsafe fn(&Rows<W, X>);
 /// lengths match as their comment says (checked by the safe callers in `table.rs`).
 pub(crate) struct Table {
     pub(crate) rows_f32: RowsFn<f32, f32>,
+    pub(crate) rows_f16: RowsFn<f16, f32>,
     pub(crate) rows_bf16: RowsFn<bf16, f32>,
     pub(crate) rows_q8_0: RowsFn<BlockQ8_0, ActQ8>,
+    pub(crate) quants: Quants,
     /// `y += sum over j of weights[j] * rows[j]`, with `rows: [weights.len(), y.len()]`.
     pub(crate) add_weighted_rows: unsafe fn(weights: &[f32], rows: &[f32], y: &mut [f32]),
     /// The largest value; any NaN gives an unspecified value. An empty slice gives minus infinity.
@@ -50,6 +57,28 @@ pub(crate) struct Table {
     pub(crate) silu_mul: unsafe fn(gate: &mut [f32], up: &[f32]),
     /// Activations to 8-bit blocks, 32 values each.
     pub(crate) quantize_act: unsafe fn(x: &[f32], out: &mut [ActQ8]),
+    /// Activations to super-blocks, 256 values each.
+    pub(crate) quantize_act_k: unsafe fn(x: &[f32], out: &mut [ActQ8K]),
+}
+
+/// Products with the block formats beside Q8_0.
+///
+/// A super-block's share of a dot product is exact in integers up to two multiplications by scales, and shares are
+/// added in order: the products of 256-value formats have the same bits on every instruction set.
+pub(crate) struct Quants {
+    pub(crate) rows_q4_0: RowsFn<BlockQ4_0, ActQ8>,
+    pub(crate) rows_q4_1: RowsFn<BlockQ4_1, ActQ8>,
+    pub(crate) rows_q5_0: RowsFn<BlockQ5_0, ActQ8>,
+    pub(crate) rows_q5_1: RowsFn<BlockQ5_1, ActQ8>,
+    pub(crate) rows_iq4_nl: RowsFn<BlockIq4Nl, ActQ8>,
+    pub(crate) rows_mxfp4: RowsFn<BlockMxfp4, ActQ8>,
+    pub(crate) rows_q2_k: RowsFn<BlockQ2K, ActQ8K>,
+    pub(crate) rows_q3_k: RowsFn<BlockQ3K, ActQ8K>,
+    pub(crate) rows_q4_k: RowsFn<BlockQ4K, ActQ8K>,
+    pub(crate) rows_q5_k: RowsFn<BlockQ5K, ActQ8K>,
+    pub(crate) rows_q6_k: RowsFn<BlockQ6K, ActQ8K>,
+    pub(crate) rows_q8_k: RowsFn<BlockQ8K, ActQ8K>,
+    pub(crate) rows_iq4_xs: RowsFn<BlockIq4Xs, ActQ8K>,
 }
 
 /// The table for `isa`, or `None` when this build has no kernels for it.
@@ -65,17 +94,18 @@ pub(crate) fn table(isa: Isa) -> Option<&'static Table> {
     }
 }
 
-/// Defines a `RowsFn` that covers its block with calls of `$tile::<ROWS, TOKENS>(w, x, n_units)`.
+/// Defines a `RowsFn` that covers its block with calls of `$tile::<ROWS, TOKENS>(w, x, n_units)`, or of
+/// `$tile::<$block, ROWS, TOKENS>` when the tile is one for several types.
 ///
 /// A tile computes each of its elements by the same sequence whatever its size, so the cut into tiles
 /// changes speed and no bit of the result. `$r1` rows are taken together for a single token.
 #[cfg(target_arch = "x86_64")]
 macro_rules! rows_by_tiles {
-    ($name:ident, $tile:ident, $w:ty, $x:ty, $features:literal, $r:literal x $n:literal, $r1:literal) => {
+    ($name:ident, $tile:ident $(<$block:ty>)?, $w:ty, $x:ty, $features:literal, $r:literal x $n:literal, $r1:literal) => {
         /// # Safety
         /// See `RowsFn`.
         #[target_feature(enable = $features)]
-        unsafe fn $name(args: &super::Rows<$w, $x>) {
+        pub(super) unsafe fn $name(args: &super::Rows<$w, $x>) {
             let n_units = args.n_units;
             let mut row = 0;
             while row < args.n_rows {
@@ -91,7 +121,7 @@ macro_rules! rows_by_tiles {
                             let w = args.w.add(row * n_units);
                             let x = args.x.add(token * n_units);
                             let y = args.y.add(token * args.y_stride + row);
-                            let tile = $tile::<$tile_rows, $tile_tokens>(w, x, n_units);
+                            let tile = $tile::<$($block,)? $tile_rows, $tile_tokens>(w, x, n_units);
                             for (r, tile_row) in tile.iter().enumerate() {
                                 for (t, value) in tile_row.iter().enumerate() {
                                     *y.add(t * args.y_stride + r) = *value;

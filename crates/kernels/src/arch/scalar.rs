@@ -2,20 +2,40 @@
 //!
 //! Sums run over eight independent lanes so that the compiler may vectorise them without reordering.
 
-use half::bf16;
+use half::{bf16, f16};
 
-use super::{Rows, Table};
-use crate::blocks::{ActQ8, BlockQ8_0, Q8_BLOCK};
+use super::{Quants, Rows, Table};
+use crate::blocks::{
+    ActQ8, ActQ8K, ActScale, Block32, Block256, BlockQ8_0, Q8_BLOCK, Quants256, SUB_BLOCK,
+    SUPER_BLOCK,
+};
 
 pub(super) static TABLE: Table = Table {
     rows_f32,
+    rows_f16,
     rows_bf16,
-    rows_q8_0,
+    rows_q8_0: rows_32::<BlockQ8_0>,
+    quants: Quants {
+        rows_q4_0: rows_32,
+        rows_q4_1: rows_32,
+        rows_q5_0: rows_32,
+        rows_q5_1: rows_32,
+        rows_iq4_nl: rows_32,
+        rows_mxfp4: rows_32,
+        rows_q2_k: rows_256,
+        rows_q3_k: rows_256,
+        rows_q4_k: rows_256,
+        rows_q5_k: rows_256,
+        rows_q6_k: rows_256,
+        rows_q8_k: rows_256,
+        rows_iq4_xs: rows_256,
+    },
     add_weighted_rows,
     max,
     exp_sum,
     silu_mul,
     quantize_act,
+    quantize_act_k,
 };
 
 const LANES: usize = 8;
@@ -40,16 +60,58 @@ fn dot_bf16(w: &[bf16], x: &[f32]) -> f32 {
     sum_products(w.len(), |i| w[i].to_f32() * x[i])
 }
 
-fn dot_q8_0(w: &[BlockQ8_0], x: &[ActQ8]) -> f32 {
+fn dot_f16(w: &[f16], x: &[f32]) -> f32 {
+    sum_products(w.len(), |i| w[i].to_f32() * x[i])
+}
+
+fn dot_32<B: Block32>(w: &[B], x: &[ActQ8]) -> f32 {
     let mut sum = 0.0;
     for (w, x) in w.iter().zip(x) {
+        let w = w.unpack();
         let products =
             w.qs.iter()
                 .zip(&x.qs)
                 .map(|(w, x)| i32::from(*w) * i32::from(*x));
-        sum += products.sum::<i32>() as f32 * (w.d.to_f32() * x.d);
+        sum += products.sum::<i32>() as f32 * (w.d * x.d);
+        if B::HAS_MIN {
+            sum += w.m * x.sum;
+        }
     }
     sum
+}
+
+fn dot_256<B: Block256>(w: &[B], x: &[ActQ8K]) -> f32 {
+    let mut quants = Quants256::ZERO;
+    let mut sum = 0.0;
+    for (w, x) in w.iter().zip(x) {
+        w.unpack(&mut quants);
+        let (mut scaled, mut mins) = (0, 0);
+        let ws = quants.qs.as_chunks::<SUB_BLOCK>().0;
+        let xs = x.qs.as_chunks::<SUB_BLOCK>().0;
+        for (at, (ws, xs)) in ws.iter().zip(xs).enumerate() {
+            let products = ws
+                .iter()
+                .zip(xs)
+                .map(|(w, x)| i32::from(*w) * i32::from(*x));
+            let sum = i32::from(x.sums[at]);
+            let dot = products.sum::<i32>() - i32::from(B::OFFSET) * sum;
+            scaled += i32::from(quants.scales[at]) * dot;
+            mins += i32::from(quants.mins[at]) * sum;
+        }
+        sum += share::<B>(&quants, x.d, scaled, mins);
+    }
+    sum
+}
+
+/// What a super-block adds to a dot product, from its sums in integers.
+#[inline(always)]
+pub(super) fn share<B: Block256>(w: &Quants256, d: f32, scaled: i32, mins: i32) -> f32 {
+    let scaled = w.d * d * scaled as f32;
+    if B::HAS_MIN {
+        scaled - w.dmin * d * mins as f32
+    } else {
+        scaled
+    }
 }
 
 /// # Safety
@@ -83,9 +145,23 @@ unsafe fn rows_bf16(args: &Rows<bf16, f32>) {
 
 /// # Safety
 /// See `RowsFn`.
-unsafe fn rows_q8_0(args: &Rows<BlockQ8_0, ActQ8>) {
+unsafe fn rows_f16(args: &Rows<f16, f32>) {
     // SAFETY: the same contract.
-    unsafe { rows(args, dot_q8_0) }
+    unsafe { rows(args, dot_f16) }
+}
+
+/// # Safety
+/// See `RowsFn`.
+unsafe fn rows_32<B: Block32>(args: &Rows<B, ActQ8>) {
+    // SAFETY: the same contract.
+    unsafe { rows(args, dot_32) }
+}
+
+/// # Safety
+/// See `RowsFn`.
+unsafe fn rows_256<B: Block256>(args: &Rows<B, ActQ8K>) {
+    // SAFETY: the same contract.
+    unsafe { rows(args, dot_256) }
 }
 
 fn add_weighted_rows(weights: &[f32], rows: &[f32], y: &mut [f32]) {
@@ -129,39 +205,12 @@ fn quantize_act(x: &[f32], out: &mut [ActQ8]) {
             *q = (v * scale.inverse).round_ties_even() as i8;
             sum += i32::from(*q);
         }
-        out.d = scale.d;
-        out.bias = -128 * sum;
+        scale.finish(sum, out);
     }
 }
 
-/// How to quantise a block of activations whose largest magnitude is known.
-pub(super) struct ActScale {
-    /// What a quant is worth.
-    pub(super) d: f32,
-    /// What a value is multiplied by before rounding.
-    pub(super) inverse: f32,
-}
-
-impl ActScale {
-    /// A block that is not finite gets a NaN scale; one too small for a normal scale becomes zeros.
-    #[inline]
-    pub(super) fn of(amax: f32) -> Self {
-        let d = amax / 127.0;
-        if !d.is_finite() {
-            Self {
-                d: f32::NAN,
-                inverse: 0.0,
-            }
-        } else if d < f32::MIN_POSITIVE {
-            Self {
-                d: 0.0,
-                inverse: 0.0,
-            }
-        } else {
-            Self {
-                d,
-                inverse: 1.0 / d,
-            }
-        }
+fn quantize_act_k(x: &[f32], out: &mut [ActQ8K]) {
+    for (x, out) in x.as_chunks::<SUPER_BLOCK>().0.iter().zip(out) {
+        *out = ActQ8K::quantize(x);
     }
 }

@@ -13,12 +13,13 @@ mod legacy;
 mod mxfp4;
 mod q8;
 
+pub(crate) use act::ActScale;
 pub use act::{ActQ8, ActQ8K};
-pub(crate) use iq4::{BlockIq4Nl, BlockIq4Xs};
+pub(crate) use iq4::{BlockIq4Nl, BlockIq4Xs, IQ4_VALUES};
 pub(crate) use k_large::{BlockQ4K, BlockQ5K, BlockQ6K};
 pub(crate) use k_small::{BlockQ2K, BlockQ3K};
 pub(crate) use legacy::{BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1};
-pub(crate) use mxfp4::BlockMxfp4;
+pub(crate) use mxfp4::{BlockMxfp4, MXFP4_VALUES};
 pub(crate) use q8::BlockQ8K;
 pub use q8::{BlockQ8_0, dequantize_q8_0, quantize_q8_0};
 
@@ -98,6 +99,7 @@ pub(crate) trait Block32: Pod {
 }
 
 /// A super-block, unpacked.
+#[derive(Clone, Copy)]
 pub(crate) struct Quants256 {
     /// Quants; unsigned unless [`Block256::SIGNED`].
     pub(crate) qs: [i8; SUPER_BLOCK],
@@ -126,7 +128,6 @@ pub(crate) trait Block256: Pod {
     /// Whether the minimum is there.
     const HAS_MIN: bool = false;
     /// Whether quants may be below zero.
-    #[expect(dead_code, reason = "the products in integers follow")]
     const SIGNED: bool = false;
     /// What is taken off every quant.
     const OFFSET: i8 = 0;
