@@ -9,7 +9,7 @@ use crate::digest;
 use crate::dtype::Dtype;
 use crate::error::{CheckpointError, Result};
 use crate::shards::{Blob, Shards};
-use crate::tokenizer::Tokenizer;
+use crate::text::Tokenizer;
 
 /// File names and contents of a checkpoint that is part of the program.
 pub type EmbeddedFiles = &'static [(&'static str, &'static [u8])];

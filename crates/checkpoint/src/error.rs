@@ -177,6 +177,26 @@ pub enum CheckpointError {
         /// What went wrong.
         problem: String,
     },
+    /// A chat template does not parse or fails.
+    #[error("chat template {origin}, line {line}: {problem}")]
+    ChatTemplate {
+        /// File (with its origin) or key.
+        origin: String,
+        /// Line of the template, from 1; 0 when it is not about a line.
+        line: usize,
+        /// What went wrong.
+        problem: String,
+    },
+    /// A chat template refuses the conversation by itself, through `raise_exception`.
+    #[error("chat template {origin}, line {line}, refuses the conversation: {message}")]
+    ChatRefused {
+        /// File (with its origin) or key.
+        origin: String,
+        /// Line of the template, from 1.
+        line: usize,
+        /// The template's own words.
+        message: String,
+    },
     /// The folder to write exists and holds files of somebody else.
     #[error("will not replace {}: it holds `{file}`, which Cadre did not write; choose another folder or empty it", path.display())]
     WouldOverwrite {

@@ -9,7 +9,6 @@
 //! - [`write_folder`] writes a folder that other programs load unchanged.
 //! - [`Tokenizer`] encodes, decodes and streams text; [`train_bpe`] makes a new one.
 
-mod bpe;
 mod checkpoint;
 mod config;
 mod digest;
@@ -20,16 +19,16 @@ mod keys;
 mod map;
 mod names;
 mod shards;
-mod stream;
-mod tokenizer;
+mod text;
 mod write;
 
-pub use bpe::train_bpe;
 pub use checkpoint::{Checkpoint, EmbeddedFiles, TensorView};
 pub use config::ModelConfig;
 pub use dtype::Dtype;
 pub use error::{CheckpointError, Result};
 pub use names::tensor_specs;
-pub use stream::TokenStream;
-pub use tokenizer::Tokenizer;
+pub use text::{
+    ChatFiles, ChatTemplate, ChatTemplates, DateTime, EncodeOptions, RenderInput, TokenStream,
+    Tokenizer, train_bpe,
+};
 pub use write::{FolderContents, TensorData, write_folder};

@@ -13,7 +13,7 @@ use crate::dtype::Dtype;
 use crate::error::{CheckpointError, Result};
 use crate::names::tensor_specs;
 use crate::shards::SINGLE;
-use crate::tokenizer::Tokenizer;
+use crate::text::Tokenizer;
 
 /// The files of a folder that Cadre makes; [`write_folder`] replaces a folder only when it holds
 /// nothing else. `profile.json` says what the experts are for and is out of date with new weights.

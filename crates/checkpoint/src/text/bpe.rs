@@ -82,7 +82,7 @@ fn untrained() -> tokenizers::Result<tokenizers::Tokenizer> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tokenizer::Tokenizer;
+    use crate::text::tokenizer::Tokenizer;
 
     const TEXTS: [&str; 3] = [
         "low lower lowest",

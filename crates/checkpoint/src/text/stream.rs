@@ -1,18 +1,21 @@
 //! Turning token ids into text one by one without ever cutting a character in two.
 
-use crate::tokenizer::Tokenizer;
+use crate::text::decoding::Lead;
+use crate::text::tokenizer::Tokenizer;
 
 /// See [`Tokenizer::stream`]. Bytes of an incomplete character wait for the next token.
 #[derive(Debug)]
 pub struct TokenStream<'a> {
     tokenizer: &'a Tokenizer,
+    opening: Opening,
     held: Vec<u8>,
 }
 
 impl<'a> TokenStream<'a> {
-    pub(crate) fn new(tokenizer: &'a Tokenizer) -> Self {
+    pub(crate) fn new(tokenizer: &'a Tokenizer, lead: Lead) -> Self {
         Self {
             tokenizer,
+            opening: Opening::new(lead),
             held: Vec::new(),
         }
     }
@@ -24,7 +27,8 @@ impl<'a> TokenStream<'a> {
         if self.tokenizer.is_special(id) {
             return String::new();
         }
-        self.held.extend_from_slice(self.tokenizer.token_bytes(id));
+        let bytes = self.tokenizer.token_bytes(id);
+        self.opening.feed(bytes, &mut self.held);
         take_complete(&mut self.held)
     }
 
@@ -33,6 +37,44 @@ impl<'a> TokenStream<'a> {
         let rest = String::from_utf8_lossy(&self.held).into_owned();
         self.held.clear();
         rest
+    }
+}
+
+/// Where a text stands with what is cut from its start.
+#[derive(Debug)]
+pub(crate) struct Opening(Lead);
+
+impl Opening {
+    pub(crate) fn new(lead: Lead) -> Self {
+        Self(lead)
+    }
+
+    /// Appends the bytes of the next token to `text`, without what the start of a text loses.
+    pub(crate) fn feed(&mut self, mut bytes: &[u8], text: &mut Vec<u8>) {
+        match self.0 {
+            Lead::Keep => {}
+            Lead::FirstToken => {
+                self.0 = Lead::Keep;
+                text.extend(bytes.iter().filter(|byte| **byte != b' '));
+                return;
+            }
+            Lead::Strip(c, mut left) => {
+                let mut buffer = [0; 4];
+                let c_bytes = c.encode_utf8(&mut buffer).as_bytes();
+                while left > 0
+                    && let Some(rest) = bytes.strip_prefix(c_bytes)
+                {
+                    bytes = rest;
+                    left -= 1;
+                }
+                self.0 = if left == 0 || !bytes.is_empty() {
+                    Lead::Keep
+                } else {
+                    Lead::Strip(c, left)
+                };
+            }
+        }
+        text.extend_from_slice(bytes);
     }
 }
 
@@ -67,6 +109,22 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn only_the_start_of_a_text_loses_its_space() {
+        let mut opening = Opening::new(Lead::Strip(' ', 1));
+        let mut text = Vec::new();
+        for token in ["", " ", " a", " b"] {
+            opening.feed(token.as_bytes(), &mut text);
+        }
+        assert_eq!(text, b" a b");
+        let mut opening = Opening::new(Lead::FirstToken);
+        let mut text = Vec::new();
+        for token in ["  ", " a"] {
+            opening.feed(token.as_bytes(), &mut text);
+        }
+        assert_eq!(text, b" a");
+    }
 
     #[test]
     fn a_character_in_pieces_comes_out_whole() {
