@@ -114,7 +114,7 @@ def write_checkpoint(folder, model_type, arch, variant, seed):
         tensors = add_mtp(tensors, model.config.num_hidden_layers, model.config.hidden_size, generator)
     decoded, wrong = None, {}
     if variant.layout in ("fp8", "mxfp4"):
-        tensors, decoded, wrong = getattr(layouts, variant.layout)(tensors, generator)
+        tensors, decoded, wrong = getattr(layouts, variant.layout)(tensors, arch.keep_f32, generator)
     else:
         tensors = layouts.cast(tensors, getattr(torch, variant.dtype), arch.keep_f32)
     layouts.write_tensors(folder, tensors)

@@ -89,7 +89,7 @@ def runtime_tensors(model):
     return tensors
 
 
-def fp8(tensors, generator):
+def fp8(tensors, keep, generator):
     """Quantises the linear layers of attention and feed-forward blocks to E4M3 with one factor per 128x128 block.
 
     Returns (tensors on disk, dequantised f32 tensors, the same with every block's factor replaced by the first one's).
@@ -99,7 +99,7 @@ def fp8(tensors, generator):
     for name in sorted(tensors):
         tensor = tensors[name].float()
         if not name.endswith(("_proj.weight", "_proj_with_mqa.weight")):
-            disk[name] = tensors[name].to(torch.bfloat16)
+            disk[name] = tensors[name] if re.search(keep, name) else tensors[name].to(torch.bfloat16)
             plain[name] = wrong[name] = disk[name].float()
             continue
         rows, columns = tensor.shape
@@ -119,7 +119,7 @@ def fp8(tensors, generator):
     return disk, plain, {"one_scale": wrong}
 
 
-def mxfp4(tensors, generator):
+def mxfp4(tensors, keep, generator):
     """Replaces gpt_oss' expert matrices by random MXFP4 blocks: nibbles [E, rows, columns/32, 16] and exponents.
 
     Returns (tensors on disk, f32 tensors with the blocks decoded, decoded with the nibbles of each byte swapped). Byte j
@@ -132,7 +132,7 @@ def mxfp4(tensors, generator):
     for name in sorted(tensors):
         tensor = tensors[name]
         if not re.search(r"mlp\.experts\.(gate_up|down)_proj$", name):
-            disk[name] = tensor.to(torch.bfloat16)
+            disk[name] = tensor if re.search(keep, name) else tensor.to(torch.bfloat16)
             plain[name] = wrong[name] = disk[name].float()
             continue
         experts, columns, rows = tensor.shape
