@@ -44,7 +44,7 @@ pub enum CheckpointError {
         source: std::io::Error,
     },
     /// The device is full.
-    #[error("no space left on the device while writing {}; free some space or choose another folder (nothing was left behind)", path.display())]
+    #[error("no space left on the device while writing {}; free some space or choose another folder", path.display())]
     NoSpace {
         /// The file that was being written.
         path: PathBuf,
@@ -93,6 +93,14 @@ pub enum CheckpointError {
         /// The file.
         file: String,
         /// What was expected and what was found, with the key or tensor.
+        problem: String,
+    },
+    /// A file cannot be written as asked.
+    #[error("cannot write {}: {problem}", path.display())]
+    CannotWrite {
+        /// The file.
+        path: PathBuf,
+        /// What is in the way, with the key or tensor.
         problem: String,
     },
     /// The index and its shards disagree.

@@ -315,7 +315,7 @@ impl Drop for PartialFolder {
 }
 
 /// Makes a rename durable where folders can be synced.
-fn sync_parent(target: &Path) -> Result<()> {
+pub(crate) fn sync_parent(target: &Path) -> Result<()> {
     if let Some(parent) = target.parent().filter(|_| cfg!(unix)) {
         let sync = File::open(parent).and_then(|folder| folder.sync_all());
         sync.map_err(|error| CheckpointError::io("sync", parent, error))?;

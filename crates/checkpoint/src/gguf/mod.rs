@@ -1,16 +1,20 @@
 //! The GGUF container: typed metadata and quantised tensors in one file, or split over several.
 //!
 //! Opening maps the files and reads their headers only; tensors are slices of the maps, and arrays of metadata are
-//! decoded when they are asked for. Everything in a header is checked, see `header`.
+//! decoded when they are asked for. Everything in a header is checked, see `header`. [`GgufWriter`] writes such files
+//! tensor by tensor.
 
 mod cursor;
-#[cfg(test)]
 mod encode;
 mod get;
 mod header;
+mod journal;
+mod partial;
+mod plan;
 mod split;
 mod types;
 mod value;
+mod writer;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -22,7 +26,9 @@ use crate::map::map_file;
 
 pub use header::GgufTensor;
 use header::Header;
+pub use plan::{GgufPlan, TensorPlan};
 pub use value::{Array, Value, ValueType};
+pub use writer::{GgufWriter, WriteOptions};
 
 /// An open GGUF file, with all its parts when it is split.
 pub struct Gguf {

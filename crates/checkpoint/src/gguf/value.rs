@@ -183,7 +183,6 @@ impl Value {
     }
 
     /// Appends the type id and the value, as in a file.
-    #[cfg(test)]
     pub(super) fn write(&self, out: &mut Vec<u8>) {
         out.extend((self.kind() as u32).to_le_bytes());
         match self {
