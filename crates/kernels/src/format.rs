@@ -7,9 +7,9 @@ use half::{bf16, f16};
 
 use crate::blocks::{
     self, Block, BlockIq4Nl, BlockIq4Xs, BlockMxfp4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1,
-    BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8K, Q8_BLOCK,
-    quantize_q8_0,
+    BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8K,
 };
+use crate::quantize::encode_blocks;
 
 /// How the values of a tensor are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -224,10 +224,14 @@ impl Format {
     /// Whether values can be stored in it: [`Format::encode`] is there.
     #[must_use]
     pub fn can_encode(self) -> bool {
-        matches!(self, Self::F32 | Self::F16 | Self::Bf16 | Self::Q8_0)
+        !matches!(
+            self,
+            Self::F8E4M3 | Self::U8 | Self::Q2K | Self::Q3K | Self::Q8K | Self::Iq4Nl | Self::Iq4Xs
+        )
     }
 
-    /// Stores `values`, rounding plain formats to nearest even; `None` when they are not whole blocks, when the format
+    /// Stores `values`, rounding plain formats to nearest even, and block formats byte for byte as ggml's reference
+    /// quantisers do without an importance matrix. `None` when they are not whole blocks, when the format
     /// cannot be written, or when a value is not representable (NaN and infinities in a quantised format).
     #[must_use]
     pub fn encode(self, values: &[f32]) -> Option<Vec<u8>> {
@@ -245,18 +249,22 @@ impl Format {
             Self::F32 => encode_words::<4>(values, out, f32::to_le_bytes),
             Self::F16 => encode_words::<2>(values, out, |v| f16::from_f32(v).to_le_bytes()),
             Self::Bf16 => encode_words::<2>(values, out, |v| bf16::from_f32(v).to_le_bytes()),
-            Self::Q8_0 => {
-                let mut block = [BlockQ8_0::ZERO];
-                let blocks = out.chunks_exact_mut(size_of::<BlockQ8_0>());
-                for (values, out) in values.chunks_exact(Q8_BLOCK).zip(blocks) {
-                    if !quantize_q8_0(values, &mut block) {
-                        return false;
-                    }
-                    out.copy_from_slice(blocks::bytes_of(&block));
-                }
-                true
-            }
-            _ => false,
+            Self::Q8_0 => encode_blocks::<BlockQ8_0>(values, out),
+            Self::Q4_0 => encode_blocks::<BlockQ4_0>(values, out),
+            Self::Q4_1 => encode_blocks::<BlockQ4_1>(values, out),
+            Self::Q5_0 => encode_blocks::<BlockQ5_0>(values, out),
+            Self::Q5_1 => encode_blocks::<BlockQ5_1>(values, out),
+            Self::Q4K => encode_blocks::<BlockQ4K>(values, out),
+            Self::Q5K => encode_blocks::<BlockQ5K>(values, out),
+            Self::Q6K => encode_blocks::<BlockQ6K>(values, out),
+            Self::Mxfp4 => encode_blocks::<BlockMxfp4>(values, out),
+            Self::F8E4M3
+            | Self::U8
+            | Self::Q2K
+            | Self::Q3K
+            | Self::Q8K
+            | Self::Iq4Nl
+            | Self::Iq4Xs => false,
         }
     }
 }
@@ -343,6 +351,22 @@ mod tests {
         let values = Format::F8E4M3.decode(&[0x38, 0x01, 0x7e, 0xb9, 0x00]);
         assert_eq!(values, [1.0, 1.0 / 512.0, 448.0, -1.125, 0.0]);
         assert!(Format::F8E4M3.decode(&[0x7f])[0].is_nan());
+    }
+
+    #[test]
+    fn what_can_be_encoded_comes_back_and_nan_does_not_pass() {
+        let values: Vec<f32> = (0..256).map(|i| (i % 16) as f32 - 8.0).collect();
+        let mut nan = values.clone();
+        nan[200] = f32::NAN;
+        for format in Format::all() {
+            let bytes = format.encode(&values);
+            assert_eq!(bytes.is_some(), format.can_encode(), "{format}");
+            let Some(bytes) = bytes else { continue };
+            for (a, b) in format.decode(&bytes).iter().zip(&values) {
+                assert!((a - b).abs() <= 1.0, "{format}: {a} {b}");
+            }
+            assert_eq!(format.encode(&nan).is_none(), format.is_quantized());
+        }
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod isa;
 mod matrix;
 mod pool;
 mod product;
+mod quantize;
 #[cfg(test)]
 mod samples;
 mod table;

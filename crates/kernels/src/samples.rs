@@ -45,7 +45,7 @@ fn scales(format: Format) -> (&'static [usize], f32) {
 /// A matrix of noise in `format`; `None` when rows are not whole blocks, or for raw bytes.
 pub(crate) fn matrix(format: Format, n_out: usize, n_in: usize, seed: u32) -> Option<Matrix> {
     let n_bytes = format.n_bytes(n_out * n_in)?;
-    let bytes = if format.can_encode() {
+    let bytes = if !format.is_quantized() && format.can_encode() {
         format.encode(&noise(n_out * n_in, seed))?
     } else {
         let mut bytes = noise_bytes(n_bytes, seed);

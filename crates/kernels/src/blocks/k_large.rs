@@ -49,7 +49,7 @@ block!(BlockQ6K, of_256, 210);
 /// The first four scales and minima are the low six bits of bytes 0 to 7; the others have their lower four bits in
 /// bytes 8 to 11 and their upper two in the top of bytes 0 to 7.
 #[inline(always)]
-pub(crate) fn scale_and_min(packed: &[u8; 12], j: usize) -> (u8, u8) {
+pub(crate) fn scale_and_min_of(packed: &[u8; 12], j: usize) -> (u8, u8) {
     if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
     } else {
@@ -63,7 +63,7 @@ pub(crate) fn scale_and_min(packed: &[u8; 12], j: usize) -> (u8, u8) {
 #[inline(always)]
 fn scales_and_mins(packed: &[u8; 12], out: &mut Quants256) {
     for j in 0..8 {
-        let (scale, min) = scale_and_min(packed, j);
+        let (scale, min) = scale_and_min_of(packed, j);
         for at in [2 * j, 2 * j + 1] {
             (out.scales[at], out.mins[at]) = (i16::from(scale), i16::from(min));
         }
@@ -146,7 +146,7 @@ mod tests {
             (0, 28),
         ];
         for (j, expected) in expected.into_iter().enumerate() {
-            assert_eq!(scale_and_min(&packed, j), expected, "{j}");
+            assert_eq!(scale_and_min_of(&packed, j), expected, "{j}");
         }
     }
 

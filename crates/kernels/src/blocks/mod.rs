@@ -16,7 +16,7 @@ mod q8;
 pub(crate) use act::ActScale;
 pub use act::{ActQ8, ActQ8K};
 pub(crate) use iq4::{BlockIq4Nl, BlockIq4Xs, IQ4_VALUES};
-pub(crate) use k_large::{BlockQ4K, BlockQ5K, BlockQ6K};
+pub(crate) use k_large::{BlockQ4K, BlockQ5K, BlockQ6K, scale_and_min_of};
 pub(crate) use k_small::{BlockQ2K, BlockQ3K};
 pub(crate) use legacy::{BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1};
 pub(crate) use mxfp4::{BlockMxfp4, MXFP4_VALUES};
