@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 
 #[cfg(feature = "train")]
 use crate::commands::train;
-use crate::commands::{completions, doctor, eval, inspect, logits, run, trace};
+use crate::commands::{completions, doctor, eval, inspect, logits, pull, run, trace};
 use crate::env::Env;
 use crate::interrupt::Interrupt;
 use crate::output::ColorChoice;
@@ -47,6 +47,8 @@ enum Command {
     Eval(eval::Args),
     /// Show what is in a checkpoint.
     Inspect(inspect::Args),
+    /// Download a model from the Hugging Face hub and print its path.
+    Pull(pull::Args),
     /// Show what this machine can do and what Cadre will choose.
     Doctor(doctor::Args),
     /// Print a completion script for a shell.
@@ -80,7 +82,8 @@ pub(crate) fn run() -> Result<()> {
         Command::Trace(args) => trace::run(&app, &args),
         Command::Logits(args) => logits::run(&app, &args),
         Command::Eval(args) => eval::run(&app, &args),
-        Command::Inspect(args) => inspect::run(&args),
+        Command::Inspect(args) => inspect::run(&app, &args),
+        Command::Pull(args) => pull::run(&app, &args),
         Command::Doctor(args) => doctor::run(&app, &args),
         Command::Completions(args) => completions::run(&args),
     }

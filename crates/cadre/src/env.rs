@@ -1,6 +1,8 @@
 //! Every environment variable that Cadre reads, and the state of the terminal.
 
+use std::fmt;
 use std::io::IsTerminal;
+use std::path::PathBuf;
 
 /// The environment, read once at the start.
 #[derive(Debug, Clone)]
@@ -19,6 +21,37 @@ pub(crate) struct Env {
     pub(crate) stderr_is_terminal: bool,
     /// Whether standard input is a terminal.
     pub(crate) stdin_is_terminal: bool,
+    /// The hub and its cache.
+    pub(crate) hub: HubEnv,
+}
+
+/// What the environment says about the Hugging Face hub, with the meaning that its Python client
+/// gives these names.
+#[derive(Debug, Clone)]
+pub(crate) struct HubEnv {
+    /// Folder of cached models: `HF_HUB_CACHE`, else the older `HUGGINGFACE_HUB_CACHE`, else `hub`
+    /// in `HF_HOME`. `None` when none of these and no home folder is known.
+    pub(crate) cache: Option<PathBuf>,
+    /// `HF_ENDPOINT` without a slash at its end.
+    pub(crate) endpoint: String,
+    /// `HF_TOKEN`.
+    pub(crate) token: Option<Secret>,
+    /// Where a token may be otherwise: `HF_TOKEN_PATH`, else `token` in `HF_HOME`.
+    pub(crate) token_file: Option<PathBuf>,
+    /// `HF_HUB_OFFLINE` is 1, on, yes or true.
+    pub(crate) offline: bool,
+    /// `ALL_PROXY`, `HTTPS_PROXY` or `HTTP_PROXY`, minus `NO_PROXY`.
+    pub(crate) proxy: Option<ureq::Proxy>,
+}
+
+/// Text that is not shown by `{:?}`.
+#[derive(Clone)]
+pub(crate) struct Secret(pub(crate) String);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
 }
 
 impl Env {
@@ -32,6 +65,30 @@ impl Env {
             stdout_is_terminal: std::io::stdout().is_terminal(),
             stderr_is_terminal: std::io::stderr().is_terminal(),
             stdin_is_terminal: std::io::stdin().is_terminal(),
+            hub: HubEnv::read(),
+        }
+    }
+}
+
+impl HubEnv {
+    fn read() -> Self {
+        let home = std::env::home_dir();
+        let caches = folder("XDG_CACHE_HOME").or_else(|| Some(home?.join(".cache")));
+        let hf_home = folder("HF_HOME").or_else(|| Some(caches?.join("huggingface")));
+        let in_home = |name: &str| hf_home.as_ref().map(|home| home.join(name));
+        let offline = var("HF_HUB_OFFLINE").unwrap_or_default();
+        let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
+        Self {
+            cache: folder("HF_HUB_CACHE")
+                .or_else(|| folder("HUGGINGFACE_HUB_CACHE"))
+                .or_else(|| in_home("hub")),
+            endpoint: endpoint.trim_end_matches('/').to_owned(),
+            token: var("HF_TOKEN").map(|token| Secret(token.trim().to_owned())),
+            token_file: folder("HF_TOKEN_PATH").or_else(|| in_home("token")),
+            offline: ["1", "on", "yes", "true"]
+                .iter()
+                .any(|yes| offline.eq_ignore_ascii_case(yes)),
+            proxy: ureq::Proxy::try_from_env(),
         }
     }
 }
@@ -41,4 +98,15 @@ fn var(name: &str) -> Option<String> {
     #[expect(clippy::disallowed_methods, reason = "this file is the one place")]
     let value = std::env::var(name);
     value.ok().filter(|value| !value.is_empty())
+}
+
+/// A variable that holds a path, which may start with `~/`.
+fn folder(name: &str) -> Option<PathBuf> {
+    #[expect(clippy::disallowed_methods, reason = "this file is the one place")]
+    let value = std::env::var_os(name).filter(|value| !value.is_empty())?;
+    let path = PathBuf::from(value);
+    match (path.strip_prefix("~"), std::env::home_dir()) {
+        (Ok(rest), Some(home)) => Some(home.join(rest)),
+        _ => Some(path),
+    }
 }

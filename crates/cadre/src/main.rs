@@ -11,6 +11,7 @@ mod embedded;
 mod env;
 mod experts;
 mod failure;
+mod hub;
 mod interrupt;
 mod live;
 mod model;

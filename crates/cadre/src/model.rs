@@ -10,38 +10,43 @@ use clap::ValueEnum;
 
 use crate::cli::App;
 use crate::embedded;
-use crate::failure::Failure;
+use crate::hub::{self, HubRef};
 use crate::output::spinner;
 
 /// The choice of a checkpoint.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct CheckpointArg {
-    /// Checkpoint: a Hugging Face folder. Without it, the embedded model `nano`.
-    #[arg(short, long, value_name = "FOLDER")]
+    /// Checkpoint: a Hugging Face folder, a .gguf file (any part of a split one), or
+    /// org/name[@REVISION][:QUANT] on the Hugging Face hub. Without it, the embedded model `nano`.
+    #[arg(short, long, value_name = "MODEL")]
     model: Option<PathBuf>,
+    /// Use only hub models that are in the cache already. So does HF_HUB_OFFLINE=1.
+    #[arg(long)]
+    offline: bool,
 }
 
 impl CheckpointArg {
-    /// Opens the chosen checkpoint.
-    pub(crate) fn open(&self) -> Result<Checkpoint> {
+    /// Opens the chosen checkpoint, after downloading what is missing of a hub model.
+    pub(crate) fn open(&self, app: &App) -> Result<Checkpoint> {
         let Some(path) = &self.model else {
             return embedded::open();
         };
-        Checkpoint::open(path).map_err(|error| {
-            let error = anyhow::Error::from(error);
-            if looks_like_hub_name(path) {
-                let hint =
-                    "models are not fetched from the hub; download the folder and pass its path";
-                return error.context(Failure::new("cannot open the model").hint(hint));
-            }
-            error
-        })
+        let path = match hub_name(path) {
+            Some(wanted) => hub::fetch(app, &wanted, self.offline).with_context(|| {
+                format!("cannot get `{wanted}`, which is no path here and so a hub model")
+            })?,
+            None => path.clone(),
+        };
+        Ok(Checkpoint::open(&path)?)
     }
 }
 
-/// `org/name`, and nothing there.
-fn looks_like_hub_name(path: &Path) -> bool {
-    path.is_relative() && path.components().count() == 2 && !path.exists()
+/// The hub model that is meant, if it is one: what exists here always wins.
+fn hub_name(path: &Path) -> Option<HubRef> {
+    if path.exists() {
+        return None;
+    }
+    HubRef::parse(path.to_str()?)
 }
 
 /// Format of the weights in memory.
@@ -84,7 +89,7 @@ impl Loaded {
 impl ModelArgs {
     /// Opens and loads the model, with a spinner while it takes.
     pub(crate) fn load(&self, app: &App) -> Result<Loaded> {
-        let checkpoint = self.checkpoint.open()?;
+        let checkpoint = self.checkpoint.open(app)?;
         let progress = spinner(&app.env, format!("loading {}", checkpoint.origin()));
         let options = LoadOptions {
             quant: match self.quant {

@@ -70,7 +70,7 @@ struct Model {
 
 /// Measures and prints.
 pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
-    let checkpoint = args.checkpoint.open()?;
+    let checkpoint = args.checkpoint.open(app)?;
     let progress = spinner(&app.env, "measuring memory".to_owned());
     let cpu = cpu();
     let mut n_threads = vec![1];

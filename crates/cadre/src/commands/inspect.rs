@@ -7,6 +7,7 @@ use anyhow::Result;
 use cadre_checkpoint::{Checkpoint, CheckpointError, ModelConfig, tensor_specs};
 use serde::Serialize;
 
+use crate::cli::App;
 use crate::model::CheckpointArg;
 use crate::output::{Format, Out, bytes, count};
 
@@ -65,8 +66,8 @@ struct Sizes {
 }
 
 /// Prints the report.
-pub(crate) fn run(args: &Args) -> Result<()> {
-    let checkpoint = args.checkpoint.open()?;
+pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
+    let checkpoint = args.checkpoint.open(app)?;
     checkpoint.expect_exactly(&tensor_specs(checkpoint.config()))?;
     let report = report(&checkpoint)?;
     let mut out = Out::new();

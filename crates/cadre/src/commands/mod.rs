@@ -5,6 +5,7 @@ pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod inspect;
 pub(crate) mod logits;
+pub(crate) mod pull;
 pub(crate) mod run;
 pub(crate) mod trace;
 #[cfg(feature = "train")]

@@ -127,7 +127,13 @@ fn paths_and_folders() {
     run_refused(Path::new("/no/such/model"), &["/no/such/model"]);
     run_refused(
         Path::new("someorg/somemodel"),
-        &["someorg/somemodel", "hint: ", "hub"],
+        &[
+            "someorg/somemodel",
+            "offline",
+            "/no/such/cache",
+            "hint: ",
+            "cadre pull",
+        ],
     );
     let empty = tempfile::tempdir().unwrap();
     run_refused(empty.path(), &["config.json", "pass the folder"]);

@@ -5,12 +5,14 @@ use std::process::{Command, Output};
 
 use cadre_testkit::{TinyFolder, TinyMoe};
 
-/// The binary, without colours, whatever the environment of the test says.
+/// The binary, without colours and without a network, whatever the environment of the test says.
 pub(crate) fn cadre(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cadre"));
     command
         .args(args)
         .env("NO_COLOR", "1")
+        .env("HF_HUB_OFFLINE", "1")
+        .env("HF_HUB_CACHE", "/no/such/cache")
         .env_remove("RUST_LOG");
     command
 }

@@ -4,6 +4,8 @@
 mod bad_input;
 mod commands;
 mod common;
+mod hub;
+mod hub_server;
 #[cfg(unix)]
 mod interrupt;
 mod nano;
