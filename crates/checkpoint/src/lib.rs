@@ -18,6 +18,7 @@ pub mod gguf;
 mod keys;
 mod map;
 mod names;
+mod safetensors_file;
 mod shards;
 mod text;
 mod write;
@@ -27,6 +28,7 @@ pub use config::ModelConfig;
 pub use dtype::Dtype;
 pub use error::{CheckpointError, Result};
 pub use names::tensor_specs;
+pub use safetensors_file::{StoredTensor, read_safetensors};
 pub use text::{
     ChatFiles, ChatTemplate, ChatTemplates, DateTime, EncodeOptions, RenderInput, TokenStream,
     Tokenizer, train_bpe,

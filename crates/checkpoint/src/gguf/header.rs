@@ -291,3 +291,183 @@ fn locate(
     };
     Ok(lines.into_iter().zip(spans).map(tensor).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::encode::{EncodedTensor, encode_header};
+
+    fn tensor<'a>(
+        name: &'a str,
+        shape: &'a [usize],
+        dtype: Format,
+        offset: u64,
+    ) -> EncodedTensor<'a> {
+        EncodedTensor {
+            name,
+            shape,
+            dtype,
+            offset,
+        }
+    }
+
+    /// A file with one F32 value in a tensor `a`.
+    fn small() -> Vec<u8> {
+        file(&[], vec![tensor("a", &[1], Format::F32, 0)], 4)
+    }
+
+    fn file(entries: &[(&str, &Value)], tensors: Vec<EncodedTensor<'_>>, n_data: usize) -> Vec<u8> {
+        let mut bytes = encode_header(entries, tensors.into_iter(), 32);
+        bytes.resize(bytes.len() + n_data, 0);
+        bytes
+    }
+
+    #[track_caller]
+    fn refused(bytes: Vec<u8>, words: &str) {
+        let problem = Header::read(&bytes.into()).err().unwrap();
+        assert!(problem.contains(words), "{problem}");
+    }
+
+    #[track_caller]
+    fn refused_tensors(tensors: Vec<EncodedTensor<'_>>, n_data: usize, words: &str) {
+        refused(file(&[], tensors, n_data), words);
+    }
+
+    /// [`small`] with `new` written over the bytes from `at` on.
+    fn patched(at: usize, new: &[u8]) -> Vec<u8> {
+        let mut bytes = small();
+        bytes[at..at + new.len()].copy_from_slice(new);
+        bytes
+    }
+
+    /// Positions in [`small`]: magic 0, version 4, tensors 8, entries 16, name 24 (length) and 32, dimensions 33,
+    /// size 37, type 45, offset 49, end of the header 57.
+    #[test]
+    fn the_layout_is_as_described() {
+        let bytes = small();
+        assert_eq!(bytes.len(), 64 + 4);
+        assert_eq!((bytes[32], bytes[33], bytes[37]), (b'a', 1, 1));
+        assert!(Header::read(&bytes.into()).is_ok());
+    }
+
+    #[test]
+    fn other_files_are_recognised() {
+        refused(b"GG".to_vec(), "it has 2 bytes");
+        refused(b"version https://git-lfs".to_vec(), "git lfs pull");
+        refused(b"PK\x03\x04....".to_vec(), "zip archive");
+        refused(b"lmgg....".to_vec(), "before GGUF");
+        refused(b"\x40\0\0\0\0\0\0\0{".to_vec(), "looks like a safetensors");
+        refused(patched(4, &1u32.to_le_bytes()), "version 1");
+        refused(patched(4, &4u32.to_le_bytes()), "version 4 is not known");
+        refused(patched(4, &3u32.to_be_bytes()), "big-endian");
+        assert!(Header::read(&patched(4, &2u32.to_le_bytes()).into()).is_ok());
+    }
+
+    #[test]
+    fn counts_that_cannot_be_are_refused_at_once() {
+        for huge in [1u64 << 60, u64::MAX, 3] {
+            refused(
+                patched(8, &huge.to_le_bytes()),
+                "tensors, but the 52 bytes that follow hold at most 1",
+            );
+        }
+        refused(patched(16, &(1u64 << 60).to_le_bytes()), "metadata entries");
+        refused(
+            patched(24, &u64::MAX.to_le_bytes()),
+            "tensor 0 of 1: its name it claims",
+        );
+        refused(patched(33, &5u32.to_le_bytes()), "`a`: it has 5 dimensions");
+        refused(patched(33, &0u32.to_le_bytes()), "`a`: it has 0 dimensions");
+    }
+
+    #[test]
+    fn tensors_that_cannot_be_are_named() {
+        refused(patched(32, &[0xff]), "tensor 0 of 1: its name is not UTF-8");
+        refused(
+            patched(37, &0u64.to_le_bytes()),
+            "`a`: a dimension of its shape [0] is 0",
+        );
+        refused(patched(37, &(1u64 << 62).to_le_bytes()), "`a`: its shape");
+        refused(
+            patched(45, &99u32.to_le_bytes()),
+            "`a`: its type id 99 is not known; supported are F32 (0)",
+        );
+        refused(patched(45, &31u32.to_le_bytes()), "type Q4_0_4_4 (id 31)");
+        refused(
+            patched(49, &u64::MAX.to_le_bytes()),
+            "`a`: its offset 18446744073709551615 is not a multiple",
+        );
+        refused(
+            patched(49, &(u64::MAX - 31).to_le_bytes()),
+            "larger than any file",
+        );
+        refused(
+            patched(49, &32u64.to_le_bytes()),
+            "`a` ends at byte 100, but the file ends at byte 68",
+        );
+        refused(
+            patched(49, &8u64.to_le_bytes()),
+            "not a multiple of the alignment 32",
+        );
+        let big = 1 << 31;
+        refused_tensors(
+            vec![tensor("a", &[big, big, big], Format::F32, 0)],
+            4,
+            "larger than memory",
+        );
+        refused_tensors(
+            vec![tensor("a", &[2, 16], Format::Q8_0, 0)],
+            34,
+            "rows have 16 values, not whole blocks of Q8_0",
+        );
+    }
+
+    #[test]
+    fn twins_and_overlaps_are_named() {
+        let twice = vec![
+            tensor("a", &[1], Format::F32, 0),
+            tensor("a", &[1], Format::F32, 32),
+        ];
+        refused_tensors(twice, 36, "tensor `a` is there twice");
+        let over = vec![
+            tensor("a", &[9], Format::F32, 0),
+            tensor("b", &[1], Format::F32, 32),
+        ];
+        refused_tensors(over, 36, "tensors `a` and `b` overlap");
+        let same = vec![
+            tensor("b", &[1], Format::F32, 0),
+            tensor("a", &[1], Format::F32, 0),
+        ];
+        refused_tensors(same, 36, "overlap");
+        let value = Value::U8(1);
+        refused(
+            file(&[("k", &value), ("k", &value)], vec![], 0),
+            "key `k` is there twice",
+        );
+        refused(file(&[("", &value)], vec![], 0), "key 0 of 1 is empty");
+        let unordered = vec![
+            tensor("a", &[1], Format::F32, 64),
+            tensor("b", &[1], Format::F32, 0),
+        ];
+        assert!(Header::read(&file(&[], unordered, 68).into()).is_ok());
+    }
+
+    #[test]
+    fn alignments_are_powers_of_two() {
+        for bad in [Value::U32(0), Value::U32(24), Value::U64(32)] {
+            refused(
+                file(&[(ALIGNMENT_KEY, &bad)], vec![], 0),
+                "expected a power of two",
+            );
+        }
+        let large = Value::U32(1 << 31);
+        refused(
+            file(
+                &[(ALIGNMENT_KEY, &large)],
+                vec![tensor("a", &[1], Format::F32, 0)],
+                4,
+            ),
+            "the file ends at byte",
+        );
+    }
+}

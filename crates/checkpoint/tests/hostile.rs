@@ -1,0 +1,266 @@
+//! Damaged and hostile files: whatever the bytes, readers neither panic, nor hang, nor allocate more than the input
+//! accounts for.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use cadre_checkpoint::gguf::{Array, Gguf, GgufPlan, GgufWriter, TensorPlan, Value, WriteOptions};
+use cadre_checkpoint::read_safetensors;
+use cadre_kernels::Format;
+use cadre_testkit::golden_dir;
+use proptest::prelude::*;
+
+thread_local! {
+    /// Bytes that this thread has allocated in all, freed or not.
+    static ALLOCATED: Cell<usize> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+// SAFETY: everything is done by the system's allocator; counting touches only a `Cell` without a destructor.
+#[expect(unsafe_code, reason = "allocators are unsafe to implement")]
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATED.set(ALLOCATED.get().saturating_add(layout.size()));
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// Result, allocated bytes and time of `work`.
+fn measured<T>(work: impl FnOnce() -> T) -> (T, usize, Duration) {
+    let (before, start) = (ALLOCATED.get(), Instant::now());
+    let result = work();
+    (result, ALLOCATED.get() - before, start.elapsed())
+}
+
+/// Reads everything that a GGUF file offers.
+fn exhaust_gguf(bytes: &Bytes) -> bool {
+    let Ok(gguf) = Gguf::from_bytes("m.gguf", bytes.clone()) else {
+        return false;
+    };
+    for (key, value) in gguf.entries() {
+        drop((gguf.size(key), gguf.f32(key), gguf.flag(key), gguf.u32(key)));
+        drop((gguf.i32s(key), gguf.f32s(key), gguf.sizes_per_layer(key, 3)));
+        drop((
+            gguf.text(key).map(str::len),
+            gguf.strings(key).map(|texts| texts.len()),
+        ));
+        if let Value::Array(array) = value {
+            assert!(array.iter().count() == array.len());
+        }
+    }
+    for tensor in gguf.tensors() {
+        let n_values: usize = tensor.shape.iter().product();
+        assert_eq!(tensor.dtype.n_bytes(n_values), Some(tensor.bytes.len()));
+        assert_eq!(gguf.tensor(&tensor.name).unwrap().name, tensor.name);
+    }
+    true
+}
+
+fn exhaust_safetensors(bytes: &Bytes) -> bool {
+    let Ok(tensors) = read_safetensors("m.safetensors", bytes) else {
+        return false;
+    };
+    for tensor in tensors {
+        let n_values: usize = tensor.shape.iter().product();
+        assert_eq!(tensor.dtype.n_bytes(n_values), Some(tensor.bytes.len()));
+    }
+    true
+}
+
+/// A reader that is fed with hostile bytes.
+type Reader = fn(&Bytes) -> bool;
+
+/// Reads `bytes` within limits that depend on their length alone.
+#[track_caller]
+fn check(read: Reader, bytes: Vec<u8>) {
+    let bytes = Bytes::from(bytes);
+    let (_, allocated, time) = measured(|| read(&bytes));
+    let most = (64 << 10) + 512 * bytes.len();
+    assert!(
+        allocated <= most,
+        "{allocated} bytes allocated for {} read",
+        bytes.len()
+    );
+    assert!(time < Duration::from_secs(5), "{time:?}");
+}
+
+fn golden(name: &str) -> Vec<u8> {
+    std::fs::read(golden_dir().join(name)).unwrap()
+}
+
+#[derive(Debug, Clone)]
+enum Damage {
+    Flip {
+        at: prop::sample::Index,
+        bit: u8,
+    },
+    Truncate {
+        at: prop::sample::Index,
+    },
+    Splice {
+        at: prop::sample::Index,
+        number: u64,
+        width: usize,
+    },
+    Insert {
+        at: prop::sample::Index,
+        byte: u8,
+        n: usize,
+    },
+    Copy {
+        from: prop::sample::Index,
+        to: prop::sample::Index,
+        n: usize,
+    },
+}
+
+fn damage() -> impl Strategy<Value = Damage> {
+    let at = any::<prop::sample::Index>;
+    let number = prop_oneof![
+        Just(u64::MAX),
+        Just(1 << 60),
+        Just(1 << 63),
+        Just(u64::from(u32::MAX)),
+        Just(1 << 31),
+        0..64u64,
+        any::<u64>(),
+    ];
+    let width = prop_oneof![Just(1usize), Just(2), Just(4), Just(8)];
+    prop_oneof![
+        (at(), 0..8u8).prop_map(|(at, bit)| Damage::Flip { at, bit }),
+        at().prop_map(|at| Damage::Truncate { at }),
+        (at(), number, width).prop_map(|(at, number, width)| Damage::Splice { at, number, width }),
+        (at(), any::<u8>(), 1..40usize).prop_map(|(at, byte, n)| Damage::Insert { at, byte, n }),
+        (at(), at(), 1..80usize).prop_map(|(from, to, n)| Damage::Copy { from, to, n }),
+    ]
+}
+
+fn apply(bytes: &mut Vec<u8>, damage: &Damage) {
+    if bytes.is_empty() {
+        return;
+    }
+    let len = bytes.len();
+    match damage {
+        Damage::Flip { at, bit } => bytes[at.index(len)] ^= 1 << bit,
+        Damage::Truncate { at } => bytes.truncate(at.index(len)),
+        Damage::Splice { at, number, width } => {
+            let at = at.index(len);
+            let to = (at + width).min(len);
+            bytes[at..to].copy_from_slice(&number.to_le_bytes()[..to - at]);
+        }
+        Damage::Insert { at, byte, n } => {
+            let at = at.index(len);
+            bytes.splice(at..at, std::iter::repeat_n(*byte, *n));
+        }
+        Damage::Copy { from, to, n } => {
+            let (from, to) = (from.index(len), to.index(len));
+            let n = (*n).min(len - from).min(len - to);
+            bytes.copy_within(from..from + n, to);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn damaged_gguf(damages in prop::collection::vec(damage(), 1..5), header_only: bool) {
+        let mut bytes = golden("gguf/all.gguf");
+        if header_only {
+            // Damage to the data is seen by nobody; most cases are to hit what is parsed.
+            let data = bytes.split_off(2100);
+            damages.iter().for_each(|damage| apply(&mut bytes, damage));
+            bytes.extend(data);
+        } else {
+            damages.iter().for_each(|damage| apply(&mut bytes, damage));
+        }
+        check(exhaust_gguf, bytes);
+    }
+
+    #[test]
+    fn damaged_safetensors(damages in prop::collection::vec(damage(), 1..5)) {
+        let json = concat!(
+            r#"{"__metadata__":{"format":"pt"},"model.norm.weight":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},"#,
+            r#""a":{"dtype":"BF16","shape":[2,2],"data_offsets":[12,20]},"b":{"dtype":"U8","shape":[1],"data_offsets":[20,21]}}"#
+        );
+        let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(json.bytes());
+        bytes.extend([0; 21]);
+        assert!(exhaust_safetensors(&bytes.clone().into()));
+        damages.iter().for_each(|damage| apply(&mut bytes, damage));
+        check(exhaust_safetensors, bytes);
+    }
+}
+
+/// Inputs on which a fuzzer once found something, and starting points that are worth keeping: `fuzz/corpus-found`.
+#[test]
+fn inputs_that_found_something_stay_harmless() {
+    let readers: [(&str, Reader); 2] =
+        [("gguf", exhaust_gguf), ("safetensors", exhaust_safetensors)];
+    for (folder, read) in readers {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../../fuzz/corpus-found")
+            .join(folder);
+        let mut n_files = 0;
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            check(read, std::fs::read(entry.unwrap().path()).unwrap());
+            n_files += 1;
+        }
+        assert!(n_files > 0, "{}", folder.display());
+    }
+}
+
+/// A table of contents of 30 000 tensors and a vocabulary of 150 000 words, for 10 GB of data that are not there.
+#[cfg(target_os = "linux")]
+#[test]
+fn opening_a_large_file_touches_only_its_header() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("m.gguf");
+    let words = Array::of_texts((0..150_000).map(|word| format!("word{word}")));
+    let tensor = |at| TensorPlan {
+        name: format!("blk.{at}.weight"),
+        dtype: Format::Q8_0,
+        shape: vec![320, 1024],
+    };
+    let plan = GgufPlan {
+        entries: vec![("tokenizer.ggml.tokens".to_owned(), words.into())],
+        tensors: (0..30_000).map(tensor).collect(),
+        max_part_bytes: None,
+    };
+    let [(_, n_bytes)] = plan.files(&target).unwrap()[..] else {
+        panic!("one file is planned");
+    };
+    assert!(n_bytes > 10_000_000_000);
+    let mut writer = GgufWriter::create_or_resume(&target, plan, &WriteOptions::default()).unwrap();
+    writer.write("blk.0.weight", &[0]).unwrap();
+    drop(writer);
+    // The unfinished file has the header; as a sparse file it has its full length without taking it.
+    std::fs::rename(folder.path().join(".m.gguf.partial"), &target).unwrap();
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(&target)
+        .unwrap()
+        .set_len(n_bytes)
+        .unwrap();
+    let (gguf, allocated, time) = measured(|| Gguf::open(&target).unwrap());
+    assert_eq!(gguf.tensors().len(), 30_000);
+    assert!(allocated < 50 << 20, "{allocated} bytes allocated");
+    // Some 10 ms on an idle machine; the limit is for busy ones.
+    assert!(time < Duration::from_secs(2), "{time:?}");
+    let (words, ..) = measured(|| gguf.strings("tokenizer.ggml.tokens").unwrap().len());
+    assert_eq!(words, 150_000);
+}
