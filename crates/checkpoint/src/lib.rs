@@ -30,7 +30,7 @@ pub use error::{CheckpointError, Result};
 pub use names::tensor_specs;
 pub use safetensors_file::{StoredTensor, read_safetensors};
 pub use text::{
-    ChatFiles, ChatTemplate, ChatTemplates, DateTime, EncodeOptions, RenderInput, TokenStream,
-    Tokenizer, train_bpe,
+    ChatFiles, ChatTemplate, ChatTemplates, DateTime, EncodeOptions, GgufVocab, RenderInput,
+    TokenStream, TokenType, Tokenizer, train_bpe,
 };
 pub use write::{FolderContents, TensorData, write_folder};

@@ -35,7 +35,6 @@ const KNOWN: &str = "ByteLevel, Metaspace, Replace of a plain string, ByteFallba
                      the start";
 
 impl Decoding {
-    #[cfg(test)]
     /// SentencePiece as GGUF stores it: U+2581 is a space and `<0xE2>` a byte.
     pub(crate) fn sentencepiece(space_prefix: bool) -> Self {
         Self {
@@ -47,6 +46,14 @@ impl Decoding {
             } else {
                 Lead::Keep
             },
+        }
+    }
+
+    /// Byte-level spelling alone, as in the GPT-2 family.
+    pub(crate) fn byte_level() -> Self {
+        Self {
+            byte_level: true,
+            ..Self::default()
         }
     }
 

@@ -8,10 +8,12 @@ mod bpe;
 mod chat;
 mod decoding;
 mod ends;
+mod gguf;
 mod stream;
 mod tokenizer;
 
 pub use bpe::train_bpe;
 pub use chat::{ChatFiles, ChatTemplate, ChatTemplates, DateTime, RenderInput};
+pub use gguf::{GgufVocab, TokenType};
 pub use stream::TokenStream;
 pub use tokenizer::{EncodeOptions, Tokenizer};

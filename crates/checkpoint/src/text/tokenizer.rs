@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::error::{CheckpointError, Result};
 use crate::text::decoding::Decoding;
 use crate::text::ends::Ends;
+use crate::text::gguf::spm::Spm;
 use crate::text::stream::{Opening, TokenStream};
 
 /// Turns text into token ids and back. Every token stands for fixed bytes. Clones share the
@@ -27,6 +28,8 @@ pub struct Tokenizer {
 pub(crate) enum Encoder {
     /// A `tokenizer.json`, or a GGUF vocabulary that is equal to one.
     Json(Box<JsonEncoder>),
+    /// A SentencePiece vocabulary of a GGUF file.
+    Spm(Spm),
 }
 
 /// A tokenizer of the `tokenizers` crate, and on demand its twin that reads special tokens in the
@@ -150,6 +153,7 @@ impl Tokenizer {
                 .with(options.parse_special)
                 .encode_fast(text, by_processor)
                 .map(|encoding| encoding.get_ids().to_vec()),
+            Encoder::Spm(spm) => Ok(spm.encode(text, options.parse_special)),
         }
         .map_err(|error| self.fail(&error))?;
         Ok(self.with_ends(ids, options))
@@ -174,6 +178,7 @@ impl Tokenizer {
                     })
                     .collect())
             }
+            Encoder::Spm(_) => texts.iter().map(|text| self.encode(text)).collect(),
         }
     }
 
@@ -251,6 +256,7 @@ impl Tokenizer {
     pub fn token_id(&self, token: &str) -> Option<u32> {
         match &*self.encoder {
             Encoder::Json(json) => json.inner.token_to_id(token),
+            Encoder::Spm(spm) => spm.id(token),
         }
     }
 
@@ -325,7 +331,9 @@ mod tests {
     }
 
     fn inner(tokenizer: &Tokenizer) -> &tokenizers::Tokenizer {
-        let Encoder::Json(json) = &*tokenizer.encoder;
+        let Encoder::Json(json) = &*tokenizer.encoder else {
+            panic!("not made from JSON");
+        };
         &json.inner
     }
 

@@ -1,0 +1,11 @@
+//! Tokenizers from the vocabulary of a GGUF file (`tokenizer.ggml.*`).
+//!
+//! [`vocab`] is the vocabulary as data, [`bpe`] builds the GPT-2 family out of it (cut by
+//! [`pretokenizers`]), [`spm`] is SentencePiece as in Llama 2, Mixtral and Gemma.
+
+mod bpe;
+mod pretokenizers;
+pub(crate) mod spm;
+mod vocab;
+
+pub use vocab::{GgufVocab, TokenType};
