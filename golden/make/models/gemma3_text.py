@@ -75,6 +75,26 @@ ARCHITECTURE = Architecture(
             dtype="bfloat16",
             lengths=(20, 1),
         ),
+        "pattern_6": Variant(
+            "no pattern key: every sixth layer is full; query_pre_attn_scalar is head_dim, as in the small published ones",
+            dict(
+                hidden_size=24,
+                intermediate_size=16,
+                num_hidden_layers=7,
+                query_pre_attn_scalar=8,
+                num_attention_heads=3,
+                layer_types=None,
+            ),
+            {
+                "window": Without({"sliding_window": 128}),
+                "pattern": Without({"layer_types": ["sliding_attention"] * 7}),
+                "all_full": Without({"layer_types": ["full_attention"] * 7}),
+            },
+            spelling="v4",
+            extra={"sliding_window_pattern": ...},
+            dtype="bfloat16",
+            lengths=(20, 1),
+        ),
         "layer_types": Variant(
             "explicit layer_types, linear factor 8 on the full layers only, untied head, head_dim 10, two shards",
             dict(

@@ -120,8 +120,15 @@ ARCHITECTURE = Architecture(
             lengths=(20, 1),
         ),
         "mxfp4": Variant(
-            "experts as MXFP4 blocks and scales, the rest bf16",
-            dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=32, hidden_size=64, head_dim=8),
+            "experts as MXFP4 blocks and scales, the rest bf16; yarn with truncation, which is its default",
+            dict(
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                intermediate_size=32,
+                hidden_size=64,
+                head_dim=8,
+                rope_parameters=rope(100.0, **{key: value for key, value in YARN.items() if key != "truncate"}),
+            ),
             {key: FEATURES[key] for key in ("sinks", "window", "limit", "plus_one", "router_bias", "down_bias")},
             spelling="v4",
             dtype="bfloat16",
