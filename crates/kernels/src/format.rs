@@ -101,6 +101,37 @@ const ROWS: &[Row] = &[
     row(Format::Mxfp4, "MXFP4", Some(39), (32, 17)),
 ];
 
+/// Evaluates `$body` with `$block` standing for the block type of `$format`, which is a block format.
+macro_rules! for_block {
+    ($format:expr, $block:ident => $body:expr) => {{
+        macro_rules! with {
+            ($type:ty) => {{
+                type $block = $type;
+                $body
+            }};
+        }
+        match $format {
+            Format::Q8_0 => with!(BlockQ8_0),
+            Format::Q4_0 => with!(BlockQ4_0),
+            Format::Q4_1 => with!(BlockQ4_1),
+            Format::Q5_0 => with!(BlockQ5_0),
+            Format::Q5_1 => with!(BlockQ5_1),
+            Format::Q2K => with!(BlockQ2K),
+            Format::Q3K => with!(BlockQ3K),
+            Format::Q4K => with!(BlockQ4K),
+            Format::Q5K => with!(BlockQ5K),
+            Format::Q6K => with!(BlockQ6K),
+            Format::Q8K => with!(BlockQ8K),
+            Format::Iq4Nl => with!(BlockIq4Nl),
+            Format::Iq4Xs => with!(BlockIq4Xs),
+            Format::Mxfp4 => with!(BlockMxfp4),
+            Format::F32 | Format::F16 | Format::Bf16 | Format::F8E4M3 | Format::U8 => {
+                unreachable!("a block format")
+            }
+        }
+    }};
+}
+
 impl Format {
     fn info(self) -> &'static Row {
         &ROWS[self as usize]
@@ -204,20 +235,28 @@ impl Format {
             Self::Bf16 => decode_words::<2>(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
             Self::F8E4M3 => decode_words::<1>(bytes, out, |[b]| f8_e4m3(b)),
             Self::U8 => decode_words::<1>(bytes, out, |[b]| f32::from(b)),
-            Self::Q8_0 => decode_blocks::<BlockQ8_0>(bytes, out),
-            Self::Q4_0 => decode_blocks::<BlockQ4_0>(bytes, out),
-            Self::Q4_1 => decode_blocks::<BlockQ4_1>(bytes, out),
-            Self::Q5_0 => decode_blocks::<BlockQ5_0>(bytes, out),
-            Self::Q5_1 => decode_blocks::<BlockQ5_1>(bytes, out),
-            Self::Q2K => decode_blocks::<BlockQ2K>(bytes, out),
-            Self::Q3K => decode_blocks::<BlockQ3K>(bytes, out),
-            Self::Q4K => decode_blocks::<BlockQ4K>(bytes, out),
-            Self::Q5K => decode_blocks::<BlockQ5K>(bytes, out),
-            Self::Q6K => decode_blocks::<BlockQ6K>(bytes, out),
-            Self::Q8K => decode_blocks::<BlockQ8K>(bytes, out),
-            Self::Iq4Nl => decode_blocks::<BlockIq4Nl>(bytes, out),
-            Self::Iq4Xs => decode_blocks::<BlockIq4Xs>(bytes, out),
-            Self::Mxfp4 => decode_blocks::<BlockMxfp4>(bytes, out),
+            _ => for_block!(self, B => decode_blocks::<B>(bytes, out)),
+        }
+    }
+
+    /// Index of the first value of `bytes` (whole blocks) that is NaN or infinite. Looks at the scales of blocks alone
+    /// until they raise a doubt.
+    ///
+    /// # Panics
+    /// When `bytes` is not whole blocks.
+    #[must_use]
+    pub fn first_non_finite(self, bytes: &[u8]) -> Option<usize> {
+        assert!(
+            bytes.len().is_multiple_of(self.block_bytes()),
+            "whole blocks"
+        );
+        match self {
+            Self::F32 => position::<4>(bytes, |b| !f32::from_le_bytes(b).is_finite()),
+            Self::F16 => position::<2>(bytes, |b| !f16::from_le_bytes(b).is_finite()),
+            Self::Bf16 => position::<2>(bytes, |b| !bf16::from_le_bytes(b).is_finite()),
+            Self::F8E4M3 => position::<1>(bytes, |[b]| b & 0x7f == 0x7f),
+            Self::U8 => None,
+            _ => for_block!(self, B => non_finite_block::<B>(bytes)),
         }
     }
 
@@ -286,6 +325,25 @@ fn decode_blocks<B: Block>(bytes: &[u8], out: &mut [f32]) {
     for (bytes, out) in blocks.zip(out.chunks_exact_mut(B::LEN)) {
         blocks::read::<B>(bytes).decode(out);
     }
+}
+
+/// Index of the first word that `is_bad`.
+fn position<const N: usize>(bytes: &[u8], is_bad: impl Fn([u8; N]) -> bool) -> Option<usize> {
+    bytes.as_chunks::<N>().0.iter().position(|b| is_bad(*b))
+}
+
+fn non_finite_block<B: Block>(bytes: &[u8]) -> Option<usize> {
+    let mut values = vec![0.0; B::LEN];
+    let mut blocks = bytes.chunks_exact(size_of::<B>()).enumerate();
+    blocks.find_map(|(at, bytes)| {
+        let block = blocks::read::<B>(bytes);
+        if block.is_surely_finite() {
+            return None;
+        }
+        block.decode(&mut values);
+        let within = values.iter().position(|v| !v.is_finite())?;
+        Some(at * B::LEN + within)
+    })
 }
 
 fn encode_words<const N: usize>(

@@ -324,19 +324,20 @@ impl Matrix {
 
     /// The first row and column whose value is NaN or infinite, if any.
     pub fn first_non_finite(&self) -> Option<(usize, usize)> {
-        let index = match self.format {
-            Format::F32 => self.units::<f32>().iter().position(|v| !v.is_finite()),
-            Format::Bf16 => self.units::<bf16>().iter().position(|v| !v.is_finite()),
-            _ => {
-                let mut values = vec![0.0; self.n_in];
-                return (0..self.n_out).find_map(|row| {
-                    self.row(row, &mut values);
-                    let column = values.iter().position(|v| !v.is_finite())?;
-                    Some((row, column))
-                });
-            }
-        };
-        index.map(|i| (i / self.n_in, i % self.n_in))
+        // Products with scales within this bound cannot overflow: a float of 8 bits is at most 448.
+        const SAFE_SCALE: f32 = 1e35;
+        if let Some(scales) = &self.scales
+            && !scales.values.iter().all(|scale| scale.abs() < SAFE_SCALE)
+        {
+            let mut values = vec![0.0; self.n_in];
+            return (0..self.n_out).find_map(|row| {
+                self.row(row, &mut values);
+                let column = values.iter().position(|v| !v.is_finite())?;
+                Some((row, column))
+            });
+        }
+        let index = self.format.first_non_finite(&self.bytes)?;
+        Some((index / self.n_in, index % self.n_in))
     }
 
     fn row_bytes(&self) -> usize {

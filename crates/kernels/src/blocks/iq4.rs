@@ -31,8 +31,8 @@ pub(crate) struct BlockIq4Xs {
     pub(crate) qs: [u8; 128],
 }
 
-block!(BlockIq4Nl, of_32, 18);
-block!(BlockIq4Xs, of_256, 136);
+block!(BlockIq4Nl, of_32, 18, |block| block.d.is_finite());
+block!(BlockIq4Xs, of_256, 136, |block| block.d.is_finite());
 
 impl Block32 for BlockIq4Nl {
     fn unpack(&self) -> Quants32 {

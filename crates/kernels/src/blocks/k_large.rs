@@ -40,9 +40,11 @@ pub(crate) struct BlockQ6K {
     pub(crate) d: f16,
 }
 
-block!(BlockQ4K, of_256, 144);
-block!(BlockQ5K, of_256, 176);
-block!(BlockQ6K, of_256, 210);
+block!(BlockQ4K, of_256, 144, |block| block.d.is_finite()
+    && block.dmin.is_finite());
+block!(BlockQ5K, of_256, 176, |block| block.d.is_finite()
+    && block.dmin.is_finite());
+block!(BlockQ6K, of_256, 210, |block| block.d.is_finite());
 
 /// The 6-bit scale and minimum of group `j` of eight, packed in 12 bytes.
 ///

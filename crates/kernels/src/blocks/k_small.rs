@@ -29,8 +29,9 @@ pub(crate) struct BlockQ3K {
     pub(crate) d: f16,
 }
 
-block!(BlockQ2K, of_256, 84);
-block!(BlockQ3K, of_256, 110);
+block!(BlockQ2K, of_256, 84, |block| block.d.is_finite()
+    && block.dmin.is_finite());
+block!(BlockQ3K, of_256, 110, |block| block.d.is_finite());
 
 impl Block256 for BlockQ2K {
     const HAS_MIN: bool = true;

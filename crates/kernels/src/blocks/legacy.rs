@@ -42,10 +42,12 @@ pub(crate) struct BlockQ5_1 {
     pub(crate) qs: [u8; 16],
 }
 
-block!(BlockQ4_0, of_32, 18);
-block!(BlockQ4_1, of_32, 20);
-block!(BlockQ5_0, of_32, 22);
-block!(BlockQ5_1, of_32, 24);
+block!(BlockQ4_0, of_32, 18, |block| block.d.is_finite());
+block!(BlockQ4_1, of_32, 20, |block| block.d.is_finite()
+    && block.m.is_finite());
+block!(BlockQ5_0, of_32, 22, |block| block.d.is_finite());
+block!(BlockQ5_1, of_32, 24, |block| block.d.is_finite()
+    && block.m.is_finite());
 
 fn five_bits(qh: [u8; 4], qs: &[u8; 16]) -> [u8; Q8_BLOCK] {
     let high = u32::from_le_bytes(qh);

@@ -76,6 +76,9 @@ pub(crate) trait Block: Pod {
     /// Values per block.
     const LEN: usize;
 
+    /// Whether every weight is sure to be finite, from the scales alone.
+    fn is_surely_finite(&self) -> bool;
+
     /// Expands to `out` (`[LEN]`), by the operations and in the order that GGUF's definition gives.
     fn decode(&self, out: &mut [f32]);
 }
@@ -136,9 +139,10 @@ pub(crate) trait Block256: Pod {
     fn unpack(&self, out: &mut Quants256);
 }
 
-/// Gives a block type `Pod`, a size check and `Block` by way of its family.
+/// Gives a block type `Pod`, a size check and `Block` by way of its family. The last argument is
+/// [`Block::is_surely_finite`]; finite f16 scales suffice, since what they are multiplied by is small.
 macro_rules! block {
-    ($block:ty, $family:ident, $bytes:literal) => {
+    ($block:ty, $family:ident, $bytes:literal, |$self:ident| $finite:expr) => {
         const _: () = assert!(size_of::<$block>() == $bytes && align_of::<$block>() <= 2);
 
         // SAFETY: repr(C) without padding (the size is checked above), made of numbers only.
@@ -146,6 +150,12 @@ macro_rules! block {
 
         impl crate::blocks::Block for $block {
             const LEN: usize = crate::blocks::$family::LEN;
+
+            #[inline]
+            fn is_surely_finite(&self) -> bool {
+                let $self = self;
+                $finite
+            }
 
             fn decode(&self, out: &mut [f32]) {
                 crate::blocks::$family::decode(self, out);

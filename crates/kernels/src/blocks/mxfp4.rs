@@ -17,7 +17,7 @@ pub(crate) struct BlockMxfp4 {
     pub(crate) qs: [u8; 16],
 }
 
-block!(BlockMxfp4, of_32, 17);
+block!(BlockMxfp4, of_32, 17, |block| block.e < 252);
 
 impl BlockMxfp4 {
     /// `2^(e - 128)`, what an integer of the table is worth; NaN for the code of NaN.

@@ -25,8 +25,10 @@ pub(crate) struct BlockQ8K {
     pub(crate) sums: [[u8; 2]; N_SCALES],
 }
 
-block!(BlockQ8_0, of_32, 34);
-block!(BlockQ8K, of_256, 292);
+block!(BlockQ8_0, of_32, 34, |block| block.d.is_finite());
+block!(BlockQ8K, of_256, 292, |block| f32::from_le_bytes(block.d)
+    .abs()
+    < 1e36);
 
 impl BlockQ8_0 {
     /// A block of zeros.
