@@ -306,10 +306,14 @@ impl Matrix {
 
     /// Writes row `row` as f32 to `out` (`[n_in]`). Panics when out of range.
     pub fn row(&self, row: usize, out: &mut [f32]) {
+        self.row_by(row, out, |bytes, out| self.format.decode_into(bytes, out));
+    }
+
+    /// [`Matrix::row`] with another way to decode the stored bytes.
+    pub(crate) fn row_by(&self, row: usize, out: &mut [f32], decode: impl Fn(&[u8], &mut [f32])) {
         assert_eq!(out.len(), self.n_in, "a row of the matrix");
         let row_bytes = self.row_bytes();
-        let bytes = &self.bytes[row * row_bytes..][..row_bytes];
-        self.format.decode_into(bytes, out);
+        decode(&self.bytes[row * row_bytes..][..row_bytes], out);
         if let Some(scales) = &self.scales {
             let [rows, columns] = scales.block;
             let n_columns = self.n_in.div_ceil(columns);

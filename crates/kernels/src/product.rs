@@ -20,7 +20,7 @@ const TOKEN_BLOCK_BYTES: usize = 256 << 10;
 pub(crate) const TILE: usize = 8;
 
 thread_local! {
-    /// A row of weights in f32, for formats without a kernel of their own.
+    /// A row of weights in f32.
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -131,20 +131,25 @@ impl Part {
             Format::Q8K => rows!(quants.rows_q8_k, BlockQ8K, acts.q8_k),
             Format::Iq4Xs => rows!(quants.rows_iq4_xs, BlockIq4Xs, acts.q8_k),
             // SAFETY: the caller's promise.
-            Format::F8E4M3 | Format::U8 => unsafe { self.decoded(kernels, w, acts.x, tokens) },
+            Format::F8E4M3 => unsafe { self.floats_of_8_bits(kernels, w, acts.x, tokens) },
+            Format::U8 => unreachable!("a matrix of raw bytes cannot be made"),
         }
     }
 
-    /// Expands one row of weights after the other and multiplies in f32.
+    /// Expands one row of 8-bit floats after the other and multiplies in f32.
     ///
     /// # Safety
     /// As for [`Part::compute`], for `tokens`.
-    unsafe fn decoded(&self, kernels: Kernels, w: &Matrix, x: &[f32], tokens: &Tokens) {
+    unsafe fn floats_of_8_bits(&self, kernels: Kernels, w: &Matrix, x: &[f32], tokens: &Tokens) {
         let n_in = w.n_in();
         ROW.with_borrow_mut(|values| {
             values.resize(n_in, 0.0);
             for r in 0..self.n_rows {
-                w.row(self.first_row + r, values);
+                // SAFETY: `kernels` proves the instruction set.
+                let decode = |bytes: &[u8], out: &mut [f32]| unsafe {
+                    (kernels.table().decode_f8)(bytes, out);
+                };
+                w.row_by(self.first_row + r, values, decode);
                 let args = Rows {
                     w: values.as_ptr(),
                     n_rows: 1,

@@ -25,6 +25,7 @@ pub(super) static TABLE: Table = Table {
     max,
     exp_sum,
     silu_mul,
+    decode_f8: avx2_quants::decode_f8,
     quantize_act,
     quantize_act_k: avx2_quants::quantize_act_k,
 };

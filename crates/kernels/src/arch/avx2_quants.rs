@@ -20,6 +20,7 @@ use crate::blocks::{
     BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8K,
     IQ4_VALUES, MXFP4_VALUES, Q8_BLOCK, Quants256, SUPER_BLOCK,
 };
+use crate::format;
 
 pub(super) const QUANTS: Quants = Quants {
     rows_q4_0,
@@ -337,4 +338,10 @@ pub(super) fn quantize_act_k(x: &[f32], out: &mut [ActQ8K]) {
     for (x, out) in x.as_chunks::<SUPER_BLOCK>().0.iter().zip(out) {
         *out = ActQ8K::quantize(x);
     }
+}
+
+/// The twin's arithmetic, which vectorises as it is.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn decode_f8(bytes: &[u8], out: &mut [f32]) {
+    format::decode_f8(bytes, out);
 }

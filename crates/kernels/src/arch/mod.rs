@@ -55,6 +55,8 @@ pub(crate) struct Table {
     pub(crate) exp_sum: unsafe fn(x: &mut [f32], shift: f32) -> f32,
     /// `gate = gate * sigmoid(gate) * up`, equal lengths.
     pub(crate) silu_mul: unsafe fn(gate: &mut [f32], up: &[f32]),
+    /// 8-bit floats to f32, as many as both slices hold.
+    pub(crate) decode_f8: unsafe fn(bytes: &[u8], out: &mut [f32]),
     /// Activations to 8-bit blocks, 32 values each.
     pub(crate) quantize_act: unsafe fn(x: &[f32], out: &mut [ActQ8]),
     /// Activations to super-blocks, 256 values each.

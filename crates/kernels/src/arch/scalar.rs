@@ -9,6 +9,7 @@ use crate::blocks::{
     ActQ8, ActQ8K, ActScale, Block32, Block256, BlockQ8_0, Q8_BLOCK, Quants256, SUB_BLOCK,
     SUPER_BLOCK,
 };
+use crate::format::decode_f8;
 
 pub(super) static TABLE: Table = Table {
     rows_f32,
@@ -34,6 +35,7 @@ pub(super) static TABLE: Table = Table {
     max,
     exp_sum,
     silu_mul,
+    decode_f8,
     quantize_act,
     quantize_act_k,
 };

@@ -62,13 +62,22 @@ pub(crate) fn scale_and_min_of(packed: &[u8; 12], j: usize) -> (u8, u8) {
     }
 }
 
+/// [`scale_and_min_of`] for all groups, four at a time.
 #[inline(always)]
 fn scales_and_mins(packed: &[u8; 12], out: &mut Quants256) {
+    const LOW_4: u32 = 0x0f0f_0f0f;
+    const LOW_6: u32 = 0x3f3f_3f3f;
+    let [a, b, c] =
+        std::array::from_fn(|i| u32::from_le_bytes(std::array::from_fn(|j| packed[4 * i + j])));
+    let top = |word: u32| (word >> 2) & (LOW_6 ^ LOW_4);
+    let scales = u64::from(a & LOW_6) | u64::from(c & LOW_4 | top(a)) << 32;
+    let mins = u64::from(b & LOW_6) | u64::from((c >> 4) & LOW_4 | top(b)) << 32;
+    let (scales, mins) = (scales.to_le_bytes(), mins.to_le_bytes());
     for j in 0..8 {
-        let (scale, min) = scale_and_min_of(packed, j);
-        for at in [2 * j, 2 * j + 1] {
-            (out.scales[at], out.mins[at]) = (i16::from(scale), i16::from(min));
-        }
+        out.scales[2 * j] = i16::from(scales[j]);
+        out.scales[2 * j + 1] = i16::from(scales[j]);
+        out.mins[2 * j] = i16::from(mins[j]);
+        out.mins[2 * j + 1] = i16::from(mins[j]);
     }
 }
 
@@ -80,9 +89,12 @@ impl Block256 for BlockQ4K {
         (out.d, out.dmin) = (self.d.to_f32(), self.dmin.to_f32());
         scales_and_mins(&self.scales, out);
         let (groups, _) = self.qs.as_chunks::<32>();
-        let (runs, _) = out.qs.as_chunks_mut::<32>();
-        for (at, run) in runs.iter_mut().enumerate() {
-            *run = groups[at / 2].map(|byte| (byte >> (4 * (at % 2)) & 15) as i8);
+        let (runs, _) = out.qs.as_chunks_mut::<64>();
+        for (run, group) in runs.iter_mut().zip(groups) {
+            for l in 0..32 {
+                run[l] = (group[l] & 15) as i8;
+                run[l + 32] = (group[l] >> 4) as i8;
+            }
         }
     }
 }
@@ -95,12 +107,13 @@ impl Block256 for BlockQ5K {
         (out.d, out.dmin) = (self.d.to_f32(), self.dmin.to_f32());
         scales_and_mins(&self.scales, out);
         let (groups, _) = self.qs.as_chunks::<32>();
-        let (runs, _) = out.qs.as_chunks_mut::<32>();
-        for (at, run) in runs.iter_mut().enumerate() {
-            let group = &groups[at / 2];
-            *run = std::array::from_fn(|l| {
-                (group[l] >> (4 * (at % 2)) & 15 | (self.qh[l] >> at & 1) << 4) as i8
-            });
+        let (runs, _) = out.qs.as_chunks_mut::<64>();
+        for (at, (run, group)) in runs.iter_mut().zip(groups).enumerate() {
+            for l in 0..32 {
+                let high = self.qh[l] >> (2 * at);
+                run[l] = (group[l] & 15 | (high & 1) << 4) as i8;
+                run[l + 32] = (group[l] >> 4 | (high & 2) << 3) as i8;
+            }
         }
     }
 }

@@ -40,9 +40,14 @@ impl Block256 for BlockQ2K {
     fn unpack(&self, out: &mut Quants256) {
         (out.d, out.dmin) = (self.d.to_f32(), self.dmin.to_f32());
         let (halves, _) = self.qs.as_chunks::<32>();
-        let (runs, _) = out.qs.as_chunks_mut::<32>();
-        for (at, run) in runs.iter_mut().enumerate() {
-            *run = halves[at / 4].map(|byte| (byte >> (2 * (at % 4)) & 3) as i8);
+        let (runs, _) = out.qs.as_chunks_mut::<128>();
+        for (run, half) in runs.iter_mut().zip(halves) {
+            for l in 0..32 {
+                run[l] = (half[l] & 3) as i8;
+                run[l + 32] = (half[l] >> 2 & 3) as i8;
+                run[l + 64] = (half[l] >> 4 & 3) as i8;
+                run[l + 96] = (half[l] >> 6) as i8;
+            }
         }
         out.scales = self.scales.map(|s| i16::from(s & 15));
         out.mins = self.scales.map(|s| i16::from(s >> 4));
@@ -53,12 +58,19 @@ impl BlockQ3K {
     /// The 16 scales, -32..=31.
     #[inline(always)]
     fn unpack_scales(&self) -> [i16; N_SCALES] {
-        let s = &self.scales;
-        std::array::from_fn(|at| {
-            let low = s[at % 8] >> (4 * (at / 8)) & 15;
-            let high = s[8 + at % 4] >> (2 * (at / 4)) & 3;
-            i16::from(low | high << 4) - 32
-        })
+        const LOW_4: u32 = 0x0f0f_0f0f;
+        const BITS_4_5: u32 = 0x3030_3030;
+        let [a, b, c] = std::array::from_fn(|i| {
+            u32::from_le_bytes(std::array::from_fn(|j| self.scales[4 * i + j]))
+        });
+        let words = [
+            a & LOW_4 | (c << 4) & BITS_4_5,
+            b & LOW_4 | (c << 2) & BITS_4_5,
+            (a >> 4) & LOW_4 | c & BITS_4_5,
+            (b >> 4) & LOW_4 | (c >> 2) & BITS_4_5,
+        ];
+        let bytes = words.map(u32::to_le_bytes);
+        std::array::from_fn(|at| i16::from(bytes[at / 4][at % 4]) - 32)
     }
 }
 
@@ -69,12 +81,15 @@ impl Block256 for BlockQ3K {
     fn unpack(&self, out: &mut Quants256) {
         out.d = self.d.to_f32();
         let (halves, _) = self.qs.as_chunks::<32>();
-        let (runs, _) = out.qs.as_chunks_mut::<32>();
-        for (at, run) in runs.iter_mut().enumerate() {
-            let half = &halves[at / 4];
-            *run = std::array::from_fn(|l| {
-                (half[l] >> (2 * (at % 4)) & 3 | (self.hmask[l] >> at & 1) << 2) as i8
-            });
+        let (runs, _) = out.qs.as_chunks_mut::<128>();
+        for (at, (run, half)) in runs.iter_mut().zip(halves).enumerate() {
+            for l in 0..32 {
+                let (low, high) = (half[l], self.hmask[l] >> (4 * at));
+                run[l] = (low & 3 | (high & 1) << 2) as i8;
+                run[l + 32] = (low >> 2 & 3 | (high & 2) << 1) as i8;
+                run[l + 64] = (low >> 4 & 3 | high & 4) as i8;
+                run[l + 96] = (low >> 6 | (high & 8) >> 1) as i8;
+            }
         }
         out.scales = self.unpack_scales();
     }

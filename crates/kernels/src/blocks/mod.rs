@@ -15,7 +15,12 @@ mod q8;
 
 pub(crate) use act::ActScale;
 pub use act::{ActQ8, ActQ8K};
-pub(crate) use iq4::{BlockIq4Nl, BlockIq4Xs, IQ4_VALUES};
+#[allow(
+    unused_imports,
+    reason = "vector kernels look it up, and not every CPU has them"
+)]
+pub(crate) use iq4::IQ4_VALUES;
+pub(crate) use iq4::{BlockIq4Nl, BlockIq4Xs};
 pub(crate) use k_large::{BlockQ4K, BlockQ5K, BlockQ6K, scale_and_min_of};
 pub(crate) use k_small::{BlockQ2K, BlockQ3K};
 pub(crate) use legacy::{BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1};
@@ -131,6 +136,7 @@ pub(crate) trait Block256: Pod {
     /// Whether the minimum is there.
     const HAS_MIN: bool = false;
     /// Whether quants may be below zero.
+    #[allow(dead_code, reason = "vector kernels ask, and not every CPU has them")]
     const SIGNED: bool = false;
     /// What is taken off every quant.
     const OFFSET: i8 = 0;
