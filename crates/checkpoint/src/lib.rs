@@ -31,6 +31,6 @@ pub use names::tensor_specs;
 pub use safetensors_file::{StoredTensor, read_safetensors};
 pub use text::{
     ChatFiles, ChatTemplate, ChatTemplates, DateTime, EncodeOptions, GgufVocab, RenderInput,
-    TokenStream, TokenType, Tokenizer, train_bpe,
+    StopFiles, StopToken, TokenStream, TokenType, Tokenizer, stop_token_ids, train_bpe,
 };
 pub use write::{FolderContents, TensorData, write_folder};
