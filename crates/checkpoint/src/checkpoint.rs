@@ -4,11 +4,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use bytes::Bytes;
+
+use crate::Dtype;
 use crate::config::ModelConfig;
 use crate::digest;
-use crate::dtype::Dtype;
 use crate::error::{CheckpointError, Result};
-use crate::shards::{Blob, Shards};
+use crate::map::map_file;
+use crate::shards::Shards;
+use crate::tensors::{BlockScales, Entry, Tensors};
 use crate::text::Tokenizer;
 
 /// File names and contents of a checkpoint that is part of the program.
@@ -25,7 +29,7 @@ pub struct Checkpoint {
     origin: String,
     source: Source,
     config: ModelConfig,
-    shards: Shards,
+    tensors: Tensors,
     digest: OnceLock<String>,
 }
 
@@ -34,20 +38,22 @@ impl std::fmt::Debug for Checkpoint {
         f.debug_struct("Checkpoint")
             .field("origin", &self.origin)
             .field("config", &self.config)
-            .field("n_tensors", &self.shards.tensors.len())
+            .field("n_tensors", &self.tensors.map.len())
             .finish_non_exhaustive()
     }
 }
 
 /// One tensor: its number format, shape (row-major) and little-endian bytes.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct TensorView<'a> {
     /// Number format of `bytes`.
     pub dtype: Dtype,
     /// Dimensions, slowest first.
     pub shape: &'a [usize],
-    /// The values; `shape.product() * dtype.size()` bytes, not necessarily aligned.
-    pub bytes: &'a [u8],
+    /// The values, not necessarily aligned: a piece of the mapped file wherever the file has them in this order.
+    pub bytes: Bytes,
+    /// What 8-bit floats are multiplied by.
+    pub scales: Option<&'a BlockScales>,
 }
 
 impl TensorView<'_> {
@@ -63,10 +69,18 @@ impl TensorView<'_> {
         self.len() == 0
     }
 
-    /// The values, widened to `f32` where needed.
+    /// The values as `f32`, scales applied.
     #[must_use]
     pub fn to_f32(&self) -> Vec<f32> {
-        self.dtype.decode(self.bytes)
+        let mut values = self.dtype.decode(&self.bytes);
+        if let (Some(scales), Some(&cols)) = (self.scales, self.shape.last()) {
+            let grid = cols.div_ceil(scales.block[1]);
+            for (i, value) in values.iter_mut().enumerate() {
+                let (row, col) = (i / cols / scales.block[0], i % cols / scales.block[1]);
+                *value *= scales.values[row * grid + col];
+            }
+        }
+        values
     }
 
     /// Flat index and value of the first NaN or infinity.
@@ -75,7 +89,7 @@ impl TensorView<'_> {
         // Blocks keep the temporary small for large tensors.
         const BLOCK: usize = 1 << 14;
         self.bytes
-            .chunks(BLOCK * self.dtype.size())
+            .chunks(BLOCK / self.dtype.block_len() * self.dtype.block_bytes())
             .enumerate()
             .find_map(|(block, bytes)| {
                 let values = self.dtype.decode(bytes);
@@ -116,12 +130,13 @@ impl Checkpoint {
         let generation = source.text(&origin, "generation_config.json")?;
         let config = ModelConfig::parse(&origin, &config, generation.as_deref())?;
         let shards = Shards::load(&origin, |name| source.blob(name))?;
-        tracing::debug!(%origin, n_tensors = shards.tensors.len(), "opened checkpoint");
+        let tensors = Tensors::from_hugging_face(&config, shards.tensors)?;
+        tracing::debug!(%origin, n_tensors = tensors.map.len(), "opened checkpoint");
         Ok(Self {
             origin,
             source,
             config,
-            shards,
+            tensors,
             digest: OnceLock::new(),
         })
     }
@@ -141,11 +156,14 @@ impl Checkpoint {
     /// Bytes of tensor data.
     #[must_use]
     pub fn data_bytes(&self) -> u64 {
-        self.shards
-            .tensors
-            .values()
-            .map(|entry| entry.range.len() as u64)
-            .sum()
+        let entries = self.tensors.map.values();
+        entries.map(|entry| entry.stored_bytes() as u64).sum()
+    }
+
+    /// Stored tensors that the computation does not use (such as multi-token prediction), each with the reason.
+    pub fn ignored(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        let ignored = self.tensors.ignored.iter();
+        ignored.map(|(name, reason)| (name.as_str(), *reason))
     }
 
     /// Hexadecimal identity of the model, the same however it is sharded or spelled.
@@ -156,27 +174,41 @@ impl Checkpoint {
     #[must_use]
     pub fn digest(&self) -> &str {
         self.digest.get_or_init(|| {
-            let names = self.shards.tensors.keys();
-            digest::digest(
-                &self.config,
-                names.filter_map(|name| Some((&**name, self.get(name)?))),
-            )
+            let tensors = self.tensors.map.iter();
+            digest::digest(&self.config, tensors)
         })
     }
 
     fn get(&self, name: &str) -> Option<TensorView<'_>> {
-        let entry = self.shards.tensors.get(name)?;
-        let bytes = &self.shards.blobs[entry.shard].bytes()[entry.range.clone()];
+        let entry = self.tensors.map.get(name)?;
         Some(TensorView {
             dtype: entry.dtype,
             shape: &entry.shape,
-            bytes,
+            bytes: entry.bytes(),
+            scales: entry.scales.as_ref(),
         })
+    }
+
+    /// Number format and shape of a tensor, without touching its values.
+    #[must_use]
+    pub fn tensor_info(&self, name: &str) -> Option<(Dtype, &[usize])> {
+        let entry = self.tensors.map.get(name)?;
+        Some((entry.dtype, &entry.shape))
+    }
+
+    /// What the file calls a tensor: the name to use in messages.
+    #[must_use]
+    pub fn stored_name<'a>(&'a self, name: &'a str) -> &'a str {
+        self.entry(name).map_or(name, |entry| &entry.stored)
+    }
+
+    fn entry(&self, name: &str) -> Option<&Entry> {
+        self.tensors.map.get(name)
     }
 
     /// Names of all tensors, sorted. Stacked expert tensors appear under per-expert names.
     pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
-        self.shards.tensors.keys().map(String::as_str)
+        self.tensors.map.keys().map(String::as_str)
     }
 
     /// A tensor as it is stored.
@@ -198,7 +230,12 @@ impl Checkpoint {
     /// # Errors
     /// The tensor is missing or has another shape.
     pub fn tensor_shaped(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>> {
-        let Some(view) = self.get(name) else {
+        self.check_shape(name, shape)?;
+        self.tensor(name)
+    }
+
+    fn check_shape(&self, name: &str, shape: &[usize]) -> Result<()> {
+        let Some(entry) = self.entry(name) else {
             return Err(CheckpointError::MissingTensor {
                 origin: self.origin.clone(),
                 name: name.to_owned(),
@@ -206,15 +243,15 @@ impl Checkpoint {
                 n_missing: 1,
             });
         };
-        if view.shape != shape {
-            return Err(CheckpointError::WrongShape {
-                origin: self.origin.clone(),
-                name: name.to_owned(),
-                found: view.shape.to_vec(),
-                expected: shape.to_vec(),
-            });
+        if entry.shape == shape {
+            return Ok(());
         }
-        Ok(view)
+        Err(CheckpointError::WrongShape {
+            origin: self.origin.clone(),
+            name: said(name, &entry.stored),
+            found: entry.shape.clone(),
+            expected: shape.to_vec(),
+        })
     }
 
     /// The values of a tensor of exactly this shape, all finite.
@@ -244,7 +281,7 @@ impl Checkpoint {
         let origin = self.origin.clone();
         CheckpointError::NonFinite {
             origin,
-            name: name.to_owned(),
+            name: said(name, self.stored_name(name)),
             index,
             value,
         }
@@ -256,7 +293,7 @@ impl Checkpoint {
     /// # Errors
     /// The first missing, unexpected or wrongly shaped tensor, by name.
     pub fn expect_exactly(&self, specs: &[(String, Vec<usize>)]) -> Result<()> {
-        let stored = &self.shards.tensors;
+        let stored = &self.tensors.map;
         let mut missing = specs.iter().filter(|(name, _)| !stored.contains_key(name));
         if let Some((name, shape)) = missing.next() {
             return Err(CheckpointError::MissingTensor {
@@ -276,14 +313,14 @@ impl Checkpoint {
         if let Some((name, entry)) = unexpected.next() {
             return Err(CheckpointError::UnexpectedTensor {
                 origin: self.origin.clone(),
-                name: name.clone(),
+                name: said(name, &entry.stored),
                 shape: entry.shape.clone(),
                 n_unexpected: 1 + unexpected.count(),
             });
         }
         specs
             .iter()
-            .try_for_each(|(name, shape)| self.tensor_shaped(name, shape).map(|_| ()))
+            .try_for_each(|(name, shape)| self.check_shape(name, shape))
     }
 
     /// The tokenizer of the checkpoint.
@@ -344,13 +381,13 @@ impl Source {
     }
 
     /// A large file of the checkpoint, or `None` when it is absent.
-    fn blob(&self, name: &str) -> Result<Option<Blob>> {
+    fn blob(&self, name: &str) -> Result<Option<Bytes>> {
         match self {
-            Self::Embedded(files) => Ok(find(files, name).map(Blob::Static)),
+            Self::Embedded(files) => Ok(find(files, name).map(Bytes::from_static)),
             Self::Folder(folder) => {
                 let path = folder.join(name);
                 if path.is_file() {
-                    Blob::map(&path).map(Some)
+                    map_file(&path).map(Some)
                 } else {
                     Ok(None)
                 }
@@ -364,6 +401,15 @@ fn find(files: EmbeddedFiles, name: &str) -> Option<&'static [u8]> {
         .iter()
         .find(|(file, _)| *file == name)
         .map(|(_, bytes)| *bytes)
+}
+
+/// A tensor's name in messages: what the file says, and what it stands for where that differs.
+fn said(name: &str, stored: &str) -> String {
+    if name == stored {
+        name.to_owned()
+    } else {
+        format!("{stored}` (`{name}`)")
+    }
 }
 
 /// Tells apart the ways in which a path is not a checkpoint folder.

@@ -1,23 +1,21 @@
-//! `config.json` and `generation_config.json` of a `qwen3_moe` checkpoint, with every dialect
-//! resolved into one [`ModelConfig`].
+//! What a model is made of: one description for every architecture and file format.
+//!
+//! `crate::models` fills it from `config.json` or from GGUF metadata, so that nothing after loading knows dialects.
 
-use serde_json::{Value, json};
-
-use crate::dtype::Dtype;
 use crate::error::{CheckpointError, Result};
 use crate::keys::Keys;
-
-/// Architectures that this version reads.
-pub(crate) const KNOWN_MODEL_TYPES: &[&str] = &["qwen3_moe"];
+use crate::models;
+use crate::rope::RopeConfig;
+use crate::{Dtype, generation};
 
 /// Experts of all layers together; far above any model, so that a damaged file cannot make
 /// readers reserve memory without end.
 const MAX_EXPERTS: usize = 1 << 22;
 
-/// What a model is made of. Both spellings of transformers 4 and 5 arrive here as one.
+/// What a model is made of. Every spelling of every format arrives here as one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// Architecture, `qwen3_moe`.
+    /// Architecture, as Hugging Face names it: `qwen3_moe`, `mixtral`, ...
     pub model_type: String,
     /// Rows of the embedding and of the logits. May exceed the tokenizer's vocabulary.
     pub vocab_size: usize,
@@ -25,35 +23,39 @@ pub struct ModelConfig {
     pub hidden_size: usize,
     /// Decoder layers.
     pub n_layers: usize,
-    /// Query heads.
-    pub n_heads: usize,
-    /// Key and value heads; divides `n_heads`.
-    pub n_kv_heads: usize,
-    /// Width of one head; even, because of the rotary halves.
-    pub head_dim: usize,
-    /// Experts per MoE layer.
-    pub n_experts: usize,
-    /// Experts that one token uses.
-    pub top_k: usize,
-    /// Width of one expert.
-    pub moe_intermediate_size: usize,
-    /// Width of the feed-forward of layers that are not MoE.
-    pub intermediate_size: usize,
-    /// Whether the weights of the picked experts are divided by their sum.
-    pub norm_topk_prob: bool,
-    /// Layers that are dense although `decoder_sparse_step` would make them MoE.
-    pub mlp_only_layers: Vec<usize>,
-    /// Layer `l` is MoE when `(l + 1) % decoder_sparse_step == 0`.
-    pub decoder_sparse_step: usize,
-    /// Added to the mean square in RMSNorm.
-    pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
     /// Longest sequence.
     pub max_position_embeddings: usize,
     /// Whether the output head is the embedding, transposed.
     pub tie_word_embeddings: bool,
-    /// Tokens that end a text, ascending, from both JSON files.
+    /// Whether the output head has a bias.
+    pub lm_head_bias: bool,
+    /// The kind of all norms over the residual stream.
+    pub norm: NormKind,
+    /// Added to the mean square (or variance) in every norm.
+    pub norm_eps: f64,
+    /// Whether the outputs of attention and feed-forward are normed too, before they join the residual stream.
+    pub post_norms: bool,
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads; divides `n_heads`.
+    pub n_kv_heads: usize,
+    /// Width of one query and key head.
+    pub head_dim: usize,
+    /// What else attention does.
+    pub attention: AttentionConfig,
+    /// Rotary positions.
+    pub rope: RopeConfig,
+    /// Rotary positions of the layers with a sliding window, where they have their own.
+    pub local_rope: Option<RopeConfig>,
+    /// Width of the feed-forward of layers that are not MoE.
+    pub intermediate_size: usize,
+    /// What experts and dense feed-forwards apply between their products.
+    pub activation: Activation,
+    /// The experts; [`MoeConfig::default`] for dense models.
+    pub moe: MoeConfig,
+    /// Constant factors on the stream.
+    pub scales: Scales,
+    /// Tokens that end a text, ascending, from all places that name them.
     pub eos_token_ids: Vec<u32>,
     /// Token put before a text, if the model has one.
     pub bos_token_id: Option<u32>,
@@ -61,6 +63,203 @@ pub struct ModelConfig {
     pub pad_token_id: Option<u32>,
     /// Number format named by the configuration. The tensors' own headers decide.
     pub dtype: Option<Dtype>,
+}
+
+/// Kinds of norms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x / rms(x) * weight`.
+    Rms,
+    /// `x / rms(x) * (1 + weight)` (Gemma).
+    RmsPlusOne,
+    /// `(x - mean(x)) / std(x) * weight + bias`.
+    LayerNorm,
+}
+
+/// Norms on queries and keys, before the rotary positions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// None.
+    None,
+    /// One weight of `head_dim`, applied to every head by itself.
+    PerHead,
+    /// One weight over the whole projection.
+    WholeProjection,
+}
+
+/// What attention does besides grouped queries.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionConfig {
+    /// Biases on the query, key and value projections (of MLA: on the two down projections).
+    pub qkv_bias: bool,
+    /// Bias on the output projection.
+    pub o_bias: bool,
+    /// Norms on queries and keys.
+    pub qk_norm: QkNorm,
+    /// A learned logit per head that takes part in the softmax and adds nothing (attention sinks).
+    pub sinks: bool,
+    /// Queries, keys and values are clamped to this magnitude.
+    pub clip_qkv: Option<f64>,
+    /// Factor on the scores.
+    pub scale: f64,
+    /// Per layer, how many positions a token sees, itself included; `None`: all before it. One entry per layer.
+    pub windows: Vec<Option<usize>>,
+    /// Multi-head latent attention instead of grouped queries.
+    pub mla: Option<MlaConfig>,
+}
+
+/// Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MlaConfig {
+    /// Width of the compressed queries; `None`: queries are projected directly.
+    pub q_lora_rank: Option<usize>,
+    /// Width of the compressed keys and values, which is what the cache holds.
+    pub kv_lora_rank: usize,
+    /// Part of a head without positions.
+    pub qk_nope_head_dim: usize,
+    /// Part of a head with rotary positions; all heads share its key.
+    pub qk_rope_head_dim: usize,
+    /// Width of a value head.
+    pub v_head_dim: usize,
+    /// Whether keys and values come from two tensors, `k_b_proj` (transposed) and `v_b_proj`, as GGUF files have them, or
+    /// from one `kv_b_proj`.
+    pub split_kv_b: bool,
+}
+
+/// What is applied between the products of a feed-forward.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Activation {
+    /// `silu(gate) * up`.
+    Silu,
+    /// `gelu(gate) * up`, with the tanh approximation.
+    GeluTanh,
+    /// gpt-oss: `g * sigmoid(alpha * g) * (u + 1)` with `g = min(gate, limit)`, `u = clamp(up, -limit, limit)`.
+    SwigluOai {
+        /// Factor inside the sigmoid.
+        alpha: f64,
+        /// Where gate and up are clamped.
+        limit: f64,
+    },
+}
+
+/// Constant factors on the stream; all 1 in most architectures.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scales {
+    /// Multiplies the embedding.
+    pub embedding: f64,
+    /// Multiplies the output of every block before it joins the residual stream.
+    pub residual: f64,
+    /// Divides the logits.
+    pub logits_divisor: f64,
+}
+
+impl Default for Scales {
+    fn default() -> Self {
+        Self {
+            embedding: 1.0,
+            residual: 1.0,
+            logits_divisor: 1.0,
+        }
+    }
+}
+
+/// The experts of a model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MoeConfig {
+    /// Layers with experts, ascending; empty for dense models.
+    pub layers: Vec<usize>,
+    /// Experts per MoE layer.
+    pub n_experts: usize,
+    /// Experts that one token uses.
+    pub top_k: usize,
+    /// Width of one expert.
+    pub intermediate_size: usize,
+    /// From router logits to experts and weights.
+    pub router: RouterConfig,
+    /// Bias of the router's logits.
+    pub router_bias: bool,
+    /// Biases in the experts' products.
+    pub expert_bias: bool,
+    /// An expert that every token uses.
+    pub shared: Option<SharedExpert>,
+}
+
+impl MoeConfig {
+    /// Whether the weights of a token's experts are divided by their sum.
+    #[must_use]
+    pub fn norm_topk_prob(&self) -> bool {
+        match self.router {
+            RouterConfig::TopK { norm } | RouterConfig::GroupLimited { norm, .. } => norm,
+            RouterConfig::SparseMixer { .. } => false,
+        }
+    }
+}
+
+impl Default for MoeConfig {
+    /// No experts.
+    fn default() -> Self {
+        Self {
+            layers: Vec::new(),
+            n_experts: 0,
+            top_k: 0,
+            intermediate_size: 0,
+            router: RouterConfig::TopK { norm: true },
+            router_bias: false,
+            expert_bias: false,
+            shared: None,
+        }
+    }
+}
+
+/// The expert that every token uses. Several shared experts are stored as one of their total width.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedExpert {
+    /// Total width.
+    pub intermediate_size: usize,
+    /// Whether its output is multiplied by the sigmoid of a learned projection.
+    pub gated: bool,
+}
+
+/// The rule from router logits to experts and weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RouterConfig {
+    /// Softmax over all experts, the `top_k` best, divided by their sum if `norm`. A softmax over the picked logits alone
+    /// is the same as `norm`.
+    TopK {
+        /// Whether the weights are divided by their sum.
+        norm: bool,
+    },
+    /// DeepSeek's: the best experts of the best groups.
+    GroupLimited {
+        /// How logits become scores.
+        score: Score,
+        /// Groups of consecutive experts.
+        n_groups: usize,
+        /// Groups that stay in the race.
+        keep_groups: usize,
+        /// A group's score is the sum of its two best experts (V3), not its best (V2).
+        sum_of_best_two: bool,
+        /// Whether the weights are divided by their sum.
+        norm: bool,
+        /// Factor on the weights.
+        scale: f64,
+        /// Whether a stored bias moves the selection (`e_score_correction_bias`).
+        correction_bias: bool,
+    },
+    /// PhiMoE's two thresholded softmaxes, in the inference form of transformers.
+    SparseMixer {
+        /// Half the relative width of the threshold, `router_jitter_noise`.
+        eps: f64,
+    },
+}
+
+/// How router logits become scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Score {
+    /// Softmax over all experts.
+    Softmax,
+    /// Sigmoid of each logit.
+    Sigmoid,
 }
 
 impl ModelConfig {
@@ -73,34 +272,9 @@ impl ModelConfig {
     /// version would compute wrongly.
     pub fn parse(origin: &str, config: &str, generation: Option<&str>) -> Result<Self> {
         let keys = Keys::parse(format!("{origin}/config.json"), config)?;
-        refuse_unsupported(&keys)?;
-        let n_heads = keys.size("num_attention_heads")?;
-        let hidden_size = keys.size("hidden_size")?;
-        let moe_intermediate_size = keys.size("moe_intermediate_size")?;
-        let mut parsed = Self {
-            model_type: keys.text("model_type")?.to_owned(),
-            vocab_size: keys.size("vocab_size")?,
-            hidden_size,
-            n_layers: keys.size("num_hidden_layers")?,
-            n_heads,
-            n_kv_heads: keys.size("num_key_value_heads")?,
-            head_dim: keys.size_or("head_dim", hidden_size / n_heads)?,
-            n_experts: keys.size_alias("num_experts", "num_local_experts")?,
-            top_k: keys.size("num_experts_per_tok")?,
-            moe_intermediate_size,
-            intermediate_size: keys.size_or("intermediate_size", moe_intermediate_size)?,
-            norm_topk_prob: keys.flag_or("norm_topk_prob", false)?,
-            mlp_only_layers: keys.sizes("mlp_only_layers")?,
-            decoder_sparse_step: keys.size_or("decoder_sparse_step", 1)?,
-            rms_norm_eps: keys.number("rms_norm_eps")?,
-            rope_theta: rope_theta(&keys)?,
-            max_position_embeddings: keys.size("max_position_embeddings")?,
-            tie_word_embeddings: keys.flag_or("tie_word_embeddings", false)?,
-            eos_token_ids: keys.ids("eos_token_id")?,
-            bos_token_id: keys.ids("bos_token_id")?.first().copied(),
-            pad_token_id: keys.ids("pad_token_id")?.first().copied(),
-            dtype: keys.dtype()?,
-        };
+        let keys = keys.inner("text_config")?;
+        let architecture = models::by_model_type(&keys)?;
+        let mut parsed = (architecture.from_json)(&keys)?;
         if let Some(text) = generation {
             let keys = Keys::parse(format!("{origin}/generation_config.json"), text)?;
             parsed.eos_token_ids.extend(keys.ids("eos_token_id")?);
@@ -114,16 +288,28 @@ impl ModelConfig {
     /// Whether layer `layer` (from 0) has experts; the others have one dense feed-forward.
     #[must_use]
     pub fn is_moe_layer(&self, layer: usize) -> bool {
-        !self.mlp_only_layers.contains(&layer)
-            && (layer + 1).is_multiple_of(self.decoder_sparse_step)
+        self.moe.layers.binary_search(&layer).is_ok()
     }
 
     /// Indices of the layers that have experts, ascending.
     #[must_use]
     pub fn moe_layers(&self) -> Vec<usize> {
-        (0..self.n_layers)
-            .filter(|layer| self.is_moe_layer(*layer))
-            .collect()
+        self.moe.layers.clone()
+    }
+
+    /// Whether any layer has a dense feed-forward.
+    #[must_use]
+    pub fn has_dense_layers(&self) -> bool {
+        self.moe.layers.len() < self.n_layers
+    }
+
+    /// Values that the cache holds per token and layer.
+    #[must_use]
+    pub fn kv_width(&self) -> usize {
+        match self.attention.mla {
+            Some(mla) => mla.kv_lora_rank + mla.qk_rope_head_dim,
+            None => 2 * self.n_kv_heads * self.head_dim,
+        }
     }
 
     /// Checks the relations between the fields. `file` names the configuration in errors.
@@ -145,42 +331,36 @@ impl ModelConfig {
             );
             return complain("num_key_value_heads", problem);
         }
-        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
-            let problem = format!("is {}, expected a positive even number", self.head_dim);
-            return complain("head_dim", problem);
-        }
-        if self.n_layers.saturating_mul(self.n_experts) > MAX_EXPERTS {
-            let problem = format!(
-                "is {}, which with num_experts = {} makes more than {MAX_EXPERTS} experts",
-                self.n_layers, self.n_experts
-            );
-            return complain("num_hidden_layers", problem);
-        }
-        if self.top_k > self.n_experts {
-            let problem = format!(
-                "is {}, more than num_experts = {}",
-                self.top_k, self.n_experts
-            );
-            return complain("num_experts_per_tok", problem);
-        }
-        if self.n_experts > usize::from(u16::MAX) {
-            let problem = format!("is {}, expected at most {}", self.n_experts, u16::MAX);
-            return complain("num_experts", problem);
-        }
-        if let Some(layer) = self
-            .mlp_only_layers
-            .iter()
-            .find(|layer| **layer >= self.n_layers)
+        let rotary = self
+            .attention
+            .mla
+            .map_or(self.head_dim, |mla| mla.qk_rope_head_dim);
+        for rope in [Some(&self.rope), self.local_rope.as_ref()]
+            .into_iter()
+            .flatten()
         {
+            if rope.dim == 0 || !rope.dim.is_multiple_of(2) || rope.dim > rotary {
+                let problem = format!(
+                    "leaves {} rotated values of {rotary}, expected a positive even number",
+                    rope.dim
+                );
+                return complain("head_dim", problem);
+            }
+            rope.check()
+                .or_else(|(key, problem)| complain(key, problem))?;
+        }
+        if self.attention.windows.len() != self.n_layers {
             let problem = format!(
-                "names layer {layer}, but there are {} layers",
+                "gives {} layers, expected num_hidden_layers = {}",
+                self.attention.windows.len(),
                 self.n_layers
             );
-            return complain("mlp_only_layers", problem);
+            return complain("layer_types", problem);
         }
         for (key, value) in [
-            ("rms_norm_eps", self.rms_norm_eps),
-            ("rope_theta", self.rope_theta),
+            ("rms_norm_eps", self.norm_eps),
+            ("embedding_multiplier", self.scales.embedding),
+            ("logits_scaling", self.scales.logits_divisor),
         ] {
             if !(value.is_finite() && value > 0.0) {
                 return complain(key, format!("is {value}, expected a positive number"));
@@ -191,161 +371,84 @@ impl ModelConfig {
             let problem = format!("is {id}, outside of vocab_size = {}", self.vocab_size);
             return complain("eos_token_id / bos_token_id", problem);
         }
+        self.check_moe(&complain)
+    }
+
+    fn check_moe(&self, complain: &dyn Fn(&str, String) -> Result<()>) -> Result<()> {
+        let moe = &self.moe;
+        if self.n_layers.saturating_mul(moe.n_experts.max(1)) > MAX_EXPERTS {
+            let problem = format!(
+                "is {}, which with num_experts = {} makes more than {MAX_EXPERTS} experts",
+                self.n_layers, moe.n_experts
+            );
+            return complain("num_hidden_layers", problem);
+        }
+        if moe.top_k > moe.n_experts {
+            let problem = format!(
+                "is {}, more than num_experts = {}",
+                moe.top_k, moe.n_experts
+            );
+            return complain("num_experts_per_tok", problem);
+        }
+        if moe.n_experts > usize::from(u16::MAX) {
+            let problem = format!("is {}, expected at most {}", moe.n_experts, u16::MAX);
+            return complain("num_experts", problem);
+        }
+        let known = moe.layers.last().is_none_or(|last| *last < self.n_layers);
+        if !known || !moe.layers.is_sorted() {
+            let problem = format!(
+                "{:?} are not ascending layers below {}",
+                moe.layers, self.n_layers
+            );
+            return complain("(layers with experts)", problem);
+        }
+        if let RouterConfig::GroupLimited {
+            n_groups,
+            keep_groups,
+            ..
+        } = moe.router
+            && !moe.layers.is_empty()
+        {
+            if n_groups == 0 || !moe.n_experts.is_multiple_of(n_groups) {
+                let problem = format!(
+                    "is {n_groups}, which does not divide {} experts",
+                    moe.n_experts
+                );
+                return complain("n_group", problem);
+            }
+            if !(1..=n_groups).contains(&keep_groups)
+                || keep_groups * (moe.n_experts / n_groups) < moe.top_k
+            {
+                let problem = format!(
+                    "is {keep_groups} of {n_groups} groups, which cannot give {} of {} experts",
+                    moe.top_k, moe.n_experts
+                );
+                return complain("topk_group", problem);
+            }
+        }
         Ok(())
     }
 
-    /// The `config.json` that transformers writes for this model, keys sorted, with the spellings
-    /// of both transformers 4 (`num_experts`, `rope_theta`, `torch_dtype`) and 5
-    /// (`num_local_experts`, `rope_parameters`, `dtype`) so that either reads it.
-    #[must_use]
-    pub fn to_config_json(&self, dtype: Dtype) -> String {
-        let value = json!({
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "attention_bias": false,
-            "attention_dropout": 0.0,
-            "bos_token_id": self.bos_token_id,
-            "decoder_sparse_step": self.decoder_sparse_step,
-            "dtype": dtype.torch_name(),
-            "eos_token_id": one_or_many(&self.eos_token_ids),
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "hidden_size": self.hidden_size,
-            "initializer_range": 0.02,
-            "intermediate_size": self.intermediate_size,
-            "max_position_embeddings": self.max_position_embeddings,
-            "mlp_only_layers": self.mlp_only_layers,
-            "model_type": self.model_type,
-            "moe_intermediate_size": self.moe_intermediate_size,
-            "norm_topk_prob": self.norm_topk_prob,
-            "num_attention_heads": self.n_heads,
-            "num_experts": self.n_experts,
-            "num_experts_per_tok": self.top_k,
-            "num_hidden_layers": self.n_layers,
-            "num_key_value_heads": self.n_kv_heads,
-            "num_local_experts": self.n_experts,
-            "output_router_logits": false,
-            "pad_token_id": self.pad_token_id,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
-            "rope_scaling": null,
-            "rope_theta": self.rope_theta,
-            "router_aux_loss_coef": 0.001,
-            "sliding_window": null,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "torch_dtype": dtype.torch_name(),
-            "use_cache": true,
-            "use_sliding_window": false,
-            "vocab_size": self.vocab_size,
-        });
-        format!("{value:#}\n")
+    /// The `config.json` that transformers reads for this model, keys sorted, with the spellings
+    /// of both transformers 4 and 5 where they differ.
+    ///
+    /// # Errors
+    /// The architecture has no such form for this model.
+    pub fn to_config_json(&self, dtype: Dtype) -> Result<String> {
+        let value = models::get(&self.model_type)?.to_json(self, dtype)?;
+        Ok(format!("{value:#}\n"))
     }
 
     /// The `generation_config.json` that belongs to this model.
     #[must_use]
     pub fn to_generation_json(&self) -> String {
-        let value = json!({
-            "_from_model_config": true,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": one_or_many(&self.eos_token_ids),
-            "pad_token_id": self.pad_token_id,
-        });
-        format!("{value:#}\n")
+        generation::to_json(self)
     }
 }
-
-fn one_or_many(ids: &[u32]) -> Value {
-    match ids {
-        [] => Value::Null,
-        [id] => json!(id),
-        _ => json!(ids),
-    }
-}
-
-/// Refuses every key whose effect is not implemented, rather than ignoring it.
-fn refuse_unsupported(keys: &Keys) -> Result<()> {
-    let model_type = keys.text("model_type")?;
-    if !KNOWN_MODEL_TYPES.contains(&model_type) {
-        let known = format!("known model types: {}", KNOWN_MODEL_TYPES.join(", "));
-        return Err(keys.unsupported("model_type", &json!(model_type), &known));
-    }
-    let only = |key: &str, allowed: Value, reason: &str| match keys.get(key) {
-        Some(value) if *value != allowed => Err(keys.unsupported(key, value, reason)),
-        _ => Ok(()),
-    };
-    only(
-        "attention_bias",
-        json!(false),
-        "only attention without biases is implemented",
-    )?;
-    only(
-        "use_sliding_window",
-        json!(false),
-        "only full attention is implemented",
-    )?;
-    only("hidden_act", json!("silu"), "only silu is implemented")?;
-    only(
-        "partial_rotary_factor",
-        json!(1.0),
-        "only rotation of the whole head is implemented",
-    )?;
-    if let Some(value) = keys.get("quantization_config") {
-        let reason = "only F32, F16 and BF16 tensors are read; use the unquantised checkpoint";
-        return Err(keys.unsupported("quantization_config", value, reason));
-    }
-    if let Some(value) = keys.get("layer_types") {
-        let full = |kind: &Value| kind == "full_attention";
-        if !value.as_array().is_some_and(|kinds| kinds.iter().all(full)) {
-            let reason = "only `full_attention` in every layer is implemented";
-            return Err(keys.unsupported("layer_types", value, reason));
-        }
-    }
-    for key in ["rope_scaling", "rope_parameters"] {
-        refuse_rope_scaling(keys, key)?;
-    }
-    Ok(())
-}
-
-/// Allows only the unscaled rotation in `rope_scaling` (v4) or `rope_parameters` (v5).
-fn refuse_rope_scaling(keys: &Keys, key: &str) -> Result<()> {
-    let Some(value) = keys.get(key) else {
-        return Ok(());
-    };
-    let Some(map) = value.as_object() else {
-        return Err(keys.problem(key, format!("is {value}, expected an object or null")));
-    };
-    for (name, entry) in map {
-        let harmless = match name.as_str() {
-            "rope_type" | "type" => entry == "default",
-            "rope_theta" => true,
-            "partial_rotary_factor" => entry.as_f64() == Some(1.0),
-            _ => entry.is_null(),
-        };
-        if !harmless {
-            let reason = "only the unscaled `default` rotation is implemented";
-            return Err(keys.unsupported(key, value, reason));
-        }
-    }
-    Ok(())
-}
-
-fn rope_theta(keys: &Keys) -> Result<f64> {
-    let nested = keys
-        .get("rope_parameters")
-        .and_then(|value| value.get("rope_theta"));
-    match (nested, keys.get("rope_theta")) {
-        (Some(nested), Some(flat)) if nested.as_f64() != flat.as_f64() => {
-            let problem = format!("is {flat}, but rope_parameters.rope_theta is {nested}");
-            Err(keys.problem("rope_theta", problem))
-        }
-        (Some(value), _) | (None, Some(value)) => value
-            .as_f64()
-            .ok_or_else(|| keys.problem("rope_theta", format!("is {value}, expected a number"))),
-        (None, None) => Err(keys.problem("rope_theta", "is missing".to_owned())),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
 
     /// The published layout of transformers 4.
@@ -389,7 +492,7 @@ mod tests {
             v4
         );
         assert_eq!(
-            (v4.n_experts, v4.top_k, v4.head_dim, v4.rope_theta),
+            (v4.moe.n_experts, v4.moe.top_k, v4.head_dim, v4.rope.theta),
             (8, 2, 16, 1e6)
         );
         assert_eq!((v4.bos_token_id, v4.dtype), (Some(3), Some(Dtype::Bf16)));
@@ -399,7 +502,7 @@ mod tests {
     fn what_is_written_is_read_back() {
         let config = ModelConfig::parse("m", V4, Some(r#"{"eos_token_id":[7,5]}"#)).unwrap();
         assert_eq!(config.eos_token_ids, [5, 7]);
-        let text = config.to_config_json(Dtype::Bf16);
+        let text = config.to_config_json(Dtype::Bf16).unwrap();
         let generation = config.to_generation_json();
         assert_eq!(
             ModelConfig::parse("m", &text, Some(&generation)).unwrap(),
@@ -409,26 +512,32 @@ mod tests {
 
     #[test]
     fn sparse_layers_follow_step_and_exceptions() {
-        let mut config = ModelConfig::parse("m", V4, None).unwrap();
-        config.n_layers = 6;
-        config.decoder_sparse_step = 2;
-        config.mlp_only_layers = vec![3];
+        let mut config: Value = serde_json::from_str(V4).unwrap();
+        for (key, value) in [
+            ("num_hidden_layers", json!(6)),
+            ("decoder_sparse_step", json!(2)),
+            ("mlp_only_layers", json!([3])),
+        ] {
+            config[key] = value;
+        }
+        let config = ModelConfig::parse("m", &config.to_string(), None).unwrap();
         assert_eq!(config.moe_layers(), [1, 5]);
+        let text = config.to_config_json(Dtype::F32).unwrap();
+        let again = ModelConfig::parse("m", &text, None).unwrap();
+        assert_eq!(again.moe_layers(), [1, 5]);
     }
 
     #[test]
     fn keys_that_would_change_the_result_are_refused_by_name() {
         let cases = [
-            ("model_type", json!("mixtral"), "qwen3_moe"),
-            ("attention_bias", json!(true), "attention_bias"),
-            ("use_sliding_window", json!(true), "use_sliding_window"),
+            ("model_type", json!("megatron"), "qwen3_moe"),
             ("hidden_act", json!("gelu"), "hidden_act"),
             (
                 "rope_scaling",
-                json!({"type": "yarn", "factor": 4.0}),
+                json!({"type": "dynamic", "factor": 4.0}),
                 "rope_scaling",
             ),
-            ("rope_parameters", json!({"rope_type": "linear"}), "linear"),
+            ("rope_parameters", json!({"rope_type": "linear"}), "factor"),
             (
                 "quantization_config",
                 json!({"quant_method": "gptq"}),

@@ -2,8 +2,9 @@
 
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::TensorView;
 use crate::config::ModelConfig;
+use crate::rope::RopeScaling;
+use crate::tensors::{Data, Entry};
 
 /// Bytes per sample. Part of the definition: changing it changes every digest.
 const SAMPLE: usize = 64;
@@ -11,20 +12,28 @@ const SAMPLE: usize = 64;
 /// Hashes `config` and `tensors`, which come sorted by name.
 pub(crate) fn digest<'a>(
     config: &ModelConfig,
-    tensors: impl Iterator<Item = (&'a str, TensorView<'a>)>,
+    tensors: impl Iterator<Item = (&'a String, &'a Entry)>,
 ) -> String {
     let mut hasher = Sha256::new();
     // A version first, so that a later definition cannot collide with this one by accident.
     put(&mut hasher, b"cadre-digest-1");
     put(&mut hasher, config_line(config).as_bytes());
-    for (name, tensor) in tensors {
+    for (name, entry) in tensors {
         put(&mut hasher, name.as_bytes());
         put(
             &mut hasher,
-            format!("{} {:?}", tensor.dtype, tensor.shape).as_bytes(),
+            format!("{} {:?}", entry.dtype, entry.shape).as_bytes(),
         );
-        for sample in samples(tensor.bytes) {
+        // Pieces that are gathered share the samples of their source and differ in where they start.
+        if let Data::Strided { first, .. } | Data::Mxfp4 { first, .. } = entry.data {
+            put(&mut hasher, &(first as u64).to_le_bytes());
+        }
+        for sample in samples(entry.source()) {
             put(&mut hasher, sample);
+        }
+        let scales = entry.scales.iter().flat_map(|scales| &scales.values);
+        for scale in scales {
+            put(&mut hasher, &scale.to_le_bytes());
         }
     }
     hasher
@@ -40,19 +49,40 @@ fn put(hasher: &mut Sha256, bytes: &[u8]) {
     hasher.update(bytes);
 }
 
-/// What `config.json` says about the computation. Shapes already cover the sizes.
+/// What the configuration says about the computation. Shapes already cover the sizes.
 fn config_line(config: &ModelConfig) -> String {
-    format!(
+    use crate::config::RouterConfig::TopK;
+    let mut line = format!(
         "{} top_k={} norm={} eps={:e} theta={:e} heads={}/{} tied={}",
         config.model_type,
-        config.top_k,
-        config.norm_topk_prob,
-        config.rms_norm_eps,
-        config.rope_theta,
+        config.moe.top_k,
+        config.moe.norm_topk_prob(),
+        config.norm_eps,
+        config.rope.theta,
         config.n_heads,
         config.n_kv_heads,
         config.tie_word_embeddings,
-    )
+    );
+    // What only some models have, each in its own words, so that a new feature leaves old digests alone.
+    let attention = &config.attention;
+    let windows = attention.windows.iter().any(Option::is_some);
+    let plain_scale = 1.0 / (config.head_dim as f64).sqrt();
+    let extras = [
+        (config.rope.scaling != RopeScaling::None || config.rope.interleaved)
+            .then(|| format!("{:?}", config.rope)),
+        config.local_rope.as_ref().map(|rope| format!("{rope:?}")),
+        windows.then(|| format!("{:?}", attention.windows)),
+        (attention.scale != plain_scale).then(|| format!("{:e}", attention.scale)),
+        attention.clip_qkv.map(|clip| format!("clip {clip:e}")),
+        (!matches!(config.moe.router, TopK { .. })).then(|| format!("{:?}", config.moe.router)),
+        (config.activation != crate::Activation::Silu).then(|| format!("{:?}", config.activation)),
+        (config.scales != crate::Scales::default()).then(|| format!("{:?}", config.scales)),
+    ];
+    for extra in extras.into_iter().flatten() {
+        line.push(' ');
+        line += &extra;
+    }
+    line
 }
 
 fn samples(bytes: &[u8]) -> Vec<&[u8]> {

@@ -154,7 +154,9 @@ pub enum CheckpointError {
         expected: Vec<usize>,
     },
     /// A tensor has a number format that is not read.
-    #[error("checkpoint {origin}: tensor `{name}` has dtype {dtype}; supported: F32, F16, BF16")]
+    #[error(
+        "checkpoint {origin}: tensor `{name}` has dtype {dtype}; read are F32, F16, BF16, F8_E4M3 and (packed) U8"
+    )]
     UnsupportedDtype {
         /// Folder, or name of the embedded checkpoint.
         origin: String,

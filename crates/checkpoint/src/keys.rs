@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::dtype::Dtype;
+use crate::Dtype;
 use crate::error::{CheckpointError, Result};
 
 /// The top level of one JSON file, with errors that name file and key. `null` counts as absent.
@@ -90,13 +90,87 @@ impl Keys {
             .map_or(Ok(default), |value| self.as_size(key, value))
     }
 
-    pub(crate) fn size_alias(&self, key: &str, alias: &str) -> Result<usize> {
-        match (self.get(key), self.get(alias)) {
-            (Some(value), Some(other)) if value != other => {
+    /// A size under any of several spellings, the first being the usual one; those that are there must agree.
+    pub(crate) fn size_of(&self, spellings: &[&str]) -> Result<usize> {
+        let found = || {
+            spellings
+                .iter()
+                .filter_map(|key| Some((*key, self.get(key)?)))
+        };
+        let Some((key, value)) = found().next() else {
+            return self.size(spellings[0]);
+        };
+        match found().find(|(_, other)| *other != value) {
+            Some((alias, other)) => {
                 Err(self.problem(key, format!("is {value}, but `{alias}` is {other}")))
             }
-            (None, Some(value)) => self.as_size(alias, value),
-            _ => self.size(key),
+            None => self.as_size(key, value),
+        }
+    }
+
+    /// A size, or `None` when absent.
+    pub(crate) fn size_maybe(&self, key: &str) -> Result<Option<usize>> {
+        self.get(key)
+            .map(|value| self.as_size(key, value))
+            .transpose()
+    }
+
+    pub(crate) fn number_or(&self, key: &str, default: f64) -> Result<f64> {
+        self.get(key).map_or(Ok(default), |_| self.number(key))
+    }
+
+    pub(crate) fn positive(&self, key: &str) -> Result<f64> {
+        let value = self.number(key)?;
+        if value.is_finite() && value > 0.0 {
+            return Ok(value);
+        }
+        Err(self.problem(key, format!("is {value}, expected a positive number")))
+    }
+
+    pub(crate) fn numbers(&self, key: &str) -> Result<Vec<f64>> {
+        let value = self.need(key)?;
+        let numbers = value
+            .as_array()
+            .and_then(|items| items.iter().map(Value::as_f64).collect());
+        numbers.ok_or_else(|| self.problem(key, format!("is {value}, expected a list of numbers")))
+    }
+
+    pub(crate) fn texts(&self, key: &str) -> Result<Option<Vec<String>>> {
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        let read = |item: &Value| item.as_str().map(str::to_owned);
+        let texts = value
+            .as_array()
+            .and_then(|items| items.iter().map(read).collect());
+        let problem = || self.problem(key, format!("is {value}, expected a list of strings"));
+        texts.map(Some).ok_or_else(problem)
+    }
+
+    /// The object under `key`, with errors that name it; `None` when absent.
+    pub(crate) fn object(&self, key: &str) -> Result<Option<Self>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Self {
+                file: format!("{}: {key}", self.file),
+                map: map.clone(),
+            })),
+            Some(value) => {
+                Err(self.problem(key, format!("is {value}, expected an object or null")))
+            }
+        }
+    }
+
+    /// The object under `key` where there is one (multimodal wrappers), this one otherwise.
+    pub(crate) fn inner(self, key: &str) -> Result<Self> {
+        Ok(self.object(key)?.unwrap_or(self))
+    }
+
+    /// Refuses `key` unless it is absent or has one of the values that are implemented.
+    pub(crate) fn only(&self, key: &str, allowed: &[Value], reason: &str) -> Result<()> {
+        match self.get(key) {
+            Some(value) if !allowed.contains(value) => Err(self.unsupported(key, value, reason)),
+            _ => Ok(()),
         }
     }
 
@@ -141,7 +215,10 @@ impl Keys {
         };
         let name = self.text(key)?;
         let all = [Dtype::F32, Dtype::F16, Dtype::Bf16];
-        match all.into_iter().find(|dtype| dtype.torch_name() == name) {
+        match all
+            .into_iter()
+            .find(|dtype| dtype.torch_name() == Some(name))
+        {
             Some(dtype) => Ok(Some(dtype)),
             None => {
                 Err(self.unsupported(key, &json!(name), "supported: float32, float16, bfloat16"))

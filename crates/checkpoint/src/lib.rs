@@ -14,21 +14,32 @@ mod config;
 mod digest;
 mod dtype;
 mod error;
+mod generation;
 pub mod gguf;
 mod keys;
 mod map;
+mod models;
 mod names;
+mod rope;
 mod safetensors_file;
 mod shards;
+mod specs;
+mod tensors;
 mod text;
 mod write;
 
+/// Number formats of tensors.
+pub use cadre_kernels::Format as Dtype;
 pub use checkpoint::{Checkpoint, EmbeddedFiles, TensorView};
-pub use config::ModelConfig;
-pub use dtype::Dtype;
+pub use config::{
+    Activation, AttentionConfig, MlaConfig, ModelConfig, MoeConfig, NormKind, QkNorm, RouterConfig,
+    Scales, Score, SharedExpert,
+};
 pub use error::{CheckpointError, Result};
-pub use names::tensor_specs;
+pub use rope::{RopeConfig, RopeScaling};
 pub use safetensors_file::{StoredTensor, read_safetensors};
+pub use specs::tensor_specs;
+pub use tensors::BlockScales;
 pub use text::{
     ChatFiles, ChatTemplate, ChatTemplates, DateTime, EncodeOptions, GgufVocab, RenderInput,
     StopFiles, StopToken, TokenStream, TokenType, Tokenizer, stop_token_ids, train_bpe,

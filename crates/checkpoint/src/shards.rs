@@ -1,63 +1,22 @@
 //! The safetensors files of a checkpoint: mapping, header checks, and the index over all shards.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::ops::Range;
-use std::path::Path;
 
+use bytes::Bytes;
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
-use crate::dtype::Dtype;
+use crate::dtype::from_safetensors;
 use crate::error::{CheckpointError, Result};
-use crate::names::split_fused;
+use crate::tensors::Raw;
 
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
-/// The bytes of one file.
-pub(crate) enum Blob {
-    /// Mapped from disk.
-    Mapped(memmap2::Mmap),
-    /// Part of the program.
-    Static(&'static [u8]),
-}
-
-impl Blob {
-    pub(crate) fn bytes(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map) => map,
-            Self::Static(bytes) => bytes,
-        }
-    }
-
-    /// Maps `path` read-only.
-    pub(crate) fn map(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|source| CheckpointError::io("open", path, source))?;
-        // SAFETY: the map is private to this value and only read. The operating system cannot
-        // stop another process from truncating the file meanwhile; as for every program that maps
-        // model files, that is outside of what can be defended against, and documented for
-        // `Checkpoint::open`.
-        #[expect(unsafe_code, reason = "mapping a file is the purpose of this function")]
-        let map = unsafe { memmap2::Mmap::map(&file) };
-        map.map(Self::Mapped)
-            .map_err(|source| CheckpointError::io("map", path, source))
-    }
-}
-
-/// Where one tensor lies.
-pub(crate) struct Entry {
-    pub(crate) shard: usize,
-    pub(crate) dtype: Dtype,
-    pub(crate) shape: Vec<usize>,
-    /// Byte range within the shard.
-    pub(crate) range: Range<usize>,
-}
-
-/// All shards and the tensors in them, stacked expert tensors already split.
+/// All tensors of all shards.
+#[derive(Default)]
 pub(crate) struct Shards {
-    pub(crate) blobs: Vec<Blob>,
-    pub(crate) tensors: BTreeMap<String, Entry>,
+    pub(crate) tensors: Vec<Raw>,
 }
 
 /// The part of `model.safetensors.index.json` that matters.
@@ -71,14 +30,11 @@ impl Shards {
     /// `None` when there is none.
     pub(crate) fn load(
         origin: &str,
-        mut fetch: impl FnMut(&str) -> Result<Option<Blob>>,
+        mut fetch: impl FnMut(&str) -> Result<Option<Bytes>>,
     ) -> Result<Self> {
-        let mut shards = Self {
-            blobs: Vec::new(),
-            tensors: BTreeMap::new(),
-        };
+        let mut shards = Self::default();
         if let Some(blob) = fetch(SINGLE)? {
-            shards.push(origin, SINGLE, blob)?;
+            shards.push(origin, SINGLE, &blob)?;
             return Ok(shards);
         }
         let Some(index) = fetch(INDEX)? else {
@@ -90,7 +46,7 @@ impl Shards {
         };
         let file = format!("{origin}/{INDEX}");
         let index: IndexFile =
-            serde_json::from_slice(index.bytes()).map_err(|source| CheckpointError::Json {
+            serde_json::from_slice(&index).map_err(|source| CheckpointError::Json {
                 file: file.clone(),
                 source,
             })?;
@@ -107,28 +63,26 @@ impl Shards {
                 file: name.clone(),
                 hint: format!("{INDEX} names it; the download may be incomplete"),
             })?;
-            let before: Vec<String> = shards.push(origin, name, blob)?;
+            let before: Vec<String> = shards.push(origin, name, &blob)?;
             check_against_index(&file, &index, name, &before)?;
         }
         Ok(shards)
     }
 
     /// Adds one file; returns the tensor names in its header.
-    fn push(&mut self, origin: &str, name: &str, blob: Blob) -> Result<Vec<String>> {
+    fn push(&mut self, origin: &str, name: &str, bytes: &Bytes) -> Result<Vec<String>> {
         let file = format!("{origin}/{name}");
         let damaged = |problem: String| CheckpointError::Safetensors {
             file: file.clone(),
             problem,
         };
-        let bytes = blob.bytes();
         check_lengths(bytes).map_err(damaged)?;
         let (header, metadata) =
             SafeTensors::read_metadata(bytes).map_err(|error| damaged(error.to_string()))?;
         let start = 8 + header;
-        let shard = self.blobs.len();
         let mut stored = Vec::new();
         for (tensor, info) in metadata.tensors() {
-            let Some(dtype) = Dtype::from_safetensors(info.dtype) else {
+            let Some(dtype) = from_safetensors(info.dtype) else {
                 return Err(CheckpointError::UnsupportedDtype {
                     origin: origin.to_owned(),
                     name: tensor,
@@ -136,48 +90,16 @@ impl Shards {
                 });
             };
             let (from, to) = info.data_offsets;
-            let entry = Entry {
-                shard,
+            stored.push(tensor.clone());
+            self.tensors.push(Raw {
+                file: file.clone(),
+                name: tensor,
                 dtype,
                 shape: info.shape.clone(),
-                range: start + from..start + to,
-            };
-            stored.push(tensor.clone());
-            self.insert(&file, tensor, entry)?;
-        }
-        self.blobs.push(blob);
-        Ok(stored)
-    }
-
-    /// Files `entry` under its name, or under the names of its pieces when it stacks experts.
-    fn insert(&mut self, file: &str, name: String, entry: Entry) -> Result<()> {
-        let Some(pieces) = split_fused(&name, &entry.shape) else {
-            return self.insert_one(file, name, entry);
-        };
-        for (name, shape, offset) in pieces {
-            let size = entry.dtype.size();
-            let from = entry.range.start + offset * size;
-            let range = from..from + shape[0] * shape[1] * size;
-            let piece = Entry {
-                shape: shape.to_vec(),
-                range,
-                ..entry
-            };
-            self.insert_one(file, name, piece)?;
-        }
-        Ok(())
-    }
-
-    fn insert_one(&mut self, file: &str, name: String, entry: Entry) -> Result<()> {
-        if self.tensors.contains_key(&name) {
-            let problem = format!("tensor `{name}` is stored twice");
-            return Err(CheckpointError::Index {
-                file: file.to_owned(),
-                problem,
+                bytes: bytes.slice(start + from..start + to),
             });
         }
-        self.tensors.insert(name, entry);
-        Ok(())
+        Ok(stored)
     }
 }
 

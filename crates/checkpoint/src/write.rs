@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use crate::Dtype;
 use crate::config::ModelConfig;
-use crate::dtype::Dtype;
 use crate::error::{CheckpointError, Result};
-use crate::names::tensor_specs;
+
 use crate::shards::SINGLE;
+use crate::specs::tensor_specs;
 use crate::text::Tokenizer;
 
 /// The files of a folder that Cadre makes; [`write_folder`] replaces a folder only when it holds
@@ -64,6 +65,14 @@ pub fn write_folder(folder: &Path, contents: &FolderContents<'_>) -> Result<()> 
     let target = absolute(folder)?;
     let origin = folder.display().to_string();
     contents.config.check(&format!("{origin}/config.json"))?;
+    if contents.dtype.torch_name().is_none() {
+        return Err(CheckpointError::Unsupported {
+            file: origin,
+            key: "dtype".to_owned(),
+            value: contents.dtype.to_string(),
+            reason: "a folder is written as F32, F16 or BF16".to_owned(),
+        });
+    }
     let sorted = check_tensors(&origin, contents)?;
     refuse_foreign_files(folder)?;
     let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
@@ -118,7 +127,7 @@ fn write_files(
     // Last, because its presence is what makes a folder a checkpoint.
     write_text(
         &folder.join("config.json"),
-        &config.to_config_json(contents.dtype),
+        &config.to_config_json(contents.dtype)?,
     )
 }
 
@@ -196,6 +205,13 @@ fn write_text(path: &Path, text: &str) -> Result<()> {
     write_synced(path, |file| file.write_all(text.as_bytes()))
 }
 
+/// Plain formats only; `write_folder` has refused the others.
+fn encode(dtype: Dtype, values: &[f32]) -> std::io::Result<Vec<u8>> {
+    dtype
+        .encode(values)
+        .ok_or_else(|| std::io::Error::other(format!("{dtype} cannot hold these values")))
+}
+
 /// Header, then the data tensor by tensor, so that only one converted tensor is in memory.
 fn write_tensors(path: &Path, dtype: Dtype, tensors: &[&TensorData<'_>]) -> Result<()> {
     let mut header = Map::new();
@@ -203,7 +219,7 @@ fn write_tensors(path: &Path, dtype: Dtype, tensors: &[&TensorData<'_>]) -> Resu
     let mut end = 0;
     for tensor in tensors {
         let start = end;
-        end += tensor.values.len() * dtype.size();
+        end += tensor.values.len() * dtype.block_bytes();
         let entry = json!({
             "dtype": dtype.to_string(),
             "shape": tensor.shape,
@@ -219,7 +235,7 @@ fn write_tensors(path: &Path, dtype: Dtype, tensors: &[&TensorData<'_>]) -> Resu
         file.write_all(&header)?;
         tensors
             .iter()
-            .try_for_each(|tensor| file.write_all(&dtype.encode(&tensor.values)))
+            .try_for_each(|tensor| file.write_all(&encode(dtype, &tensor.values)?))
     })
 }
 

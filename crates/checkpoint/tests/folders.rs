@@ -70,7 +70,7 @@ fn written_tensors_are_read_back_in_every_dtype() {
         let folder = builder.build().unwrap();
         let checkpoint = folder.open().unwrap();
         for tensor in builder.tensors() {
-            let expected = dtype.decode(&dtype.encode(&tensor.values));
+            let expected = dtype.decode(&dtype.encode(&tensor.values).unwrap());
             let values = checkpoint.tensor_f32(&tensor.name, &tensor.shape).unwrap();
             assert_eq!(values, expected, "{}", tensor.name);
         }

@@ -59,13 +59,13 @@ fn variants() -> Vec<(&'static str, TinyMoe)> {
             "sparse step",
             TinyMoe::default()
                 .n_layers(4)
-                .configure(|c| c.decoder_sparse_step = 2),
+                .configure(|c| c.moe.layers = vec![1, 3]),
         ),
         ("all dense", TinyMoe::default().mlp_only_layers(&[0, 1])),
         (
             "odd widths",
             TinyMoe::default().configure(|c| {
-                (c.hidden_size, c.moe_intermediate_size, c.vocab_size) = (27, 13, 301);
+                (c.hidden_size, c.moe.intermediate_size, c.vocab_size) = (27, 13, 301);
             }),
         ),
     ]
@@ -95,7 +95,8 @@ fn cached_decode_is_full_recomputation_bit_for_bit() {
     builders.push((
         "wide",
         TinyMoe::default().configure(|c| {
-            (c.hidden_size, c.moe_intermediate_size, c.head_dim) = (192, 96, 32);
+            (c.hidden_size, c.moe.intermediate_size, c.head_dim) = (192, 96, 32);
+            (c.rope.dim, c.attention.scale) = (32, 1.0 / 32f64.sqrt());
         }),
     ));
     for (name, builder) in builders {
@@ -141,7 +142,7 @@ fn cached_decode_is_full_recomputation_bit_for_bit() {
 #[test]
 fn chunks_and_threads_change_no_bit() {
     let folder = TinyMoe::default()
-        .configure(|c| (c.hidden_size, c.moe_intermediate_size) = (128, 64))
+        .configure(|c| (c.hidden_size, c.moe.intermediate_size) = (128, 64))
         .build()
         .unwrap();
     let tokens = random_tokens(101, 384);
@@ -184,7 +185,7 @@ fn sessions_on_many_threads_do_not_disturb_each_other() {
 #[test]
 fn q8_0_is_close_to_what_it_was_made_from() {
     let folder = TinyMoe::default()
-        .configure(|c| (c.hidden_size, c.moe_intermediate_size) = (128, 64))
+        .configure(|c| (c.hidden_size, c.moe.intermediate_size) = (128, 64))
         .build()
         .unwrap();
     let tokens = random_tokens(12, 384);

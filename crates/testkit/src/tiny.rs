@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use cadre_checkpoint::{
-    Checkpoint, Dtype, FolderContents, ModelConfig, TensorData, tensor_specs, write_folder,
+    Activation, AttentionConfig, Checkpoint, Dtype, FolderContents, ModelConfig, MoeConfig,
+    NormKind, QkNorm, RopeConfig, RouterConfig, Scales, TensorData, tensor_specs, write_folder,
 };
 
 use crate::random::Random;
@@ -16,7 +17,7 @@ use crate::text::tiny_tokenizer_json;
 ///
 /// ```
 /// let folder = cadre_testkit::TinyMoe::default().n_experts(4).tied(true).build().unwrap();
-/// assert_eq!(folder.open().unwrap().config().n_experts, 4);
+/// assert_eq!(folder.open().unwrap().config().moe.n_experts, 4);
 /// ```
 #[derive(Debug, Clone)]
 pub struct TinyMoe {
@@ -32,20 +33,37 @@ impl Default for TinyMoe {
             vocab_size: 384,
             hidden_size: 32,
             n_layers: 2,
+            max_position_embeddings: 128,
+            tie_word_embeddings: false,
+            lm_head_bias: false,
+            norm: NormKind::Rms,
+            norm_eps: 1e-6,
+            post_norms: false,
             n_heads: 4,
             n_kv_heads: 2,
             head_dim: 8,
-            n_experts: 8,
-            top_k: 2,
-            moe_intermediate_size: 16,
+            attention: AttentionConfig {
+                qkv_bias: false,
+                o_bias: false,
+                qk_norm: QkNorm::PerHead,
+                sinks: false,
+                clip_qkv: None,
+                scale: 1.0 / 8f64.sqrt(),
+                windows: vec![None; 2],
+                mla: None,
+            },
+            rope: RopeConfig::plain(10_000.0, 8),
+            local_rope: None,
             intermediate_size: 48,
-            norm_topk_prob: true,
-            mlp_only_layers: Vec::new(),
-            decoder_sparse_step: 1,
-            rms_norm_eps: 1e-6,
-            rope_theta: 10_000.0,
-            max_position_embeddings: 128,
-            tie_word_embeddings: false,
+            activation: Activation::Silu,
+            moe: MoeConfig {
+                layers: vec![0, 1],
+                n_experts: 8,
+                top_k: 2,
+                intermediate_size: 16,
+                ..MoeConfig::default()
+            },
+            scales: Scales::default(),
             eos_token_ids: vec![0],
             bos_token_id: None,
             pad_token_id: None,
@@ -63,14 +81,14 @@ impl TinyMoe {
     /// Experts per layer.
     #[must_use]
     pub fn n_experts(mut self, n_experts: usize) -> Self {
-        self.config.n_experts = n_experts;
+        self.config.moe.n_experts = n_experts;
         self
     }
 
     /// Experts per token.
     #[must_use]
     pub fn top_k(mut self, top_k: usize) -> Self {
-        self.config.top_k = top_k;
+        self.config.moe.top_k = top_k;
         self
     }
 
@@ -84,14 +102,17 @@ impl TinyMoe {
     /// Whether picked weights are divided by their sum.
     #[must_use]
     pub fn norm_topk_prob(mut self, norm: bool) -> Self {
-        self.config.norm_topk_prob = norm;
+        self.config.moe.router = RouterConfig::TopK { norm };
         self
     }
 
     /// Dense layers.
     #[must_use]
     pub fn mlp_only_layers(mut self, layers: &[usize]) -> Self {
-        self.config.mlp_only_layers = layers.to_vec();
+        self.config
+            .moe
+            .layers
+            .retain(|layer| !layers.contains(layer));
         self
     }
 
@@ -103,12 +124,21 @@ impl TinyMoe {
             self.config.n_kv_heads,
             self.config.head_dim,
         ) = (n_heads, n_kv_heads, head_dim);
+        self.config.rope.dim = head_dim;
+        self.config.attention.scale = 1.0 / (head_dim as f64).sqrt();
         self
     }
 
     /// Decoder layers.
     #[must_use]
     pub fn n_layers(mut self, n_layers: usize) -> Self {
+        let was_dense: Vec<usize> = (0..self.config.n_layers)
+            .filter(|layer| !self.config.is_moe_layer(*layer))
+            .collect();
+        self.config.moe.layers = (0..n_layers)
+            .filter(|layer| !was_dense.contains(layer))
+            .collect();
+        self.config.attention.windows = vec![None; n_layers];
         self.config.n_layers = n_layers;
         self
     }
@@ -252,7 +282,7 @@ impl TinyFolder {
         edit(&mut tensors);
         let bytes: Vec<Vec<u8>> = tensors
             .iter()
-            .map(|tensor| Dtype::F32.encode(&tensor.values))
+            .map(|tensor| Dtype::F32.encode(&tensor.values).unwrap_or_default())
             .collect();
         let mut views = Vec::new();
         for (tensor, bytes) in tensors.iter().zip(&bytes) {

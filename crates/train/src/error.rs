@@ -11,6 +11,14 @@ pub type Result<T, E = TrainError> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrainError {
+    /// A checkpoint that the training model cannot continue.
+    #[error(
+        "training continues plain qwen3_moe checkpoints (no biases, windows or rope scaling); this one is {model_type}"
+    )]
+    Untrainable {
+        /// Architecture of the checkpoint.
+        model_type: String,
+    },
     /// A file or folder cannot be used.
     #[error("cannot {action} {}", path.display())]
     Io {

@@ -1,12 +1,14 @@
 //! Between the training model, whose experts are stacked, and the tensors of a checkpoint folder.
 
-use crate::error::Result;
+use crate::error::{Result, TrainError};
 use crate::init::Init;
 use crate::lm::{FeedForward, LanguageModel, Layer};
 use crate::params::values;
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData as Data};
-use cadre_checkpoint::{Checkpoint, Dtype, FolderContents, ModelConfig, TensorData, write_folder};
+use cadre_checkpoint::{
+    Checkpoint, Dtype, FolderContents, ModelConfig, RopeScaling, TensorData, write_folder,
+};
 use std::borrow::Cow;
 use std::path::Path;
 
@@ -133,6 +135,7 @@ fn push_experts(
 /// A missing, unexpected or misshapen tensor.
 pub fn import(checkpoint: &Checkpoint, device: &Device) -> Result<LanguageModel> {
     let config = checkpoint.config();
+    check_trainable(config)?;
     checkpoint.expect_exactly(&cadre_checkpoint::tensor_specs(config))?;
     let init = Init {
         seed: 0,
@@ -153,6 +156,21 @@ pub fn import(checkpoint: &Checkpoint, device: &Device) -> Result<LanguageModel>
         set(head, |shape| load("lm_head", shape))?;
     }
     Ok(model)
+}
+
+/// Refuses what the training model would compute otherwise than the checkpoint asks for.
+fn check_trainable(config: &ModelConfig) -> Result<()> {
+    let attention = &config.attention;
+    let plain = config.model_type == "qwen3_moe"
+        && !attention.qkv_bias
+        && attention.windows.iter().all(Option::is_none)
+        && config.rope.scaling == RopeScaling::None;
+    if plain {
+        return Ok(());
+    }
+    Err(TrainError::Untrainable {
+        model_type: config.model_type.clone(),
+    })
 }
 
 type Loaded = cadre_checkpoint::Result<Vec<f32>>;

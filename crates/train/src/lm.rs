@@ -108,17 +108,21 @@ impl LanguageModel {
     /// # Errors
     /// Router logits that are not finite (the run has diverged).
     pub fn losses(&self, config: &ModelConfig, batch: &Batch) -> Result<Losses, RoutingError> {
-        let eps = config.rms_norm_eps as f32;
+        let eps = config.norm_eps as f32;
         let shape = AttentionShape {
             batch: batch.tokens.len() / batch.seq_len,
             seq_len: batch.seq_len,
             n_heads: config.n_heads,
             n_kv_heads: config.n_kv_heads,
             head_dim: config.head_dim,
-            rope_theta: config.rope_theta,
+            rope_theta: config.rope.theta,
             eps,
         };
-        let router = TopK::new(config.n_experts, config.top_k, config.norm_topk_prob)?;
+        let router = TopK::new(
+            config.moe.n_experts,
+            config.moe.top_k,
+            config.moe.norm_topk_prob(),
+        )?;
         let mut x = ops::embedding(self.embed_tokens.val(), batch.tokens.clone());
         let mut reports = Vec::new();
         for layer in &self.layers {

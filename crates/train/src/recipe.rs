@@ -2,7 +2,10 @@
 
 use crate::error::{Result, TrainError};
 use crate::optimizer::AdamWConfig;
-use cadre_checkpoint::ModelConfig;
+use cadre_checkpoint::{
+    Activation, AttentionConfig, ModelConfig, MoeConfig, NormKind, QkNorm, RopeConfig,
+    RouterConfig, Scales,
+};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -298,33 +301,50 @@ impl Recipe {
     pub fn model_config(&self) -> ModelConfig {
         let m = &self.model;
         let dense = m.n_experts == 0;
+        let is_moe = |layer: &usize| !dense && !m.mlp_only_layers.contains(layer);
         ModelConfig {
             model_type: "qwen3_moe".to_owned(),
             vocab_size: m.vocab_size,
             hidden_size: m.hidden_size,
             n_layers: m.n_layers,
+            max_position_embeddings: m.max_position_embeddings,
+            tie_word_embeddings: m.tie_word_embeddings,
+            lm_head_bias: false,
+            norm: NormKind::Rms,
+            norm_eps: 1e-6,
+            post_norms: false,
             n_heads: m.n_heads,
             n_kv_heads: m.n_kv_heads,
             head_dim: m.head_dim,
-            n_experts: if dense { 1 } else { m.n_experts },
-            top_k: if dense { 1 } else { m.top_k },
-            moe_intermediate_size: m.moe_intermediate_size.max(usize::from(dense)),
+            attention: AttentionConfig {
+                qkv_bias: false,
+                o_bias: false,
+                qk_norm: QkNorm::PerHead,
+                sinks: false,
+                clip_qkv: None,
+                scale: 1.0 / (m.head_dim as f64).sqrt(),
+                windows: vec![None; m.n_layers],
+                mla: None,
+            },
+            rope: RopeConfig::plain(m.rope_theta, m.head_dim),
+            local_rope: None,
             intermediate_size: if m.intermediate_size == 0 {
                 m.moe_intermediate_size
             } else {
                 m.intermediate_size
             },
-            norm_topk_prob: m.norm_topk_prob,
-            mlp_only_layers: if dense {
-                (0..m.n_layers).collect()
-            } else {
-                m.mlp_only_layers.clone()
+            activation: Activation::Silu,
+            moe: MoeConfig {
+                layers: (0..m.n_layers).filter(is_moe).collect(),
+                n_experts: if dense { 1 } else { m.n_experts },
+                top_k: if dense { 1 } else { m.top_k },
+                intermediate_size: m.moe_intermediate_size.max(usize::from(dense)),
+                router: RouterConfig::TopK {
+                    norm: m.norm_topk_prob,
+                },
+                ..MoeConfig::default()
             },
-            decoder_sparse_step: 1,
-            rms_norm_eps: 1e-6,
-            rope_theta: m.rope_theta,
-            max_position_embeddings: m.max_position_embeddings,
-            tie_word_embeddings: m.tie_word_embeddings,
+            scales: Scales::default(),
             // The tokenizer is trained with one special token, which comes first.
             eos_token_ids: vec![0],
             bos_token_id: None,

@@ -90,17 +90,17 @@ fn report(checkpoint: &Checkpoint) -> Result<Report> {
     }
     parameters.finish(config);
     n_bytes.finish(config);
-    let kv_values = 2 * config.n_layers * config.n_kv_heads * config.head_dim;
+    let kv_values = config.n_layers * config.kv_width();
     Ok(Report {
         model: checkpoint.origin().to_owned(),
         architecture: config.model_type.clone(),
         digest: checkpoint.digest().to_owned(),
         n_layers: config.n_layers,
         n_moe_layers: config.moe_layers().len(),
-        n_experts: config.n_experts,
-        top_k: config.top_k,
+        n_experts: config.moe.n_experts,
+        top_k: config.moe.top_k,
         hidden_size: config.hidden_size,
-        expert_width: config.moe_intermediate_size,
+        expert_width: config.moe.intermediate_size,
         n_heads: config.n_heads,
         n_kv_heads: config.n_kv_heads,
         head_dim: config.head_dim,
@@ -108,7 +108,7 @@ fn report(checkpoint: &Checkpoint) -> Result<Report> {
         tokenizer_vocab_size: tokenizer_vocab_size(checkpoint)?,
         context: config.max_position_embeddings,
         tied_embeddings: config.tie_word_embeddings,
-        norm_topk_prob: config.norm_topk_prob,
+        norm_topk_prob: config.moe.norm_topk_prob(),
         parameters,
         bytes: n_bytes,
         kv_bytes_per_token: 4 * kv_values as u64,
@@ -144,12 +144,12 @@ fn add(sizes: &mut Sizes, config: &ModelConfig, name: &str, size: u64) {
 impl Sizes {
     /// Adds the picked experts once all tensors are counted.
     fn finish(&mut self, config: &ModelConfig) {
-        let n_experts = (config.moe_layers().len() * config.n_experts) as u64;
+        let n_experts = (config.moe_layers().len() * config.moe.n_experts) as u64;
         if n_experts == 0 {
             return;
         }
         self.one_expert = self.experts / n_experts;
-        let picked = self.experts / config.n_experts as u64 * config.top_k as u64;
+        let picked = self.experts / config.moe.n_experts as u64 * config.moe.top_k as u64;
         self.active += picked;
         self.read_per_token += picked;
     }

@@ -80,7 +80,7 @@ pub(crate) fn load(
         layers: layers?,
         norm: norm(weights, config, "model.norm.weight", d)?,
         lm_head,
-        rope: Rope::new(config.head_dim, config.rope_theta),
+        rope: Rope::new(config.head_dim, config.rope.theta),
     };
     model.info.weight_bytes = model.weight_bytes();
     Ok(Arc::new(model))
@@ -127,28 +127,30 @@ fn load_moe(
     layer: usize,
 ) -> Result<Moe> {
     let prefix = format!("model.layers.{layer}.mlp");
-    let policy =
-        TopK::new(config.n_experts, config.top_k, config.norm_topk_prob).map_err(|source| {
-            EngineError::Routing {
-                layer,
-                position: 0,
-                source,
-            }
-        })?;
+    let policy = TopK::new(
+        config.moe.n_experts,
+        config.moe.top_k,
+        config.moe.norm_topk_prob(),
+    )
+    .map_err(|source| EngineError::Routing {
+        layer,
+        position: 0,
+        source,
+    })?;
     // Quantising is most of the work of loading, and experts are most of the weights.
-    let mut slots: Vec<Option<Result<SwiGlu>>> = (0..config.n_experts).map(|_| None).collect();
+    let mut slots: Vec<Option<Result<SwiGlu>>> = (0..config.moe.n_experts).map(|_| None).collect();
     compute
         .pool()
         .for_each_chunk(&mut slots, 1, |expert, slot| {
             let prefix = format!("{prefix}.experts.{expert}");
-            let width = config.moe_intermediate_size;
+            let width = config.moe.intermediate_size;
             slot[0] = Some(load_swiglu(weights, &prefix, width, config.hidden_size));
         });
     let experts: Result<Vec<SwiGlu>> = slots.into_iter().flatten().collect();
     Ok(Moe {
         gate: weights.matrix_f32(
             &format!("{prefix}.gate.weight"),
-            config.n_experts,
+            config.moe.n_experts,
             config.hidden_size,
         )?,
         policy: Box::new(policy),
@@ -167,7 +169,7 @@ fn load_swiglu(weights: &Weights<'_>, prefix: &str, width: usize, d: usize) -> R
 fn norm(weights: &Weights<'_>, config: &ModelConfig, name: &str, n: usize) -> Result<RmsNorm> {
     Ok(RmsNorm::new(
         weights.vector(name, n)?,
-        config.rms_norm_eps as f32,
+        config.norm_eps as f32,
     ))
 }
 
@@ -183,9 +185,9 @@ fn session_shape(config: &ModelConfig) -> SessionShape {
         n_heads: config.n_heads,
         moe: MoeShape {
             d_model: config.hidden_size,
-            n_experts: config.n_experts,
-            max_picks: config.top_k,
-            d_expert: config.moe_intermediate_size,
+            n_experts: config.moe.n_experts,
+            max_picks: config.moe.top_k,
+            d_expert: config.moe.intermediate_size,
         },
         d_dense: if has_dense {
             config.intermediate_size
@@ -201,9 +203,9 @@ fn info(checkpoint: &Checkpoint) -> ModelInfo {
         .iter()
         .map(|(_, shape)| shape.iter().map(|n| *n as u64).product::<u64>())
         .sum();
-    let per_expert = 3 * (config.hidden_size * config.moe_intermediate_size) as u64;
+    let per_expert = 3 * (config.hidden_size * config.moe.intermediate_size) as u64;
     let moe_layers = config.moe_layers();
-    let n_unused = (moe_layers.len() * (config.n_experts - config.top_k)) as u64;
+    let n_unused = (moe_layers.len() * (config.moe.n_experts - config.moe.top_k)) as u64;
     ModelInfo {
         model_type: config.model_type.clone(),
         digest: checkpoint.digest().to_owned(),
@@ -211,8 +213,8 @@ fn info(checkpoint: &Checkpoint) -> ModelInfo {
         d_model: config.hidden_size,
         n_layers: config.n_layers,
         moe_layers,
-        n_experts: config.n_experts,
-        top_k: config.top_k,
+        n_experts: config.moe.n_experts,
+        top_k: config.moe.top_k,
         max_context: config.max_position_embeddings,
         eos_token_ids: config.eos_token_ids.clone(),
         n_params,

@@ -36,7 +36,7 @@ impl Reference {
 
     fn norm(&self, name: &str, x: &[f64]) -> Vec<f64> {
         let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
-        let scale = 1.0 / (mean + self.config.rms_norm_eps).sqrt();
+        let scale = 1.0 / (mean + self.config.norm_eps).sqrt();
         x.iter()
             .zip(self.tensor(name))
             .map(|(x, w)| x * scale * w)
@@ -51,7 +51,7 @@ impl Reference {
             let rotated = |i: usize| {
                 let pair = i % half;
                 let exponent = -2.0 * pair as f64 / self.config.head_dim as f64;
-                let angle = position as f64 * self.config.rope_theta.powf(exponent);
+                let angle = position as f64 * self.config.rope.theta.powf(exponent);
                 let (sin, cos) = angle.sin_cos();
                 if i < half {
                     head[i] * cos - head[i + half] * sin
@@ -117,9 +117,9 @@ impl Reference {
         let total: f64 = logits.iter().map(|l| l.exp()).sum();
         let mut picks: Vec<usize> = (0..logits.len()).collect();
         picks.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
-        picks.truncate(self.config.top_k);
+        picks.truncate(self.config.moe.top_k);
         let p = |e: usize| logits[e].exp() / total;
-        let norm = match self.config.norm_topk_prob {
+        let norm = match self.config.moe.norm_topk_prob() {
             true => picks.iter().map(|e| p(*e)).sum(),
             false => 1.0,
         };

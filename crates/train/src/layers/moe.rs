@@ -38,8 +38,8 @@ impl Moe {
     pub fn init(config: &ModelConfig, init: &Init, name: &str, residual_scale: f32) -> Self {
         let (d, n, width) = (
             config.hidden_size,
-            config.n_experts,
-            config.moe_intermediate_size,
+            config.moe.n_experts,
+            config.moe.intermediate_size,
         );
         let named = |part: &str| format!("{name}.{part}");
         Self {

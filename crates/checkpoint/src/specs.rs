@@ -1,0 +1,167 @@
+//! Which tensors a model has: canonical names and shapes, from its configuration alone.
+//!
+//! Canonical names are those of the per-expert Hugging Face layout that most MoE checkpoints use; `crate::names`
+//! translates the others. Linear weights are `[out, in]`.
+
+use crate::config::{ModelConfig, NormKind, QkNorm, RouterConfig};
+
+/// Names and shapes of exactly the tensors of a model, layer by layer.
+#[must_use]
+pub fn tensor_specs(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let hidden = config.hidden_size;
+    let embedding = [config.vocab_size, hidden];
+    let mut specs = Specs {
+        config,
+        prefix: String::new(),
+        list: Vec::new(),
+    };
+    specs.push("model.embed_tokens.weight", &embedding);
+    for layer in 0..config.n_layers {
+        specs.prefix = format!("model.layers.{layer}.");
+        specs.layer(layer);
+    }
+    specs.prefix.clear();
+    specs.norm("model.norm");
+    if !config.tie_word_embeddings {
+        specs.push("lm_head.weight", &embedding);
+    }
+    if config.lm_head_bias {
+        specs.push("lm_head.bias", &embedding[..1]);
+    }
+    specs.list
+}
+
+struct Specs<'a> {
+    config: &'a ModelConfig,
+    prefix: String,
+    list: Vec<(String, Vec<usize>)>,
+}
+
+impl Specs<'_> {
+    fn push(&mut self, name: &str, shape: &[usize]) {
+        self.list
+            .push((format!("{}{name}", self.prefix), shape.to_vec()));
+    }
+
+    /// A norm over the residual stream.
+    fn norm(&mut self, name: &str) {
+        let hidden = self.config.hidden_size;
+        self.push(&format!("{name}.weight"), &[hidden]);
+        if self.config.norm == NormKind::LayerNorm {
+            self.push(&format!("{name}.bias"), &[hidden]);
+        }
+    }
+
+    fn linear(&mut self, name: &str, [n_out, n_in]: [usize; 2], bias: bool) {
+        self.push(&format!("{name}.weight"), &[n_out, n_in]);
+        if bias {
+            self.push(&format!("{name}.bias"), &[n_out]);
+        }
+    }
+
+    fn layer(&mut self, layer: usize) {
+        self.norm("input_layernorm");
+        if self.config.attention.mla.is_some() {
+            self.latent_attention();
+        } else {
+            self.attention();
+        }
+        self.norm("post_attention_layernorm");
+        if self.config.post_norms {
+            self.norm("pre_feedforward_layernorm");
+            self.norm("post_feedforward_layernorm");
+        }
+        if self.config.is_moe_layer(layer) {
+            self.moe();
+        } else {
+            self.feed_forward("mlp", self.config.intermediate_size, false);
+        }
+    }
+
+    fn attention(&mut self) {
+        let (config, attention) = (self.config, &self.config.attention);
+        let hidden = config.hidden_size;
+        let q_dim = config.n_heads * config.head_dim;
+        let kv_dim = config.n_kv_heads * config.head_dim;
+        self.linear("self_attn.q_proj", [q_dim, hidden], attention.qkv_bias);
+        self.linear("self_attn.k_proj", [kv_dim, hidden], attention.qkv_bias);
+        self.linear("self_attn.v_proj", [kv_dim, hidden], attention.qkv_bias);
+        self.linear("self_attn.o_proj", [hidden, q_dim], attention.o_bias);
+        let widths = match attention.qk_norm {
+            QkNorm::None => None,
+            QkNorm::PerHead => Some((config.head_dim, config.head_dim)),
+            QkNorm::WholeProjection => Some((q_dim, kv_dim)),
+        };
+        if let Some((q, k)) = widths {
+            self.push("self_attn.q_norm.weight", &[q]);
+            self.push("self_attn.k_norm.weight", &[k]);
+        }
+        if attention.sinks {
+            self.push("self_attn.sinks", &[config.n_heads]);
+        }
+    }
+
+    fn latent_attention(&mut self) {
+        let (config, attention) = (self.config, &self.config.attention);
+        let Some(mla) = attention.mla else {
+            return;
+        };
+        let (hidden, n_heads) = (config.hidden_size, config.n_heads);
+        let q_dim = n_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim);
+        let latent = mla.kv_lora_rank;
+        match mla.q_lora_rank {
+            None => self.linear("self_attn.q_proj", [q_dim, hidden], false),
+            Some(rank) => {
+                self.linear("self_attn.q_a_proj", [rank, hidden], attention.qkv_bias);
+                self.push("self_attn.q_a_layernorm.weight", &[rank]);
+                self.linear("self_attn.q_b_proj", [q_dim, rank], false);
+            }
+        }
+        self.linear(
+            "self_attn.kv_a_proj_with_mqa",
+            [latent + mla.qk_rope_head_dim, hidden],
+            attention.qkv_bias,
+        );
+        self.push("self_attn.kv_a_layernorm.weight", &[latent]);
+        if mla.split_kv_b {
+            let (nope, v) = (mla.qk_nope_head_dim, mla.v_head_dim);
+            self.push("self_attn.k_b_proj.weight", &[n_heads, latent, nope]);
+            self.push("self_attn.v_b_proj.weight", &[n_heads, v, latent]);
+        } else {
+            let rows = n_heads * (mla.qk_nope_head_dim + mla.v_head_dim);
+            self.linear("self_attn.kv_b_proj", [rows, latent], false);
+        }
+        let values = n_heads * mla.v_head_dim;
+        self.linear("self_attn.o_proj", [hidden, values], attention.o_bias);
+    }
+
+    fn feed_forward(&mut self, prefix: &str, width: usize, bias: bool) {
+        let hidden = self.config.hidden_size;
+        self.linear(&format!("{prefix}.gate_proj"), [width, hidden], bias);
+        self.linear(&format!("{prefix}.up_proj"), [width, hidden], bias);
+        self.linear(&format!("{prefix}.down_proj"), [hidden, width], bias);
+    }
+
+    fn moe(&mut self) {
+        let moe = &self.config.moe;
+        let hidden = self.config.hidden_size;
+        for expert in 0..moe.n_experts {
+            let prefix = format!("mlp.experts.{expert}");
+            self.feed_forward(&prefix, moe.intermediate_size, moe.expert_bias);
+        }
+        self.linear("mlp.gate", [moe.n_experts, hidden], moe.router_bias);
+        if let RouterConfig::GroupLimited {
+            correction_bias: true,
+            ..
+        } = moe.router
+        {
+            self.push("mlp.gate.e_score_correction_bias", &[moe.n_experts]);
+        }
+        if let Some(shared) = moe.shared {
+            self.feed_forward("mlp.shared_experts", shared.intermediate_size, false);
+            if shared.gated {
+                self.push("mlp.shared_expert_gate.weight", &[1, hidden]);
+            }
+        }
+    }
+}
