@@ -3,7 +3,6 @@
 //! Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted.
 #![forbid(unsafe_code)]
 
-mod chat;
 mod cli;
 mod commands;
 mod data;
@@ -17,7 +16,6 @@ mod interrupt;
 mod live;
 mod model;
 mod output;
-mod sampling;
 mod stop;
 
 use std::process::ExitCode;

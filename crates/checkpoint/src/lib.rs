@@ -9,7 +9,6 @@
 //! - [`write_folder`] writes a folder that other programs load unchanged.
 //! - [`Tokenizer`] encodes, decodes and streams text; [`train_bpe`] makes a new one.
 
-mod chat_side;
 mod checkpoint;
 mod config;
 mod digest;
@@ -31,7 +30,6 @@ mod write;
 
 /// Number formats of tensors.
 pub use cadre_kernels::Format as Dtype;
-pub use chat_side::ChatSide;
 pub use checkpoint::{Checkpoint, EmbeddedFiles, TensorView};
 pub use config::{
     Activation, AttentionConfig, MlaConfig, ModelConfig, MoeConfig, NormKind, QkNorm, RouterConfig,

@@ -14,6 +14,7 @@ use safetensors::Dtype;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 
+use crate::dtype::from_safetensors;
 use crate::error::{CheckpointError, Result};
 
 /// Longest header, in bytes: the limit of the reference implementation.
@@ -49,13 +50,12 @@ pub fn read_safetensors(file: &str, bytes: &Bytes) -> Result<Vec<StoredTensor>> 
         problem,
     })?;
     let tensor = |line: Line| {
-        let name = line.dtype.to_string();
-        let format = Format::all().find(|format| !format.is_quantized() && format.name() == name);
-        let dtype = format.ok_or_else(|| CheckpointError::UnsupportedDtype {
-            origin: file.to_owned(),
-            name: line.name.clone(),
-            dtype: name,
-        })?;
+        let dtype =
+            from_safetensors(line.dtype).ok_or_else(|| CheckpointError::UnsupportedDtype {
+                origin: file.to_owned(),
+                name: line.name.clone(),
+                dtype: line.dtype.to_string(),
+            })?;
         Ok(StoredTensor {
             name: line.name,
             dtype,
@@ -125,8 +125,14 @@ struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
 
 fn read_header(bytes: &[u8]) -> Result<Vec<Line>, String> {
     let (json, start) = header_bytes(bytes)?;
-    let header: Header = serde_json::from_slice(json)
-        .map_err(|error| format!("its header cannot be read: {error}"))?;
+    let header: Header = serde_json::from_slice(json).map_err(|error| {
+        let what = if error.is_data() {
+            "its header cannot be used"
+        } else {
+            "its header is not valid JSON"
+        };
+        format!("{what}: {error}")
+    })?;
     let data = (bytes.len() - start) as u64;
     let mut lines = Vec::with_capacity(header.0.len());
     for (name, info) in header.0 {
@@ -344,12 +350,12 @@ mod tests {
         assert!(error([&[0xff; 8][..], b"{}"].concat()).contains("18446744073709551615 bytes"));
         assert!(error([&3u64.to_le_bytes()[..], b"{}"].concat()).contains("only 2 follow"));
         assert!(error(file("[]", 0)).contains("expected an object from tensor names"));
-        assert!(error(file("{", 0)).contains("cannot be read"));
+        assert!(error(file("{", 0)).contains("not valid JSON"));
         assert!(
             error(b"version https://git-lfs.github.com/spec/v1\n".to_vec()).contains("Git LFS")
         );
         let deep = format!(r#"{{"__metadata__":{}"#, "[".repeat(100_000));
-        assert!(error(file(&deep, 0)).contains("cannot be read"));
+        assert!(error(file(&deep, 0)).contains("not valid JSON"));
     }
 
     #[test]

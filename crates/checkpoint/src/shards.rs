@@ -1,13 +1,14 @@
-//! The safetensors files of a checkpoint: mapping, header checks, and the index over all shards.
+//! The safetensors files of a checkpoint and the index over them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
 
 use bytes::Bytes;
-use safetensors::SafeTensors;
 use serde::Deserialize;
+use serde::de::{Deserializer, Error, MapAccess, Visitor};
 
-use crate::dtype::from_safetensors;
 use crate::error::{CheckpointError, Result};
+use crate::safetensors_file::read_safetensors;
 use crate::tensors::Raw;
 
 pub(crate) const SINGLE: &str = "model.safetensors";
@@ -22,6 +23,7 @@ pub(crate) struct Shards {
 /// The part of `model.safetensors.index.json` that matters.
 #[derive(Deserialize)]
 struct IndexFile {
+    #[serde(deserialize_with = "unique")]
     weight_map: BTreeMap<String, String>,
 }
 
@@ -72,71 +74,44 @@ impl Shards {
     /// Adds one file; returns the tensor names in its header.
     fn push(&mut self, origin: &str, name: &str, bytes: &Bytes) -> Result<Vec<String>> {
         let file = format!("{origin}/{name}");
-        let damaged = |problem: String| CheckpointError::Safetensors {
-            file: file.clone(),
-            problem,
-        };
-        check_lengths(bytes).map_err(damaged)?;
-        let (header, metadata) =
-            SafeTensors::read_metadata(bytes).map_err(|error| damaged(error.to_string()))?;
-        let start = 8 + header;
         let mut stored = Vec::new();
-        for (tensor, info) in metadata.tensors() {
-            let Some(dtype) = from_safetensors(info.dtype) else {
-                return Err(CheckpointError::UnsupportedDtype {
-                    origin: origin.to_owned(),
-                    name: tensor,
-                    dtype: info.dtype.to_string(),
-                });
-            };
-            let (from, to) = info.data_offsets;
-            stored.push(tensor.clone());
+        for tensor in read_safetensors(&file, bytes)? {
+            stored.push(tensor.name.clone());
             self.tensors.push(Raw {
                 file: file.clone(),
-                name: tensor,
-                dtype,
-                shape: info.shape.clone(),
-                bytes: bytes.slice(start + from..start + to),
+                name: tensor.name,
+                dtype: tensor.dtype,
+                shape: tensor.shape,
+                bytes: tensor.bytes,
             });
         }
         Ok(stored)
     }
 }
 
-/// Says in plain words how a file is cut off, before the parser sees it.
-fn check_lengths(bytes: &[u8]) -> Result<(), String> {
-    let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
-        return Err(format!(
-            "it has {} bytes, less than the 8 of the header length",
-            bytes.len()
-        ));
-    };
-    let header = u64::from_le_bytes(*length);
-    if header > rest.len() as u64 {
-        return Err(format!(
-            "its header should have {header} bytes, but only {} follow",
-            rest.len()
-        ));
+/// A map from texts to texts in which no key is there twice.
+fn unique<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<BTreeMap<String, String>, D::Error> {
+    struct Unique;
+    impl<'de> Visitor<'de> for Unique {
+        type Value = BTreeMap<String, String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object from tensor names to file names")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut found = BTreeMap::new();
+            while let Some((name, file)) = map.next_entry::<String, String>()? {
+                if found.insert(name.clone(), file).is_some() {
+                    return Err(A::Error::custom(format!("`{name}` is there twice")));
+                }
+            }
+            Ok(found)
+        }
     }
-    // `header <= rest.len()`, so the cast cannot lose anything.
-    let data = &rest[header as usize..];
-    let Ok(parsed) = serde_json::from_slice::<serde_json::Value>(&rest[..header as usize]) else {
-        return Err("its header is not valid JSON".to_owned());
-    };
-    let end = |tensor: &serde_json::Value| tensor.get("data_offsets")?.get(1)?.as_u64();
-    let needed = parsed
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter_map(|(_, tensor)| end(tensor));
-    let needed = needed.max().unwrap_or(0);
-    if needed > data.len() as u64 {
-        return Err(format!(
-            "its tensors need {needed} bytes of data, but {} are there",
-            data.len()
-        ));
-    }
-    Ok(())
+    deserializer.deserialize_map(Unique)
 }
 
 /// The header of a shard and its lines in the index must name the same tensors.
@@ -157,13 +132,14 @@ fn check_against_index(
             return complain(format!("does not say that tensor `{name}` is in {shard}"));
         }
     }
+    let stored: HashSet<&str> = stored.iter().map(String::as_str).collect();
     let listed = index
         .weight_map
         .iter()
         .filter(|(_, file)| *file == shard)
         .map(|(name, _)| name);
     for name in listed {
-        if !stored.contains(name) {
+        if !stored.contains(name.as_str()) {
             return complain(format!(
                 "says that tensor `{name}` is in {shard}, which lacks it"
             ));

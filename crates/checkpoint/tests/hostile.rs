@@ -175,7 +175,7 @@ fn apply(bytes: &mut Vec<u8>, damage: &Damage) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(8000))]
 
     #[test]
     fn damaged_gguf(damages in prop::collection::vec(damage(), 1..5), header_only: bool) {
