@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 
 #[cfg(feature = "train")]
 use crate::commands::train;
-use crate::commands::{completions, doctor, eval, inspect, logits, pull, run, trace};
+use crate::commands::{chat, completions, doctor, eval, inspect, logits, pull, run, trace};
 use crate::env::Env;
 use crate::interrupt::Interrupt;
 use crate::output::ColorChoice;
@@ -36,6 +36,8 @@ pub(crate) struct Cli {
 enum Command {
     /// Generate text.
     Run(run::Args),
+    /// Talk with a model that was tuned for it.
+    Chat(chat::Args),
     /// Record which experts every token uses, or show a recording.
     Trace(trace::Args),
     /// Train a model from a recipe, draw its curves, or measure training speed.
@@ -77,6 +79,7 @@ pub(crate) fn run() -> Result<()> {
     };
     match cli.command {
         Command::Run(args) => run::run(&app, &args),
+        Command::Chat(args) => chat::run(&app, &args),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(&app, &args),
         Command::Trace(args) => trace::run(&app, &args),

@@ -41,6 +41,14 @@ impl Failure {
         }
     }
 
+    /// The message and the hint, for a command that goes on after it.
+    pub(crate) fn advice(&self) -> String {
+        match &self.hint {
+            Some(hint) => format!("{}; {hint}", self.message),
+            None => self.message.clone(),
+        }
+    }
+
     /// Adds what the user can do.
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());

@@ -53,6 +53,11 @@ impl Interrupt {
         self.state.requested.load(Ordering::SeqCst)
     }
 
+    /// Whether Ctrl-C was pressed; forgets it, for a command that goes on after it.
+    pub(crate) fn take(&self) -> bool {
+        self.state.requested.swap(false, Ordering::SeqCst)
+    }
+
     /// An error that leads to exit code 130 once Ctrl-C was pressed.
     pub(crate) fn check(&self) -> Result<()> {
         if self.requested() {

@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted.
 #![forbid(unsafe_code)]
 
+mod chat;
 mod cli;
 mod commands;
 mod data;
@@ -16,6 +17,7 @@ mod interrupt;
 mod live;
 mod model;
 mod output;
+mod sampling;
 mod stop;
 
 use std::process::ExitCode;

@@ -9,6 +9,7 @@
 //! - [`write_folder`] writes a folder that other programs load unchanged.
 //! - [`Tokenizer`] encodes, decodes and streams text; [`train_bpe`] makes a new one.
 
+mod chat_side;
 mod checkpoint;
 mod config;
 mod digest;
@@ -30,6 +31,7 @@ mod write;
 
 /// Number formats of tensors.
 pub use cadre_kernels::Format as Dtype;
+pub use chat_side::ChatSide;
 pub use checkpoint::{Checkpoint, EmbeddedFiles, TensorView};
 pub use config::{
     Activation, AttentionConfig, MlaConfig, ModelConfig, MoeConfig, NormKind, QkNorm, RouterConfig,

@@ -1,12 +1,10 @@
 //! `cadre run`: generates text, and on request shows its experts.
 
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hasher};
 use std::io::Read;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use cadre_engine::{Finish, GenerateOptions, SamplingOptions, SessionOptions, generate};
+use cadre_engine::{Finish, GenerateOptions, SessionOptions, generate};
 use serde::Serialize;
 
 use crate::cli::App;
@@ -15,6 +13,7 @@ use crate::failure::Failure;
 use crate::live::Live;
 use crate::model::ModelArgs;
 use crate::output::{Format, Out, note};
+use crate::sampling::SamplingArgs;
 
 /// Arguments of `cadre run`.
 #[derive(Debug, clap::Args)]
@@ -58,65 +57,6 @@ pub(crate) struct Args {
     output: Format,
 }
 
-/// How tokens are drawn.
-#[derive(Debug, clap::Args)]
-struct SamplingArgs {
-    /// Temperature; 0 always takes the most probable token.
-    #[arg(
-        long,
-        value_name = "T",
-        default_value_t = 0.8,
-        allow_negative_numbers = true
-    )]
-    temp: f32,
-    /// Draw from this many of the most probable tokens; 0 turns it off.
-    #[arg(long, value_name = "K", default_value_t = 40)]
-    top_k: usize,
-    /// Draw from the most probable tokens that have this much probability together; 1 is off.
-    #[arg(
-        long,
-        value_name = "P",
-        default_value_t = 0.95,
-        allow_negative_numbers = true
-    )]
-    top_p: f32,
-    /// Draw from tokens at least this probable relative to the most probable one; 0 is off.
-    #[arg(
-        long,
-        value_name = "P",
-        default_value_t = 0.05,
-        allow_negative_numbers = true
-    )]
-    min_p: f32,
-    /// Make tokens that occurred less probable; 1 is off.
-    #[arg(
-        long,
-        value_name = "R",
-        default_value_t = 1.0,
-        allow_negative_numbers = true
-    )]
-    repeat_penalty: f32,
-    /// Seed of the draws; without it, every run differs.
-    #[arg(long, value_name = "N")]
-    seed: Option<u64>,
-}
-
-impl SamplingArgs {
-    fn options(&self) -> SamplingOptions {
-        SamplingOptions {
-            temperature: self.temp,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repetition_penalty: self.repeat_penalty,
-            // A new hasher is seeded by the operating system.
-            seed: self
-                .seed
-                .unwrap_or_else(|| RandomState::new().build_hasher().finish()),
-        }
-    }
-}
-
 /// The document behind `-o json`.
 #[derive(Debug, Serialize)]
 struct Report<'a> {
@@ -136,10 +76,7 @@ struct Report<'a> {
 /// Generates and prints.
 pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let prompt = read_prompt(app, args)?;
-    let sampling = args.sampling.options();
-    sampling
-        .check()
-        .map_err(|error| Failure::usage(error.to_string()))?;
+    let sampling = args.sampling.options()?;
     let loaded = args.model.load(app)?;
     let tokenizer = loaded.tokenizer()?;
     let ids = tokenizer.encode(&prompt)?;

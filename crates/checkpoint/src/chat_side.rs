@@ -1,0 +1,66 @@
+//! What a checkpoint says about chatting: its templates, and the tokens that bound a text or turn.
+
+use serde_json::Value;
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{CheckpointError, Result};
+use crate::text::{
+    ChatFiles, ChatTemplates, StopFiles, StopToken, Tokenizer, special_token, stop_token_ids,
+};
+
+/// What a checkpoint says about chatting.
+#[derive(Clone, Debug, Default)]
+pub struct ChatSide {
+    /// The chat templates; none for a model that only continues text.
+    pub templates: ChatTemplates,
+    /// Spelling of the token that starts a text.
+    pub bos_token: Option<String>,
+    /// Spelling of the token that ends a text or a turn.
+    pub eos_token: Option<String>,
+    /// The tokens that end an answer.
+    pub stop_tokens: Vec<StopToken>,
+}
+
+impl Checkpoint {
+    /// What the checkpoint says about chatting, from `chat_template.jinja`, `tokenizer_config.json`
+    /// and wherever stop tokens are named. All of it may be absent.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or does not say it as transformers does.
+    pub fn chat(&self, tokenizer: &Tokenizer) -> Result<ChatSide> {
+        let tokenizer_config = self.json("tokenizer_config.json")?;
+        let templates = ChatTemplates::from_files(&ChatFiles {
+            origin: self.origin(),
+            tokenizer_config: tokenizer_config.as_ref().unwrap_or(&Value::Null),
+            jinja: self.file_text("chat_template.jinja")?.as_deref(),
+            additional: &[],
+        })?;
+        let stop_tokens = stop_token_ids(&StopFiles {
+            origin: self.origin(),
+            generation_config: self.json("generation_config.json")?.as_ref(),
+            config: self.json("config.json")?.as_ref(),
+            tokenizer_config: tokenizer_config.as_ref(),
+            gguf: None,
+            tokenizer: Some(tokenizer),
+        })?;
+        let config = tokenizer_config.unwrap_or_default();
+        let token = |key: &str| special_token(&config[key]).map(str::to_owned);
+        Ok(ChatSide {
+            templates,
+            bos_token: token("bos_token"),
+            eos_token: token("eos_token"),
+            stop_tokens,
+        })
+    }
+
+    fn json(&self, name: &str) -> Result<Option<Value>> {
+        let Some(text) = self.file_text(name)? else {
+            return Ok(None);
+        };
+        let value = serde_json::from_str(&text).map_err(|source| CheckpointError::Json {
+            file: format!("{}/{name}", self.origin()),
+            source,
+        })?;
+        Ok(Some(value))
+    }
+}
