@@ -115,6 +115,12 @@ mod tests {
 
     use super::*;
 
+    /// Without the feature `ansi` this panics, and with it every command on a terminal.
+    #[test]
+    fn log_lines_may_have_colour() {
+        let _ = tracing_subscriber::fmt().with_ansi(true);
+    }
+
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();

@@ -101,7 +101,9 @@ pub(crate) fn bar(env: &Env, what: &'static str, n_steps: u64) -> ProgressBar {
 
 /// A spinner for work of unknown length.
 pub(crate) fn spinner(env: &Env, what: String) -> ProgressBar {
-    let spinner = ProgressBar::with_draw_target(None, target(env));
+    // Without a style of its own it would be drawn as a bar of no length, without the text.
+    let spinner = ProgressBar::with_draw_target(None, target(env))
+        .with_style(ProgressStyle::default_spinner());
     spinner.set_message(what);
     spinner.enable_steady_tick(Duration::from_millis(120));
     spinner

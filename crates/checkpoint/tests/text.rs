@@ -1,7 +1,10 @@
 //! Small tokenizers of every family against the tokenizers package and llama.cpp (`golden/text/`, made by
 //! `golden/make/text_tokenizers.py` and `golden/make/text_vocabs.py`).
 
-#![expect(clippy::unwrap_used, reason = "a golden that does not read is a broken test")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "a golden that does not read is a broken test"
+)]
 
 use std::path::{Path, PathBuf};
 
