@@ -1,6 +1,6 @@
-//! Methods of Python's strings that templates call and minijinja-contrib lacks.
+//! What templates expect of Python's strings and Jinja's filters, where minijinja lacks it or differs.
 
-use minijinja::value::from_args;
+use minijinja::value::{Kwargs, from_args};
 use minijinja::{Error, State, Value};
 
 /// For `Environment::set_unknown_method_callback`.
@@ -58,6 +58,39 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
     }))
 }
 
+/// Jinja's filter `indent`, which keeps a line end at the end of the text.
+///
+/// # Errors
+/// An argument is not known.
+pub(crate) fn indent(text: &str, width: Option<Value>, options: Kwargs) -> Result<String, Error> {
+    let width = match width {
+        Some(width) => Some(width),
+        None => options.get("width")?,
+    };
+    let margin = match width {
+        Some(width) => match width.as_str() {
+            Some(margin) => margin.to_owned(),
+            None => " ".repeat(usize::try_from(width)?.min(1000)),
+        },
+        None => " ".repeat(4),
+    };
+    let first: Option<bool> = options.get("first")?;
+    let blank: Option<bool> = options.get("blank")?;
+    options.assert_all_used()?;
+    let mut indented = String::new();
+    for (i, line) in text.split('\n').enumerate() {
+        let inner = i > 0 && (blank == Some(true) || !line.is_empty());
+        if i > 0 {
+            indented.push('\n');
+        }
+        if inner || (i == 0 && first == Some(true)) {
+            indented += &margin;
+        }
+        indented += line;
+    }
+    Ok(indented)
+}
+
 fn list(parts: &[&str]) -> Value {
     parts.iter().map(|part| Value::from(*part)).collect()
 }
@@ -71,6 +104,23 @@ mod tests {
             .unwrap()
             .unwrap()
             .to_string()
+    }
+
+    #[test]
+    fn indent_keeps_line_ends_and_blank_lines() {
+        let run = |text: &str, width: Option<Value>, pairs: &[(&'static str, bool)]| {
+            let options: Kwargs = pairs
+                .iter()
+                .map(|(name, on)| (*name, Value::from(*on)))
+                .collect();
+            indent(text, width, options).unwrap()
+        };
+        assert_eq!(run("{\n", None, &[("first", true)]), "    {\n");
+        assert_eq!(run("a\n\nb", Some(2.into()), &[]), "a\n\n  b");
+        assert_eq!(
+            run("a\n\nb", Some("> ".into()), &[("blank", true)]),
+            "a\n> \n> b"
+        );
     }
 
     #[test]

@@ -81,6 +81,8 @@ impl ChatTemplate {
             "tojson",
             |value: &Value, options: minijinja::value::Kwargs| python_json::tojson(value, options),
         );
+        environment.add_test("iterable", is_iterable);
+        environment.add_filter("indent", python_methods::indent);
         environment.add_function(
             "raise_exception",
             |message: Value| -> Result<Value, Error> {
@@ -143,6 +145,11 @@ impl ChatTemplate {
             .and_then(|template| template.render(Value::from_pairs(variables)))
             .map_err(|error| failure(&self.origin, &error))
     }
+}
+
+/// Jinja's `iterable`: what is undefined is an empty list, but `none` is nothing.
+fn is_iterable(value: &Value) -> bool {
+    value.is_undefined() || (!value.is_none() && value.try_iter().is_ok())
 }
 
 /// Line ends as Jinja sees them.
