@@ -11,6 +11,14 @@ pub type Result<T, E = EngineError> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EngineError {
+    /// The configuration lacks what the architecture's blocks are made of.
+    #[error("a {model_type} model cannot be built: {problem}")]
+    Configuration {
+        /// Architecture.
+        model_type: String,
+        /// What is missing.
+        problem: String,
+    },
     /// The checkpoint is not what its configuration says.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),

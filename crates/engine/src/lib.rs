@@ -10,6 +10,8 @@
 #![forbid(unsafe_code)]
 
 mod blocks;
+mod builder;
+mod decoder;
 mod error;
 pub mod eval;
 mod generate;

@@ -5,19 +5,20 @@ use std::sync::Arc;
 use cadre_checkpoint::{Checkpoint, tensor_specs};
 use cadre_kernels::{Compute, Isa, Kernels, doctor};
 
+use crate::builder::Builder;
+use crate::decoder::Decoder;
 use crate::error::{EngineError, Result};
 use crate::model::Model;
-use crate::models::qwen3_moe;
-use crate::weights::Weights;
+use crate::models as m;
 
 /// How weights are held in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Quant {
-    /// f32 and bf16 as they are stored; f16 widened to f32. Lossless.
+    /// As they are stored, whatever the format.
     #[default]
     AsStored,
     /// Matrices as 8-bit blocks with an f16 scale, quantised while loading. Lossy. Norms and routers
-    /// stay f32, and so do, as stored, matrices whose rows are not a multiple of 32.
+    /// stay f32; matrices that are quantised already, or whose rows are not a multiple of 32, stay as stored.
     Q8_0,
 }
 
@@ -32,10 +33,25 @@ pub struct LoadOptions {
     pub n_threads: Option<usize>,
 }
 
-type Loader = fn(&Checkpoint, &Weights<'_>, Compute) -> Result<Arc<dyn Model>>;
+type Loader = fn(Builder<'_>) -> Result<Decoder>;
 
 /// Every architecture by its `model_type`. One line per file of `models/`.
-const LOADERS: &[(&str, Loader)] = &[("qwen3_moe", qwen3_moe::load)];
+const LOADERS: &[(&str, Loader)] = &[
+    ("deepseek_v2", m::deepseek_v2::load),
+    ("deepseek_v3", m::deepseek_v3::load),
+    ("gemma3_text", m::gemma3_text::load),
+    ("glm4_moe", m::glm4_moe::load),
+    ("gpt_oss", m::gpt_oss::load),
+    ("granitemoe", m::granitemoe::load),
+    ("llama", m::llama::load),
+    ("mixtral", m::mixtral::load),
+    ("olmoe", m::olmoe::load),
+    ("phimoe", m::phimoe::load),
+    ("qwen2", m::qwen2::load),
+    ("qwen2_moe", m::qwen2_moe::load),
+    ("qwen3", m::qwen3::load),
+    ("qwen3_moe", m::qwen3_moe::load),
+];
 
 /// The architectures that [`load`] knows.
 pub fn known_model_types() -> Vec<&'static str> {
@@ -57,15 +73,8 @@ pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Arc<dyn Mo
         });
     };
     checkpoint.expect_exactly(&tensor_specs(config))?;
-    let weights = Weights::new(checkpoint, options.quant);
-    let model = loader(checkpoint, &weights, compute(options)?)?;
-    if weights.n_kept() > 0 {
-        tracing::warn!(
-            n_matrices = weights.n_kept(),
-            "some matrices stay as stored: their rows are not a multiple of 32, which q8_0 needs"
-        );
-    }
-    Ok(model)
+    let model = loader(Builder::new(checkpoint, options, compute(options)?))?;
+    Ok(Arc::new(model))
 }
 
 fn compute(options: &LoadOptions) -> Result<Compute> {

@@ -2,7 +2,10 @@
 
 use cadre_kernels::MatmulScratch;
 
-use crate::blocks::{AttentionScratch, KvCache, KvShape, MoeScratch, MoeShape};
+use cadre_checkpoint::MlaConfig;
+
+use crate::blocks::{KvCache, KvShape, MoeScratch, MoeShape, RopeAngles};
+use crate::decoder::AnyAttentionScratch;
 use crate::error::{EngineError, Result};
 use crate::model::ModelInfo;
 
@@ -32,7 +35,11 @@ impl Default for SessionOptions {
 pub(crate) struct SessionShape {
     pub(crate) d_model: usize,
     pub(crate) kv: KvShape,
+    /// Sizes of latent attention, where the model has it.
+    pub(crate) mla: Option<MlaConfig>,
     pub(crate) n_heads: usize,
+    /// Different rotations.
+    pub(crate) n_ropes: usize,
     pub(crate) moe: MoeShape,
     /// Width of the widest dense feed-forward; 0 when there is none.
     pub(crate) d_dense: usize,
@@ -58,11 +65,26 @@ pub(crate) struct Scratch {
     pub(crate) normed: Vec<f32>,
     /// Output of a block, `[chunk, d_model]`.
     pub(crate) block_out: Vec<f32>,
-    pub(crate) attention: AttentionScratch,
+    /// Rotary angles of the chunk, one per rotation of the model.
+    pub(crate) angles: Vec<RopeAngles>,
+    pub(crate) attention: AnyAttentionScratch,
     pub(crate) moe: MoeScratch,
     pub(crate) matmul: MatmulScratch,
     /// Grows to the rows that are asked for.
     pub(crate) logits: Vec<f32>,
+}
+
+impl SessionShape {
+    /// Widest product input inside of attention, per token.
+    fn attention_width(&self) -> usize {
+        match &self.mla {
+            Some(mla) => {
+                let per_head = mla.kv_lora_rank.max(mla.v_head_dim).max(mla.qk_nope_head_dim);
+                self.n_heads * per_head
+            }
+            None => self.n_heads * self.kv.key_dim,
+        }
+    }
 }
 
 impl Session {
@@ -95,14 +117,15 @@ impl Session {
         let rows = |width: usize| vec![0.0; chunk * width];
         let widest = shape
             .d_model
-            .max(shape.n_heads * shape.kv.head_dim)
+            .max(shape.attention_width())
             .max(shape.d_dense);
         let moe = MoeScratch::new(&shape.moe, shape.d_dense, chunk);
         let scratch = Scratch {
             hidden: rows(shape.d_model),
             normed: rows(shape.d_model),
             block_out: rows(shape.d_model),
-            attention: AttentionScratch::new(shape.n_heads, &shape.kv, chunk),
+            angles: (0..shape.n_ropes).map(|_| RopeAngles::default()).collect(),
+            attention: AnyAttentionScratch::new(&shape, chunk),
             matmul: MatmulScratch::with_capacity((chunk * widest).max(moe.largest_input())),
             moe,
             logits: Vec::new(),

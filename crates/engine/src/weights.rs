@@ -2,9 +2,10 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use cadre_checkpoint::{Checkpoint, Dtype};
-use cadre_kernels::{Matrix, MatrixError, bf16};
+use cadre_checkpoint::Checkpoint;
+use cadre_kernels::{Format, Matrix, MatrixError};
 
+use crate::blocks::Linear;
 use crate::error::{EngineError, Result};
 use crate::load::Quant;
 
@@ -30,25 +31,53 @@ impl<'a> Weights<'a> {
         Ok(self.checkpoint.tensor_f32(name, &[n])?)
     }
 
+    /// The values of a tensor of any shape.
+    pub(crate) fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        Ok(self.checkpoint.tensor_f32(name, shape)?)
+    }
+
     /// A matrix in f32 whatever the wanted format; for what is small and sensitive.
-    pub(crate) fn matrix_f32(&self, name: &str, n_out: usize, n_in: usize) -> Result<Matrix> {
-        let values = self.checkpoint.tensor_f32(name, &[n_out, n_in])?;
+    pub(crate) fn matrix_f32(&self, name: &str, [n_out, n_in]: [usize; 2]) -> Result<Matrix> {
+        let values = self.values(name, &[n_out, n_in])?;
         Matrix::from_f32(n_out, n_in, values).map_err(|source| weight_error(name, source))
     }
 
-    /// A matrix as stored (f16 is widened to f32), or quantised if that was asked for.
-    pub(crate) fn matrix(&self, name: &str, n_out: usize, n_in: usize) -> Result<Matrix> {
-        let stored = self.stored(name, n_out, n_in)?;
-        match self.quant {
-            Quant::AsStored => Ok(stored),
-            Quant::Q8_0 => match stored.to_q8_0() {
-                // Keeping such a matrix as it is loses nothing; the caller reports how many there are.
-                Err(MatrixError::Ragged { .. }) => {
-                    self.n_kept.fetch_add(1, Ordering::Relaxed);
-                    Ok(stored)
-                }
-                result => result.map_err(|source| weight_error(name, source)),
-            },
+    /// A matrix as stored, over the mapped file where it lies in it, or quantised if that was asked for.
+    pub(crate) fn matrix(&self, name: &str, [n_out, n_in]: [usize; 2]) -> Result<Matrix> {
+        let stored = self.stored(name, &[n_out, n_in], [n_out, n_in])?;
+        self.wanted(name, stored)
+    }
+
+    /// A tensor of several matrices, `[n, n_out, n_in]`, one after the other.
+    pub(crate) fn matrices(&self, name: &str, [n, n_out, n_in]: [usize; 3]) -> Result<Vec<Matrix>> {
+        let all = self.stored(name, &[n, n_out, n_in], [n * n_out, n_in])?;
+        let all = self.wanted(name, all)?;
+        Ok((0..n).map(|i| all.rows(i * n_out..(i + 1) * n_out)).collect())
+    }
+
+    /// `{name}.weight`, and `{name}.bias` if there is to be one.
+    pub(crate) fn linear(&self, name: &str, shape: [usize; 2], bias: bool) -> Result<Linear> {
+        let weight = self.matrix(&format!("{name}.weight"), shape)?;
+        let bias = bias.then(|| self.vector(&format!("{name}.bias"), shape[0]));
+        Ok(Linear {
+            weight,
+            bias: bias.transpose()?,
+        })
+    }
+
+    /// Puts a matrix into the format that was asked for.
+    pub(crate) fn wanted(&self, name: &str, stored: Matrix) -> Result<Matrix> {
+        let quantise = self.quant == Quant::Q8_0 && !stored.format().is_quantized();
+        if !quantise {
+            return Ok(stored);
+        }
+        match stored.to_format(Format::Q8_0) {
+            // Keeping such a matrix as it is loses nothing; the caller reports how many there are.
+            Err(MatrixError::Ragged { .. }) => {
+                self.n_kept.fetch_add(1, Ordering::Relaxed);
+                Ok(stored)
+            }
+            result => result.map_err(|source| weight_error(name, source)),
         }
     }
 
@@ -57,19 +86,25 @@ impl<'a> Weights<'a> {
         self.n_kept.load(Ordering::Relaxed)
     }
 
-    fn stored(&self, name: &str, n_out: usize, n_in: usize) -> Result<Matrix> {
-        let view = self.checkpoint.tensor_shaped(name, &[n_out, n_in])?;
-        if view.dtype != Dtype::Bf16 {
-            return self.matrix_f32(name, n_out, n_in);
-        }
-        let values = view
-            .bytes
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .map(|b| bf16::from_le_bytes(*b));
-        let matrix = Matrix::from_bf16(n_out, n_in, values.collect())
-            .map_err(|source| weight_error(name, source))?;
+    /// The matrix as the file has it, without going through the wanted format.
+    pub(crate) fn stored(
+        &self,
+        name: &str,
+        shape: &[usize],
+        [n_out, n_in]: [usize; 2],
+    ) -> Result<Matrix> {
+        let view = self.checkpoint.tensor_shaped(name, shape)?;
+        let matrix = match view.scales {
+            None => Matrix::new(view.dtype, n_out, n_in, view.bytes),
+            Some(scales) => {
+                let values = scales.values.clone();
+                Matrix::with_block_scales(n_out, n_in, view.bytes, values, scales.block)
+            }
+        };
+        let matrix = matrix.map_err(|source| {
+            let said = self.checkpoint.stored_name(name);
+            weight_error(said, source)
+        })?;
         if matrix.first_non_finite().is_some() {
             // Slower, but it words the error.
             self.checkpoint.check_finite(name)?;
@@ -78,7 +113,7 @@ impl<'a> Weights<'a> {
     }
 }
 
-fn weight_error(name: &str, source: MatrixError) -> EngineError {
+pub(crate) fn weight_error(name: &str, source: MatrixError) -> EngineError {
     EngineError::Weight {
         tensor: name.to_owned(),
         source,

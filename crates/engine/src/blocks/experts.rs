@@ -2,12 +2,12 @@
 
 use cadre_kernels::{Compute, MatmulScratch};
 
-use super::{SwiGlu, SwiGluScratch};
+use super::{FeedForward, FeedForwardScratch};
 
 /// The experts of one layer, all in memory.
 #[derive(Debug)]
 pub(crate) struct Experts {
-    experts: Vec<SwiGlu>,
+    experts: Vec<FeedForward>,
 }
 
 /// The rows that each picked expert computes, sorted by expert.
@@ -23,7 +23,7 @@ pub(crate) struct ExpertRows<'a> {
 
 impl Experts {
     /// Experts of one shape.
-    pub(crate) fn new(experts: Vec<SwiGlu>) -> Self {
+    pub(crate) fn new(experts: Vec<FeedForward>) -> Self {
         Self { experts }
     }
 
@@ -33,7 +33,7 @@ impl Experts {
 
     /// Bytes of the weights.
     pub(crate) fn n_bytes(&self) -> usize {
-        self.experts.iter().map(SwiGlu::n_bytes).sum()
+        self.experts.iter().map(FeedForward::n_bytes).sum()
     }
 
     /// Computes every row by its expert into `out_pd`, in the same order.
@@ -42,9 +42,9 @@ impl Experts {
         compute: &Compute,
         rows: ExpertRows<'_>,
         out_pd: &mut [f32],
-        scratch: (&mut SwiGluScratch, &mut MatmulScratch),
+        scratch: (&mut FeedForwardScratch, &mut MatmulScratch),
     ) {
         let expert = |g: usize| &self.experts[usize::from(rows.active[g])];
-        SwiGlu::forward_groups(compute, rows.offsets, &expert, (rows.x_pd, out_pd), scratch);
+        FeedForward::forward_groups(compute, rows.offsets, &expert, (rows.x_pd, out_pd), scratch);
     }
 }

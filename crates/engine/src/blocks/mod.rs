@@ -5,19 +5,24 @@
 
 mod attention;
 mod experts;
+mod feed_forward;
 mod kv_cache;
+mod latent_attention;
+mod linear;
 mod moe;
 mod norm;
 mod rope;
-mod swiglu;
+mod softmax_values;
 
 pub(crate) use attention::{Attention, AttentionScratch};
 pub(crate) use experts::Experts;
+pub(crate) use feed_forward::{FeedForward, FeedForwardScratch};
 pub(crate) use kv_cache::{KvCache, KvShape, LayerKv};
-pub(crate) use moe::{Moe, MoeScratch, MoeShape};
-pub(crate) use norm::RmsNorm;
+pub(crate) use latent_attention::{LatentAttention, LatentScratch, QueryProjection};
+pub(crate) use linear::{Linear, add_rows};
+pub(crate) use moe::{Moe, MoeScratch, MoeShape, Shared};
+pub(crate) use norm::Norm;
 pub(crate) use rope::{Rope, RopeAngles};
-pub(crate) use swiglu::{SwiGlu, SwiGluScratch};
 
 use cadre_kernels::Compute;
 

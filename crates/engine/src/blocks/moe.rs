@@ -3,20 +3,29 @@
 //! The order of the stages is the order of the functions below. A token's output adds its experts in the
 //! order of its routing, so it does not depend on the other tokens of the chunk.
 
-use cadre_kernels::{Compute, MatmulScratch, Matrix};
+use cadre_kernels::{Compute, MatmulScratch};
 use cadre_routing::{Policy, Routing, RoutingError};
 
 use super::experts::ExpertRows;
-use super::{Experts, Step, SwiGluScratch};
+use super::{Experts, FeedForward, FeedForwardScratch, Linear, Step};
 use crate::model::{Observer, RoutingEvent};
 
 /// One layer's router and experts.
 #[derive(Debug)]
 pub(crate) struct Moe {
     /// Router, `[n_experts, d]`, always f32.
-    pub(crate) gate: Matrix,
+    pub(crate) gate: Linear,
     pub(crate) policy: Box<dyn Policy>,
     pub(crate) experts: Experts,
+    pub(crate) shared: Option<Shared>,
+}
+
+/// The expert that every token uses.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) expert: FeedForward,
+    /// `[d]`: its output is multiplied by the sigmoid of this projection.
+    pub(crate) gate: Option<Vec<f32>>,
 }
 
 /// Sizes that scratch is made for.
@@ -28,6 +37,8 @@ pub(crate) struct MoeShape {
     pub(crate) max_picks: usize,
     /// Width of an expert.
     pub(crate) d_expert: usize,
+    /// Width of the shared expert; 0 without.
+    pub(crate) d_shared: usize,
 }
 
 /// Buffers of [`Moe::forward`] for a chunk of tokens; the feed-forward's serve dense layers too.
@@ -40,9 +51,11 @@ pub(crate) struct MoeScratch {
     /// Inputs and outputs of the pairs, sorted by expert: `[chunk * max_picks, d_model]`.
     x_pd: Vec<f32>,
     y_pd: Vec<f32>,
+    /// Output of the shared expert, `[chunk, d_model]`.
+    shared_td: Vec<f32>,
     /// Output norm of each pair in routing order, when an observer wants it.
     norms: Vec<f32>,
-    pub(crate) ffn: SwiGluScratch,
+    pub(crate) ffn: FeedForwardScratch,
     largest_input: usize,
 }
 
@@ -50,15 +63,16 @@ impl MoeScratch {
     /// For `chunk` tokens; `d_dense` is the width of dense layers, 0 without.
     pub(crate) fn new(shape: &MoeShape, d_dense: usize, chunk: usize) -> Self {
         let n_pairs = chunk * shape.max_picks;
-        let inner = (n_pairs * shape.d_expert).max(chunk * d_dense);
+        let inner = (n_pairs * shape.d_expert).max(chunk * d_dense.max(shape.d_shared));
         Self {
             logits: vec![0.0; chunk * shape.n_experts],
             routing: Routing::with_capacity(chunk, shape.max_picks),
             groups: Groups::with_capacity(n_pairs, shape.n_experts),
             x_pd: vec![0.0; n_pairs * shape.d_model],
             y_pd: vec![0.0; n_pairs * shape.d_model],
+            shared_td: vec![0.0; if shape.d_shared > 0 { chunk * shape.d_model } else { 0 }],
             norms: Vec::new(),
-            ffn: SwiGluScratch::new(inner),
+            ffn: FeedForwardScratch::new(inner),
             largest_input: inner.max(n_pairs * shape.d_model),
         }
     }
@@ -72,7 +86,8 @@ impl MoeScratch {
 impl Moe {
     /// Bytes of the router and all experts.
     pub(crate) fn n_bytes(&self) -> usize {
-        self.gate.n_bytes() + self.experts.n_bytes()
+        let shared = self.shared.as_ref().map_or(0, |shared| shared.expert.n_bytes());
+        self.gate.n_bytes() + self.experts.n_bytes() + shared
     }
 
     /// `out_td = sum over picks of weight * expert(x_td)`; tells `observer` about the routing.
@@ -90,15 +105,16 @@ impl Moe {
             groups,
             x_pd,
             y_pd,
+            shared_td,
             norms,
             ffn,
             ..
         } = scratch;
         let logits = &mut logits[..step.n_tokens * self.gate.n_out()];
-        step.compute.matmul(&self.gate, x_td, logits, matmul);
+        self.gate.forward(step.compute, x_td, logits, matmul);
         self.policy.route(logits, routing)?;
 
-        let d = self.gate.n_in();
+        let d = self.gate.weight.n_in();
         groups.sort(routing, self.experts.n_experts());
         let n_rows = groups.n_rows();
         let (x_pd, y_pd) = (&mut x_pd[..n_rows * d], &mut y_pd[..n_rows * d]);
@@ -125,6 +141,29 @@ impl Moe {
             norms,
         });
         Ok(())
+    }
+}
+
+impl Shared {
+    /// `out_td += self(x_td)`, with the expert's output in `y_td`.
+    fn add(
+        &self,
+        compute: &Compute,
+        (x_td, y_td): (&[f32], &mut [f32]),
+        out_td: &mut [f32],
+        scratch: (&mut FeedForwardScratch, &mut MatmulScratch),
+    ) {
+        self.expert.forward(compute, x_td, y_td, scratch);
+        let kernels = compute.kernels();
+        let d = self.expert.down_proj.n_out();
+        let rows = x_td.chunks_exact(d).zip(y_td.chunks_exact(d));
+        for ((x, y), out) in rows.zip(out_td.chunks_exact_mut(d)) {
+            let weight = match &self.gate {
+                None => 1.0,
+                Some(gate) => 1.0 / (1.0 + (-kernels.dot(gate, x)).exp()),
+            };
+            kernels.axpy(weight, y, out);
+        }
     }
 }
 
@@ -243,13 +282,13 @@ fn output_norms(compute: &Compute, groups: &Groups, y_pd: &[f32], d: usize, norm
 
 #[cfg(test)]
 mod tests {
-    use cadre_kernels::{Isa, Kernels};
+    use cadre_checkpoint::Activation;
+    use cadre_kernels::{Isa, Kernels, Matrix};
     use cadre_routing::policies::TopK;
     use cadre_testkit::{Random, assert_close};
 
     use super::*;
-    use crate::blocks::SwiGlu;
-    use crate::model::NoObserver;
+        use crate::model::NoObserver;
 
     /// Keeps what it is told.
     #[derive(Default)]
@@ -279,17 +318,26 @@ mod tests {
             |n_out, n_in| Matrix::from_f32(n_out, n_in, random.values(n_out * n_in, 0.4)).unwrap();
         let (d, f) = (shape.d_model, shape.d_expert);
         let gate = matrix(shape.n_experts, d);
-        let mut expert = || SwiGlu {
-            gate_proj: matrix(f, d),
-            up_proj: matrix(f, d),
-            down_proj: matrix(d, f),
+        let mut linear = |n_out, n_in| Linear {
+            weight: matrix(n_out, n_in),
+            bias: None,
+        };
+        let mut expert = || FeedForward {
+            gate_proj: linear(f, d),
+            up_proj: linear(f, d),
+            down_proj: linear(d, f),
+            activation: Activation::Silu,
         };
         let experts = (0..shape.n_experts).map(|_| expert()).collect();
         let policy = TopK::new(shape.n_experts, shape.max_picks, norm_topk_prob).unwrap();
         Moe {
-            gate,
+            gate: Linear {
+                weight: gate,
+                bias: None,
+            },
             policy: Box::new(policy),
             experts: Experts::new(experts),
+            shared: None,
         }
     }
 
@@ -304,7 +352,7 @@ mod tests {
 
     /// One token, straight from the definition: every expert computed, the picked ones added.
     fn reference(moe: &Moe, top_k: usize, norm_topk_prob: bool, x: &[f32]) -> Vec<f32> {
-        let logits = product(&moe.gate, x);
+        let logits = product(&moe.gate.weight, x);
         let total: f32 = logits.iter().map(|l| l.exp()).sum();
         let mut picks: Vec<(usize, f32)> =
             logits.iter().map(|l| l.exp() / total).enumerate().collect();
@@ -328,7 +376,7 @@ mod tests {
 
     fn expert_reference(moe: &Moe, expert: usize, x: &[f32], y: &mut [f32]) {
         let compute = Compute::new(Kernels::for_isa(Isa::Scalar).unwrap(), 1);
-        let mut scratch = (SwiGluScratch::new(64), MatmulScratch::default());
+        let mut scratch = (FeedForwardScratch::new(64), MatmulScratch::default());
         let active = [expert as u16];
         let rows = ExpertRows {
             active: &active,
@@ -364,6 +412,7 @@ mod tests {
                 n_experts,
                 max_picks: top_k,
                 d_expert: 12,
+                d_shared: 0,
             };
             let moe = random_moe(&shape, norm);
             let x_td = Random::new(9).values(17 * shape.d_model, 1.0);
@@ -381,6 +430,7 @@ mod tests {
             n_experts: 6,
             max_picks: 2,
             d_expert: 40,
+                d_shared: 0,
         };
         let moe = random_moe(&shape, true);
         let x_td = Random::new(2).values(50 * shape.d_model, 1.0);
@@ -398,6 +448,7 @@ mod tests {
             n_experts: 4,
             max_picks: 2,
             d_expert: 8,
+                d_shared: 0,
         };
         let moe = random_moe(&shape, true);
         let x_td = Random::new(3).values(5 * shape.d_model, 1.0);
@@ -415,7 +466,7 @@ mod tests {
             assert_close(
                 "logits",
                 &logits[t * 4..][..4],
-                &product(&moe.gate, x),
+                &product(&moe.gate.weight, x),
                 1e-6,
             );
             for (slot, expert) in routing.token(t).0.iter().enumerate() {

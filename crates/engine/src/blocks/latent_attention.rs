@@ -1,0 +1,221 @@
+//! Multi-head latent attention: keys and values of all heads come from one small latent per token.
+//!
+//! Paper: DeepSeek-V2, DeepSeek-AI, 2024, arXiv 2405.04434, in its absorbed form: what would expand the latent into
+//! keys is applied to the query instead, and what would expand it into values is applied to the attended latent, so the
+//! cache holds the latent and one rotary key per token, whatever the number of heads.
+
+use cadre_checkpoint::MlaConfig;
+use cadre_kernels::{Compute, MatmulScratch, Matrix};
+
+use super::softmax_values::{Query, attend};
+use super::{LayerKv, Linear, Norm, RopeAngles, Step};
+
+/// The weights of one layer's attention.
+#[derive(Debug)]
+pub(crate) struct LatentAttention {
+    pub(crate) n_heads: usize,
+    pub(crate) mla: MlaConfig,
+    pub(crate) q: QueryProjection,
+    /// `[latent + rope, d]`.
+    pub(crate) kv_a_proj: Linear,
+    pub(crate) kv_a_norm: Norm,
+    /// Per head, from the position-free part of its query to the latent, `[latent, nope]`.
+    pub(crate) k_b: Vec<Matrix>,
+    /// Per head, from the attended latent to its values, `[v, latent]`.
+    pub(crate) v_b: Vec<Matrix>,
+    pub(crate) o_proj: Linear,
+    /// Factor on the scores.
+    pub(crate) scale: f32,
+}
+
+/// How queries are made.
+#[derive(Debug)]
+pub(crate) enum QueryProjection {
+    /// By one matrix.
+    Direct(Linear),
+    /// Through a normed bottleneck.
+    LowRank {
+        q_a_proj: Linear,
+        q_a_norm: Norm,
+        q_b_proj: Linear,
+    },
+}
+
+/// Buffers of [`LatentAttention::forward`], for a chunk of tokens.
+#[derive(Debug)]
+pub(crate) struct LatentScratch {
+    /// `[chunk, q_lora_rank]`.
+    q_a: Vec<f32>,
+    /// `[chunk, n_heads * (nope + rope)]`.
+    q: Vec<f32>,
+    /// `[chunk, latent + rope]`.
+    kv_a: Vec<f32>,
+    /// Position-free parts by head, `[n_heads, chunk, nope]`.
+    q_nope: Vec<f32>,
+    /// Rotary parts by head, `[n_heads, chunk, rope]`.
+    q_rope: Vec<f32>,
+    /// Queries on the latent, and attended latents, `[n_heads, chunk, latent]` each.
+    q_latent: Vec<f32>,
+    mixed: Vec<f32>,
+    /// `[n_heads, chunk, v]`.
+    values: Vec<f32>,
+    /// `[chunk, n_heads * v]`.
+    joined: Vec<f32>,
+    offsets: Vec<usize>,
+}
+
+impl LatentScratch {
+    pub(crate) fn new(n_heads: usize, mla: &MlaConfig, chunk: usize) -> Self {
+        let (nope, rope) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim);
+        let per_head = |width: usize| vec![0.0; n_heads * chunk * width];
+        Self {
+            q_a: vec![0.0; chunk * mla.q_lora_rank.unwrap_or(0)],
+            q: per_head(nope + rope),
+            kv_a: vec![0.0; chunk * (mla.kv_lora_rank + rope)],
+            q_nope: per_head(nope),
+            q_rope: per_head(rope),
+            q_latent: per_head(mla.kv_lora_rank),
+            mixed: per_head(mla.kv_lora_rank),
+            values: per_head(mla.v_head_dim),
+            joined: per_head(mla.v_head_dim),
+            offsets: Vec::with_capacity(n_heads + 1),
+        }
+    }
+}
+
+impl LatentAttention {
+    /// Bytes of the matrices.
+    pub(crate) fn n_bytes(&self) -> usize {
+        let q = match &self.q {
+            QueryProjection::Direct(linear) => linear.n_bytes(),
+            QueryProjection::LowRank {
+                q_a_proj, q_b_proj, ..
+            } => q_a_proj.n_bytes() + q_b_proj.n_bytes(),
+        };
+        let per_head = self.k_b.iter().chain(&self.v_b).map(Matrix::n_bytes);
+        q + self.kv_a_proj.n_bytes() + self.o_proj.n_bytes() + per_head.sum::<usize>()
+    }
+
+    /// `out_td = attention(x_td)`; stores the chunk's latents and rotary keys in `kv`.
+    pub(crate) fn forward(
+        &self,
+        step: Step<'_>,
+        angles: &RopeAngles,
+        (x_td, out_td): (&[f32], &mut [f32]),
+        kv: &mut LayerKv,
+        (scratch, matmul): (&mut LatentScratch, &mut MatmulScratch),
+    ) {
+        let (n, compute) = (step.n_tokens, step.compute);
+        let (latent, v_dim) = (self.mla.kv_lora_rank, self.mla.v_head_dim);
+        self.queries(step, angles, x_td, (scratch, matmul));
+        self.store(step, angles, x_td, kv, (scratch, matmul));
+        scratch.offsets.clear();
+        scratch.offsets.extend((0..=self.n_heads).map(|head| head * n));
+        let rows = self.n_heads * n;
+        compute.grouped_matmul(
+            self.n_heads,
+            &|head| &self.k_b[head],
+            &scratch.offsets,
+            &scratch.q_nope[..rows * self.mla.qk_nope_head_dim],
+            &mut scratch.q_latent[..rows * latent],
+            matmul,
+        );
+        self.attend(step, kv, scratch);
+        compute.grouped_matmul(
+            self.n_heads,
+            &|head| &self.v_b[head],
+            &scratch.offsets,
+            &scratch.mixed[..rows * latent],
+            &mut scratch.values[..rows * v_dim],
+            matmul,
+        );
+        let joined = &mut scratch.joined[..rows * v_dim];
+        for (i, out) in joined.chunks_exact_mut(v_dim).enumerate() {
+            let (t, head) = (i / self.n_heads, i % self.n_heads);
+            out.copy_from_slice(&scratch.values[(head * n + t) * v_dim..][..v_dim]);
+        }
+        self.o_proj.forward(compute, joined, out_td, matmul);
+    }
+
+    /// Fills `q_nope` and `q_rope`, the latter rotated.
+    fn queries(
+        &self,
+        step: Step<'_>,
+        angles: &RopeAngles,
+        x_td: &[f32],
+        (scratch, matmul): (&mut LatentScratch, &mut MatmulScratch),
+    ) {
+        let (n, compute) = (step.n_tokens, step.compute);
+        let (nope, rope) = (self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim);
+        let width = nope + rope;
+        let q = &mut scratch.q[..n * self.n_heads * width];
+        match &self.q {
+            QueryProjection::Direct(linear) => linear.forward(compute, x_td, q, matmul),
+            QueryProjection::LowRank {
+                q_a_proj,
+                q_a_norm,
+                q_b_proj,
+            } => {
+                let q_a = &mut scratch.q_a[..n * q_a_proj.n_out()];
+                q_a_proj.forward(compute, x_td, q_a, matmul);
+                q_a_norm.forward_in_place(compute, q_a);
+                q_b_proj.forward(compute, q_a, q, matmul);
+            }
+        }
+        for (i, head_q) in q.chunks_exact(width).enumerate() {
+            let (t, head) = (i / self.n_heads, i % self.n_heads);
+            let row = head * n + t;
+            let (plain, placed) = head_q.split_at(nope);
+            scratch.q_nope[row * nope..][..nope].copy_from_slice(plain);
+            let rotated = &mut scratch.q_rope[row * rope..][..rope];
+            rotated.copy_from_slice(placed);
+            angles.rotate(t, rotated);
+        }
+    }
+
+    fn store(
+        &self,
+        step: Step<'_>,
+        angles: &RopeAngles,
+        x_td: &[f32],
+        kv: &mut LayerKv,
+        (scratch, matmul): (&mut LatentScratch, &mut MatmulScratch),
+    ) {
+        let compute: &Compute = step.compute;
+        let width = self.kv_a_proj.n_out();
+        let kv_a = &mut scratch.kv_a[..step.n_tokens * width];
+        self.kv_a_proj.forward(compute, x_td, kv_a, matmul);
+        for (t, row) in kv_a.chunks_exact_mut(width).enumerate() {
+            let (latent, key) = row.split_at_mut(self.mla.kv_lora_rank);
+            self.kv_a_norm.row(compute, latent);
+            angles.rotate(t, key);
+            kv.store(0, step.position + t, key, latent);
+        }
+    }
+
+    fn attend(&self, step: Step<'_>, kv: &LayerKv, scratch: &mut LatentScratch) {
+        let n = step.n_tokens;
+        let (latent, rope) = (self.mla.kv_lora_rank, self.mla.qk_rope_head_dim);
+        let LatentScratch {
+            q_rope,
+            q_latent,
+            mixed,
+            ..
+        } = scratch;
+        let mixed = &mut mixed[..self.n_heads * n * latent];
+        let work = (step.position + n) * (2 * latent + rope);
+        let kernels = step.compute.kernels();
+        step.compute.for_each_chunk(mixed, latent, work, |row, out| {
+            let query = Query {
+                on_keys: &q_rope[row * rope..][..rope],
+                on_values: Some(&q_latent[row * latent..][..latent]),
+                scale: self.scale,
+                sink: None,
+                head: 0,
+                from: 0,
+                to: step.position + row % n + 1,
+            };
+            attend(kernels, &query, kv, out);
+        });
+    }
+}

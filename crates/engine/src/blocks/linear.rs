@@ -1,0 +1,45 @@
+//! A linear map with an optional bias.
+
+use cadre_kernels::{Compute, MatmulScratch, Matrix};
+
+/// `y = x w^T + bias`.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    /// `[n_out, n_in]`.
+    pub(crate) weight: Matrix,
+    /// `[n_out]`.
+    pub(crate) bias: Option<Vec<f32>>,
+}
+
+impl Linear {
+    pub(crate) fn n_out(&self) -> usize {
+        self.weight.n_out()
+    }
+
+    pub(crate) fn n_bytes(&self) -> usize {
+        self.weight.n_bytes()
+    }
+
+    /// `y_to = self(x_ti)`.
+    pub(crate) fn forward(
+        &self,
+        compute: &Compute,
+        x_ti: &[f32],
+        y_to: &mut [f32],
+        matmul: &mut MatmulScratch,
+    ) {
+        compute.matmul(&self.weight, x_ti, y_to, matmul);
+        if let Some(bias) = &self.bias {
+            add_rows(y_to, bias);
+        }
+    }
+}
+
+/// Adds `bias` to every row of `rows`.
+pub(crate) fn add_rows(rows: &mut [f32], bias: &[f32]) {
+    for row in rows.chunks_exact_mut(bias.len()) {
+        for (value, bias) in row.iter_mut().zip(bias) {
+            *value += bias;
+        }
+    }
+}

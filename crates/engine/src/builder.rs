@@ -1,0 +1,314 @@
+//! From tensors to blocks: the parts that architectures share, read as the configuration describes them.
+
+use cadre_checkpoint::{Checkpoint, ModelConfig, NormKind, QkNorm, RouterConfig, Score};
+use cadre_kernels::{Compute, Matrix};
+use cadre_routing::policies::{
+    GroupLimited, GroupLimitedOptions, GroupScore, ScoreFn, SparseMixer, TopK,
+};
+use cadre_routing::{Policy, RoutingError};
+
+use crate::blocks::{
+    Attention, Experts, FeedForward, LatentAttention, Linear, Moe, Norm, QueryProjection, Shared,
+};
+use crate::error::{EngineError, Result};
+use crate::load::LoadOptions;
+use crate::weights::{Weights, weight_error};
+
+/// Builds blocks from the tensors of one checkpoint.
+pub(crate) struct Builder<'a> {
+    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) weights: Weights<'a>,
+    pub(crate) compute: Compute,
+}
+
+impl<'a> Builder<'a> {
+    pub(crate) fn new(checkpoint: &'a Checkpoint, options: &LoadOptions, compute: Compute) -> Self {
+        Self {
+            checkpoint,
+            config: checkpoint.config(),
+            weights: Weights::new(checkpoint, options.quant),
+            compute,
+        }
+    }
+
+    /// A norm over the residual stream: `model.norm`, `model.layers.0.input_layernorm`.
+    pub(crate) fn norm(&self, name: &str) -> Result<Norm> {
+        let width = self.config.hidden_size;
+        let mut weight = self.weights.vector(&format!("{name}.weight"), width)?;
+        let eps = self.config.norm_eps as f32;
+        match self.config.norm {
+            NormKind::Rms => Ok(Norm::Rms { weight, eps }),
+            NormKind::RmsPlusOne => {
+                weight.iter_mut().for_each(|w| *w += 1.0);
+                Ok(Norm::Rms { weight, eps })
+            }
+            NormKind::LayerNorm => {
+                let bias = self.weights.vector(&format!("{name}.bias"), width)?;
+                Ok(Norm::Layer { weight, bias, eps })
+            }
+        }
+    }
+
+    /// An RMS norm of another width inside of attention.
+    fn inner_norm(&self, name: &str, width: usize) -> Result<Norm> {
+        let mut weight = self.weights.vector(&format!("{name}.weight"), width)?;
+        if self.config.norm == NormKind::RmsPlusOne {
+            weight.iter_mut().for_each(|w| *w += 1.0);
+        }
+        let eps = self.config.norm_eps as f32;
+        Ok(Norm::Rms { weight, eps })
+    }
+
+    /// Grouped-query attention of `layer`.
+    pub(crate) fn attention(&self, layer: usize) -> Result<Attention> {
+        let (config, attention) = (self.config, &self.config.attention);
+        let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}");
+        let (d, head_dim) = (config.hidden_size, config.head_dim);
+        let (q_dim, kv_dim) = (config.n_heads * head_dim, config.n_kv_heads * head_dim);
+        let linear = |part: &str, n_out: usize| {
+            self.weights
+                .linear(&name(part), [n_out, d], attention.qkv_bias)
+        };
+        let (q_norm, k_norm) = match attention.qk_norm {
+            QkNorm::None => (None, None),
+            QkNorm::PerHead => (Some(head_dim), Some(head_dim)),
+            QkNorm::WholeProjection => (Some(q_dim), Some(kv_dim)),
+        };
+        let norm = |part: &str, width: Option<usize>| {
+            width.map(|width| self.inner_norm(&name(part), width)).transpose()
+        };
+        let sinks = attention
+            .sinks
+            .then(|| self.weights.vector(&name("sinks"), config.n_heads));
+        Ok(Attention {
+            n_heads: config.n_heads,
+            n_kv_heads: config.n_kv_heads,
+            head_dim,
+            q_proj: linear("q_proj", q_dim)?,
+            k_proj: linear("k_proj", kv_dim)?,
+            v_proj: linear("v_proj", kv_dim)?,
+            o_proj: self
+                .weights
+                .linear(&name("o_proj"), [d, q_dim], attention.o_bias)?,
+            q_norm: norm("q_norm", q_norm)?,
+            k_norm: norm("k_norm", k_norm)?,
+            clip: attention.clip_qkv.map(|clip| clip as f32),
+            scale: attention.scale as f32,
+            sinks: sinks.transpose()?,
+            window: attention.windows[layer],
+        })
+    }
+
+    /// Multi-head latent attention of `layer`.
+    pub(crate) fn latent_attention(&self, layer: usize) -> Result<LatentAttention> {
+        let (config, attention) = (self.config, &self.config.attention);
+        let Some(mla) = attention.mla else {
+            return Err(EngineError::Configuration {
+                model_type: config.model_type.clone(),
+                problem: "it has no sizes of latent attention".to_owned(),
+            });
+        };
+        let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}");
+        let (d, n_heads, latent) = (config.hidden_size, config.n_heads, mla.kv_lora_rank);
+        let q_dim = n_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim);
+        let q = match mla.q_lora_rank {
+            None => QueryProjection::Direct(self.weights.linear(&name("q_proj"), [q_dim, d], false)?),
+            Some(rank) => QueryProjection::LowRank {
+                q_a_proj: self
+                    .weights
+                    .linear(&name("q_a_proj"), [rank, d], attention.qkv_bias)?,
+                q_a_norm: self.inner_norm(&name("q_a_layernorm"), rank)?,
+                q_b_proj: self.weights.linear(&name("q_b_proj"), [q_dim, rank], false)?,
+            },
+        };
+        let (k_b, v_b) = self.latent_heads(layer)?;
+        Ok(LatentAttention {
+            n_heads,
+            mla,
+            q,
+            kv_a_proj: self.weights.linear(
+                &name("kv_a_proj_with_mqa"),
+                [latent + mla.qk_rope_head_dim, d],
+                attention.qkv_bias,
+            )?,
+            kv_a_norm: self.inner_norm(&name("kv_a_layernorm"), latent)?,
+            k_b,
+            v_b,
+            o_proj: self.weights.linear(
+                &name("o_proj"),
+                [d, n_heads * mla.v_head_dim],
+                attention.o_bias,
+            )?,
+            scale: attention.scale as f32,
+        })
+    }
+
+    /// The two halves of the latent's expansion, per head: `[latent, nope]` and `[v, latent]`.
+    fn latent_heads(&self, layer: usize) -> Result<(Vec<Matrix>, Vec<Matrix>)> {
+        let Some(mla) = self.config.attention.mla else {
+            return Ok((Vec::new(), Vec::new()));
+        };
+        let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}.weight");
+        let (n_heads, latent) = (self.config.n_heads, mla.kv_lora_rank);
+        let (nope, v) = (mla.qk_nope_head_dim, mla.v_head_dim);
+        if mla.split_kv_b {
+            let k_b = self.weights.matrices(&name("k_b_proj"), [n_heads, latent, nope])?;
+            let v_b = self.weights.matrices(&name("v_b_proj"), [n_heads, v, latent])?;
+            return Ok((k_b, v_b));
+        }
+        let name = name("kv_b_proj");
+        let rows = n_heads * (nope + v);
+        let both = self.weights.stored(&name, &[rows, latent], [rows, latent])?;
+        let (mut k_b, mut v_b) = (Vec::new(), Vec::new());
+        for head in 0..n_heads {
+            let first = head * (nope + v);
+            let transposed = transpose(&both.rows(first..first + nope))
+                .map_err(|source| weight_error(&name, source))?;
+            k_b.push(self.weights.wanted(&name, transposed)?);
+            let values = both.rows(first + nope..first + nope + v);
+            v_b.push(self.weights.wanted(&name, values)?);
+        }
+        Ok((k_b, v_b))
+    }
+
+    /// The feed-forward whose tensors start with `prefix`.
+    pub(crate) fn feed_forward(
+        &self,
+        prefix: &str,
+        width: usize,
+        bias: bool,
+    ) -> Result<FeedForward> {
+        let d = self.config.hidden_size;
+        let linear =
+            |part: &str, shape| self.weights.linear(&format!("{prefix}.{part}"), shape, bias);
+        Ok(FeedForward {
+            gate_proj: linear("gate_proj", [width, d])?,
+            up_proj: linear("up_proj", [width, d])?,
+            down_proj: linear("down_proj", [d, width])?,
+            activation: self.config.activation,
+        })
+    }
+
+    /// The experts of `layer`, with their router and what they share.
+    pub(crate) fn moe(&self, layer: usize) -> Result<Moe> {
+        let moe = &self.config.moe;
+        let d = self.config.hidden_size;
+        let prefix = format!("model.layers.{layer}.mlp");
+        // Checking and quantising is most of the work of loading, and experts are most of the weights.
+        let mut slots: Vec<Option<Result<FeedForward>>> =
+            (0..moe.n_experts).map(|_| None).collect();
+        self.compute
+            .pool()
+            .for_each_chunk(&mut slots, 1, |expert, slot| {
+                let prefix = format!("{prefix}.experts.{expert}");
+                slot[0] =
+                    Some(self.feed_forward(&prefix, moe.intermediate_size, moe.expert_bias));
+            });
+        let experts: Result<Vec<FeedForward>> = slots.into_iter().flatten().collect();
+        let gate = self
+            .weights
+            .matrix_f32(&format!("{prefix}.gate.weight"), [moe.n_experts, d])?;
+        let bias = moe
+            .router_bias
+            .then(|| self.weights.vector(&format!("{prefix}.gate.bias"), moe.n_experts));
+        Ok(Moe {
+            gate: Linear {
+                weight: gate,
+                bias: bias.transpose()?,
+            },
+            policy: self.policy(layer)?,
+            experts: Experts::new(experts?),
+            shared: self.shared(&prefix)?,
+        })
+    }
+
+    fn shared(&self, prefix: &str) -> Result<Option<Shared>> {
+        let Some(shared) = self.config.moe.shared else {
+            return Ok(None);
+        };
+        let d = self.config.hidden_size;
+        let gate = shared.gated.then(|| {
+            let name = format!("{prefix}.shared_expert_gate.weight");
+            self.weights.values(&name, &[1, d])
+        });
+        let name = format!("{prefix}.shared_experts");
+        Ok(Some(Shared {
+            expert: self.feed_forward(&name, shared.intermediate_size, false)?,
+            gate: gate.transpose()?,
+        }))
+    }
+
+    fn policy(&self, layer: usize) -> Result<Box<dyn Policy>> {
+        let moe = &self.config.moe;
+        let fail = |source: RoutingError| EngineError::Routing {
+            layer,
+            position: 0,
+            source,
+        };
+        match moe.router {
+            RouterConfig::TopK { norm } => {
+                let policy = TopK::new(moe.n_experts, moe.top_k, norm).map_err(fail)?;
+                Ok(Box::new(policy))
+            }
+            RouterConfig::SparseMixer { eps } => {
+                let policy = SparseMixer::new(moe.n_experts, eps as f32).map_err(fail)?;
+                Ok(Box::new(policy))
+            }
+            RouterConfig::GroupLimited {
+                score,
+                n_groups,
+                keep_groups,
+                sum_of_best_two,
+                norm,
+                scale,
+                correction_bias,
+            } => {
+                let options = GroupLimitedOptions {
+                    n_experts: moe.n_experts,
+                    top_k: moe.top_k,
+                    n_groups,
+                    keep_groups,
+                    score: match score {
+                        Score::Softmax => ScoreFn::Softmax,
+                        Score::Sigmoid => ScoreFn::Sigmoid,
+                    },
+                    group_score: if sum_of_best_two {
+                        GroupScore::SumOfBestTwo
+                    } else {
+                        GroupScore::Max
+                    },
+                    norm_topk_prob: norm,
+                    scale: scale as f32,
+                };
+                let bias = correction_bias.then(|| {
+                    let name =
+                        format!("model.layers.{layer}.mlp.gate.e_score_correction_bias");
+                    self.weights.vector(&name, moe.n_experts)
+                });
+                let policy = GroupLimited::new(options, bias.transpose()?).map_err(fail)?;
+                Ok(Box::new(policy))
+            }
+        }
+    }
+}
+
+/// `[rows, cols]` to `[cols, rows]`, in f32 unless the values are bf16 or f16, which stay what they are.
+fn transpose(matrix: &Matrix) -> std::result::Result<Matrix, cadre_kernels::MatrixError> {
+    let (rows, cols) = (matrix.n_out(), matrix.n_in());
+    let mut values = vec![0.0; rows * cols];
+    let mut row = vec![0.0; cols];
+    for r in 0..rows {
+        matrix.row(r, &mut row);
+        for (c, value) in row.iter().enumerate() {
+            values[c * rows + r] = *value;
+        }
+    }
+    let transposed = Matrix::from_f32(cols, rows, values)?;
+    match matrix.format() {
+        format @ (cadre_kernels::Format::Bf16 | cadre_kernels::Format::F16) => {
+            transposed.to_format(format)
+        }
+        _ => Ok(transposed),
+    }
+}

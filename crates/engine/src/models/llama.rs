@@ -1,0 +1,12 @@
+//! Llama (also SmolLM): grouped-query attention and a dense SwiGLU.
+//!
+//! Source: Touvron et al., 2023, arXiv 2302.13971.
+
+use crate::builder::Builder;
+use crate::decoder::{Decoder, Layer};
+use crate::error::Result;
+
+/// Builds the model of a checkpoint whose tensor names and shapes have been checked.
+pub(crate) fn load(b: Builder<'_>) -> Result<Decoder> {
+    b.decoder(|b, layer| Layer::pre_norm(b, layer, b.grouped(layer)?, b.dense(layer)?))
+}

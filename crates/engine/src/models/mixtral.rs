@@ -1,0 +1,12 @@
+//! Mixtral: Llama whose feed-forward is a renormalised top-k of experts in every layer.
+//!
+//! Source: Mixtral of Experts, Jiang et al., 2024, arXiv 2401.04088.
+
+use crate::builder::Builder;
+use crate::decoder::{Decoder, Layer};
+use crate::error::Result;
+
+/// Builds the model of a checkpoint whose tensor names and shapes have been checked.
+pub(crate) fn load(b: Builder<'_>) -> Result<Decoder> {
+    b.decoder(|b, layer| Layer::pre_norm(b, layer, b.grouped(layer)?, b.experts_or_dense(layer)?))
+}

@@ -1,0 +1,12 @@
+//! Qwen3: as Llama, with a norm on every query and key head.
+//!
+//! Source: Qwen3 Technical Report, 2025, arXiv 2505.09388.
+
+use crate::builder::Builder;
+use crate::decoder::{Decoder, Layer};
+use crate::error::Result;
+
+/// Builds the model of a checkpoint whose tensor names and shapes have been checked.
+pub(crate) fn load(b: Builder<'_>) -> Result<Decoder> {
+    b.decoder(|b, layer| Layer::pre_norm(b, layer, b.grouped(layer)?, b.dense(layer)?))
+}
