@@ -2,9 +2,7 @@
 
 use cadre_checkpoint::{Checkpoint, ModelConfig, NormKind, QkNorm, RouterConfig, Score};
 use cadre_kernels::{Compute, Matrix};
-use cadre_routing::policies::{
-    GroupLimited, GroupLimitedOptions, GroupScore, ScoreFn, SparseMixer, TopK,
-};
+use cadre_routing::policies::{GroupLimited, GroupLimitedOptions, GroupScore, ScoreFn, TopK};
 use cadre_routing::{Policy, RoutingError};
 
 use crate::blocks::{
@@ -60,6 +58,12 @@ impl<'a> Builder<'a> {
         Ok(Norm::Rms { weight, eps })
     }
 
+    /// A norm of latent attention. The models were trained with this epsilon there, whatever `rms_norm_eps` says.
+    fn latent_norm(&self, name: &str, width: usize) -> Result<Norm> {
+        let weight = self.weights.vector(&format!("{name}.weight"), width)?;
+        Ok(Norm::Rms { weight, eps: 1e-6 })
+    }
+
     /// Grouped-query attention of `layer`.
     pub(crate) fn attention(&self, layer: usize) -> Result<Attention> {
         let (config, attention) = (self.config, &self.config.attention);
@@ -76,7 +80,9 @@ impl<'a> Builder<'a> {
             QkNorm::WholeProjection => (Some(q_dim), Some(kv_dim)),
         };
         let norm = |part: &str, width: Option<usize>| {
-            width.map(|width| self.inner_norm(&name(part), width)).transpose()
+            width
+                .map(|width| self.inner_norm(&name(part), width))
+                .transpose()
         };
         let sinks = attention
             .sinks
@@ -113,13 +119,17 @@ impl<'a> Builder<'a> {
         let (d, n_heads, latent) = (config.hidden_size, config.n_heads, mla.kv_lora_rank);
         let q_dim = n_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim);
         let q = match mla.q_lora_rank {
-            None => QueryProjection::Direct(self.weights.linear(&name("q_proj"), [q_dim, d], false)?),
+            None => {
+                QueryProjection::Direct(self.weights.linear(&name("q_proj"), [q_dim, d], false)?)
+            }
             Some(rank) => QueryProjection::LowRank {
                 q_a_proj: self
                     .weights
                     .linear(&name("q_a_proj"), [rank, d], attention.qkv_bias)?,
-                q_a_norm: self.inner_norm(&name("q_a_layernorm"), rank)?,
-                q_b_proj: self.weights.linear(&name("q_b_proj"), [q_dim, rank], false)?,
+                q_a_norm: self.latent_norm(&name("q_a_layernorm"), rank)?,
+                q_b_proj: self
+                    .weights
+                    .linear(&name("q_b_proj"), [q_dim, rank], false)?,
             },
         };
         let (k_b, v_b) = self.latent_heads(layer)?;
@@ -132,7 +142,7 @@ impl<'a> Builder<'a> {
                 [latent + mla.qk_rope_head_dim, d],
                 attention.qkv_bias,
             )?,
-            kv_a_norm: self.inner_norm(&name("kv_a_layernorm"), latent)?,
+            kv_a_norm: self.latent_norm(&name("kv_a_layernorm"), latent)?,
             k_b,
             v_b,
             o_proj: self.weights.linear(
@@ -153,13 +163,19 @@ impl<'a> Builder<'a> {
         let (n_heads, latent) = (self.config.n_heads, mla.kv_lora_rank);
         let (nope, v) = (mla.qk_nope_head_dim, mla.v_head_dim);
         if mla.split_kv_b {
-            let k_b = self.weights.matrices(&name("k_b_proj"), [n_heads, latent, nope])?;
-            let v_b = self.weights.matrices(&name("v_b_proj"), [n_heads, v, latent])?;
+            let k_b = self
+                .weights
+                .matrices(&name("k_b_proj"), [n_heads, latent, nope])?;
+            let v_b = self
+                .weights
+                .matrices(&name("v_b_proj"), [n_heads, v, latent])?;
             return Ok((k_b, v_b));
         }
         let name = name("kv_b_proj");
         let rows = n_heads * (nope + v);
-        let both = self.weights.stored(&name, &[rows, latent], [rows, latent])?;
+        let both = self
+            .weights
+            .stored(&name, &[rows, latent], [rows, latent])?;
         let (mut k_b, mut v_b) = (Vec::new(), Vec::new());
         for head in 0..n_heads {
             let first = head * (nope + v);
@@ -180,8 +196,10 @@ impl<'a> Builder<'a> {
         bias: bool,
     ) -> Result<FeedForward> {
         let d = self.config.hidden_size;
-        let linear =
-            |part: &str, shape| self.weights.linear(&format!("{prefix}.{part}"), shape, bias);
+        let linear = |part: &str, shape| {
+            self.weights
+                .linear(&format!("{prefix}.{part}"), shape, bias)
+        };
         Ok(FeedForward {
             gate_proj: linear("gate_proj", [width, d])?,
             up_proj: linear("up_proj", [width, d])?,
@@ -202,16 +220,16 @@ impl<'a> Builder<'a> {
             .pool()
             .for_each_chunk(&mut slots, 1, |expert, slot| {
                 let prefix = format!("{prefix}.experts.{expert}");
-                slot[0] =
-                    Some(self.feed_forward(&prefix, moe.intermediate_size, moe.expert_bias));
+                slot[0] = Some(self.feed_forward(&prefix, moe.intermediate_size, moe.expert_bias));
             });
         let experts: Result<Vec<FeedForward>> = slots.into_iter().flatten().collect();
         let gate = self
             .weights
             .matrix_f32(&format!("{prefix}.gate.weight"), [moe.n_experts, d])?;
-        let bias = moe
-            .router_bias
-            .then(|| self.weights.vector(&format!("{prefix}.gate.bias"), moe.n_experts));
+        let bias = moe.router_bias.then(|| {
+            self.weights
+                .vector(&format!("{prefix}.gate.bias"), moe.n_experts)
+        });
         Ok(Moe {
             gate: Linear {
                 weight: gate,
@@ -251,10 +269,10 @@ impl<'a> Builder<'a> {
                 let policy = TopK::new(moe.n_experts, moe.top_k, norm).map_err(fail)?;
                 Ok(Box::new(policy))
             }
-            RouterConfig::SparseMixer { eps } => {
-                let policy = SparseMixer::new(moe.n_experts, eps as f32).map_err(fail)?;
-                Ok(Box::new(policy))
-            }
+            RouterConfig::SparseMixer { .. } => Err(EngineError::Configuration {
+                model_type: self.config.model_type.clone(),
+                problem: "SparseMixer".to_owned(),
+            }),
             RouterConfig::GroupLimited {
                 score,
                 n_groups,
@@ -282,8 +300,7 @@ impl<'a> Builder<'a> {
                     scale: scale as f32,
                 };
                 let bias = correction_bias.then(|| {
-                    let name =
-                        format!("model.layers.{layer}.mlp.gate.e_score_correction_bias");
+                    let name = format!("model.layers.{layer}.mlp.gate.e_score_correction_bias");
                     self.weights.vector(&name, moe.n_experts)
                 });
                 let policy = GroupLimited::new(options, bias.transpose()?).map_err(fail)?;

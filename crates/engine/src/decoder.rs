@@ -138,7 +138,9 @@ impl Builder<'_> {
     pub(crate) fn dense(&self, layer: usize) -> Result<AnyFeedForward> {
         let prefix = format!("model.layers.{layer}.mlp");
         let width = self.config.intermediate_size;
-        Ok(AnyFeedForward::Dense(self.feed_forward(&prefix, width, false)?))
+        Ok(AnyFeedForward::Dense(
+            self.feed_forward(&prefix, width, false)?,
+        ))
     }
 
     /// Experts, or a dense feed-forward in the layers that have none.
@@ -151,13 +153,12 @@ impl Builder<'_> {
     }
 
     /// The whole decoder, with `layer` making one layer after the other.
-    pub(crate) fn decoder(
-        self,
-        layer: impl Fn(&Self, usize) -> Result<Layer>,
-    ) -> Result<Decoder> {
+    pub(crate) fn decoder(self, layer: impl Fn(&Self, usize) -> Result<Layer>) -> Result<Decoder> {
         let config = self.config;
         let (vocab, d) = (config.vocab_size, config.hidden_size);
-        let embed_tokens = self.weights.matrix("model.embed_tokens.weight", [vocab, d])?;
+        let embed_tokens = self
+            .weights
+            .matrix("model.embed_tokens.weight", [vocab, d])?;
         let linear = match config.tie_word_embeddings {
             true => None,
             false => Some(self.weights.linear("lm_head", [vocab, d], false)?),
@@ -346,7 +347,8 @@ impl Decoder {
         for (row, token) in scratch.hidden.chunks_exact_mut(d).zip(tokens) {
             self.embed_tokens.row(*token as usize, row);
             if self.embedding_scale != 1.0 {
-                row.iter_mut().for_each(|value| *value *= self.embedding_scale);
+                row.iter_mut()
+                    .for_each(|value| *value *= self.embedding_scale);
             }
         }
         for (rope, angles) in self.ropes.iter().zip(&mut scratch.angles) {
@@ -501,7 +503,9 @@ impl Head {
             crate::blocks::add_rows(logits, bias);
         }
         if self.logits_divisor != 1.0 {
-            logits.iter_mut().for_each(|logit| *logit /= self.logits_divisor);
+            logits
+                .iter_mut()
+                .for_each(|logit| *logit /= self.logits_divisor);
         }
     }
 }

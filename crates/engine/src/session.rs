@@ -79,7 +79,10 @@ impl SessionShape {
     fn attention_width(&self) -> usize {
         match &self.mla {
             Some(mla) => {
-                let per_head = mla.kv_lora_rank.max(mla.v_head_dim).max(mla.qk_nope_head_dim);
+                let per_head = mla
+                    .kv_lora_rank
+                    .max(mla.v_head_dim)
+                    .max(mla.qk_nope_head_dim);
                 self.n_heads * per_head
             }
             None => self.n_heads * self.kv.key_dim,

@@ -52,7 +52,9 @@ impl<'a> Weights<'a> {
     pub(crate) fn matrices(&self, name: &str, [n, n_out, n_in]: [usize; 3]) -> Result<Vec<Matrix>> {
         let all = self.stored(name, &[n, n_out, n_in], [n * n_out, n_in])?;
         let all = self.wanted(name, all)?;
-        Ok((0..n).map(|i| all.rows(i * n_out..(i + 1) * n_out)).collect())
+        Ok((0..n)
+            .map(|i| all.rows(i * n_out..(i + 1) * n_out))
+            .collect())
     }
 
     /// `{name}.weight`, and `{name}.bias` if there is to be one.

@@ -149,7 +149,7 @@ mod tests {
             limit: 2.0,
         };
         near(run(oai, [1.0], 0.5), sigmoid(1.5) * 1.5);
-        near(run(oai, [9.0], -9.0), 2.0 * sigmoid(3.0) * -1.0);
+        near(run(oai, [9.0], -9.0), -2.0 * sigmoid(3.0));
         assert!(run(oai, [f32::NAN], 1.0).is_nan());
     }
 }

@@ -110,7 +110,9 @@ impl LatentAttention {
         self.queries(step, angles, x_td, (scratch, matmul));
         self.store(step, angles, x_td, kv, (scratch, matmul));
         scratch.offsets.clear();
-        scratch.offsets.extend((0..=self.n_heads).map(|head| head * n));
+        scratch
+            .offsets
+            .extend((0..=self.n_heads).map(|head| head * n));
         let rows = self.n_heads * n;
         compute.grouped_matmul(
             self.n_heads,
@@ -205,17 +207,18 @@ impl LatentAttention {
         let mixed = &mut mixed[..self.n_heads * n * latent];
         let work = (step.position + n) * (2 * latent + rope);
         let kernels = step.compute.kernels();
-        step.compute.for_each_chunk(mixed, latent, work, |row, out| {
-            let query = Query {
-                on_keys: &q_rope[row * rope..][..rope],
-                on_values: Some(&q_latent[row * latent..][..latent]),
-                scale: self.scale,
-                sink: None,
-                head: 0,
-                from: 0,
-                to: step.position + row % n + 1,
-            };
-            attend(kernels, &query, kv, out);
-        });
+        step.compute
+            .for_each_chunk(mixed, latent, work, |row, out| {
+                let query = Query {
+                    on_keys: &q_rope[row * rope..][..rope],
+                    on_values: Some(&q_latent[row * latent..][..latent]),
+                    scale: self.scale,
+                    sink: None,
+                    head: 0,
+                    from: 0,
+                    to: step.position + row % n + 1,
+                };
+                attend(kernels, &query, kv, out);
+            });
     }
 }

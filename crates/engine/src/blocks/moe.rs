@@ -70,7 +70,14 @@ impl MoeScratch {
             groups: Groups::with_capacity(n_pairs, shape.n_experts),
             x_pd: vec![0.0; n_pairs * shape.d_model],
             y_pd: vec![0.0; n_pairs * shape.d_model],
-            shared_td: vec![0.0; if shape.d_shared > 0 { chunk * shape.d_model } else { 0 }],
+            shared_td: vec![
+                0.0;
+                if shape.d_shared > 0 {
+                    chunk * shape.d_model
+                } else {
+                    0
+                }
+            ],
             norms: Vec::new(),
             ffn: FeedForwardScratch::new(inner),
             largest_input: inner.max(n_pairs * shape.d_model),
@@ -86,7 +93,10 @@ impl MoeScratch {
 impl Moe {
     /// Bytes of the router and all experts.
     pub(crate) fn n_bytes(&self) -> usize {
-        let shared = self.shared.as_ref().map_or(0, |shared| shared.expert.n_bytes());
+        let shared = self
+            .shared
+            .as_ref()
+            .map_or(0, |shared| shared.expert.n_bytes());
         self.gate.n_bytes() + self.experts.n_bytes() + shared
     }
 
@@ -127,6 +137,10 @@ impl Moe {
         self.experts
             .forward(step.compute, rows, y_pd, (ffn, matmul));
         combine(step.compute, routing, groups, y_pd, out_td);
+        if let Some(shared) = &self.shared {
+            let shared_td = &mut shared_td[..x_td.len()];
+            shared.add(step.compute, (x_td, shared_td), out_td, (ffn, matmul));
+        }
 
         norms.clear();
         if observer.wants_norms() {
@@ -288,7 +302,7 @@ mod tests {
     use cadre_testkit::{Random, assert_close};
 
     use super::*;
-        use crate::model::NoObserver;
+    use crate::model::NoObserver;
 
     /// Keeps what it is told.
     #[derive(Default)]
@@ -430,7 +444,7 @@ mod tests {
             n_experts: 6,
             max_picks: 2,
             d_expert: 40,
-                d_shared: 0,
+            d_shared: 0,
         };
         let moe = random_moe(&shape, true);
         let x_td = Random::new(2).values(50 * shape.d_model, 1.0);
@@ -448,7 +462,7 @@ mod tests {
             n_experts: 4,
             max_picks: 2,
             d_expert: 8,
-                d_shared: 0,
+            d_shared: 0,
         };
         let moe = random_moe(&shape, true);
         let x_td = Random::new(3).values(5 * shape.d_model, 1.0);

@@ -120,7 +120,10 @@ mod tests {
         let config = RopeConfig::plain(100.0, 4);
         let mut head = [1.0, 0.0, 0.0, 1.0];
         rotated(&config, 2, &mut head);
-        assert_near(&head, &[2f32.cos(), -0.2f32.sin(), 2f32.sin(), 0.2f32.cos()]);
+        assert_near(
+            &head,
+            &[2f32.cos(), -0.2f32.sin(), 2f32.sin(), 0.2f32.cos()],
+        );
     }
 
     #[test]
@@ -131,7 +134,14 @@ mod tests {
         };
         let mut head = [1.0, 0.0, 0.0, 1.0, 7.0, 8.0];
         rotated(&config, 2, &mut head);
-        let expected = [2f32.cos(), 2f32.sin(), -0.2f32.sin(), 0.2f32.cos(), 7.0, 8.0];
+        let expected = [
+            2f32.cos(),
+            2f32.sin(),
+            -0.2f32.sin(),
+            0.2f32.cos(),
+            7.0,
+            8.0,
+        ];
         assert_near(&head, &expected);
     }
 

@@ -112,7 +112,10 @@ mod tests {
             }
             let on_keys = [1.5f32, 0.5, -1.0];
             let score = |j| {
-                let products = row(j, 1.0).into_iter().zip(on_keys).map(|(a, b)| f64::from(a * b));
+                let products = row(j, 1.0)
+                    .into_iter()
+                    .zip(on_keys)
+                    .map(|(a, b)| f64::from(a * b));
                 products.sum::<f64>() / 3f64.sqrt()
             };
             let weight = |j: usize| if j < from { 0.0 } else { score(j).exp() };
