@@ -3,7 +3,7 @@
     PY="$(bash bench/peers/llama.sh)"
     "$PY" golden/make/llama_logits.py logits     MODEL.gguf --tokens 1,2,3 [--tokens ..]  > logits.json
     "$PY" golden/make/llama_logits.py greedy     MODEL.gguf --text "Once upon" -n 64      > tokens.json
-    "$PY" golden/make/llama_logits.py perplexity MODEL.gguf --file text.txt --context 512
+    "$PY" golden/make/llama_logits.py perplexity MODEL.gguf --file recipes/data/sample.jsonl --context 512
 
 Everything goes through llama.cpp's C interface as llama-cpp-python ships it. By default: keys and values in f32, no flash
 attention, one thread, full-size window caches. --default-cache takes llama.cpp's own defaults instead (f16 keys and
@@ -125,19 +125,30 @@ class Model:
             row = self.forward(ids[-1:])[-1]
         return ids, gap
 
-    def perplexity(self, tokens):
-        """exp of the mean negative log likelihood: chunks of n_ctx tokens, each read afresh, its first token not scored."""
+    def perplexity(self, documents, window):
+        """(perplexity, predictions) over lists of tokens, cut as `cadre eval perplexity` cuts them.
+
+        Every token but the first of a document is predicted once, from the tokens before it in its window; windows of
+        `window` tokens follow each other without overlap, and the last token of one predicts the first of the next.
+        """
         loss, count = 0.0, 0
-        for start in range(0, len(tokens), self.n_ctx):
-            chunk = tokens[start : start + self.n_ctx]
-            if len(chunk) < 2:
-                break
-            rows = self.logits(chunk)[:-1].astype(np.float64)
-            top = rows.max(-1, keepdims=True)
-            total = np.log(np.exp(rows - top).sum(-1)) + top[:, 0]
-            loss += float((total - rows[np.arange(len(rows)), chunk[1:]]).sum())
-            count += len(rows)
+        for tokens in documents:
+            for start in range(0, len(tokens) - 1, window):
+                targets = tokens[start + 1 : start + window + 1]
+                rows = self.logits(tokens[start : start + len(targets)]).astype(np.float64)
+                top = rows.max(-1, keepdims=True)
+                total = np.log(np.exp(rows - top).sum(-1)) + top[:, 0]
+                loss += float((total - rows[np.arange(len(rows)), targets]).sum())
+                count += len(rows)
         return math.exp(loss / count), count
+
+
+def read_documents(path):
+    """The texts of a file: the `text` fields of JSON lines, or the file as a whole."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
+    return [text]
 
 
 def main():
@@ -156,8 +167,8 @@ def main():
     lists = [[int(token) for token in tokens.split(",")] for tokens in args.tokens]
     lists += [model.tokenize(text) for text in args.text]
     if args.what == "perplexity":
-        tokens = model.tokenize(args.file.read_text(encoding="utf-8")) if args.file else lists[0]
-        value, count = model.perplexity(tokens)
+        texts = read_documents(args.file) if args.file else []
+        value, count = model.perplexity(lists + [model.tokenize(text) for text in texts], args.context)
         json.dump({"perplexity": value, "tokens": count}, sys.stdout)
     elif args.what == "greedy":
         json.dump([{"tokens": tokens, "next": model.greedy(tokens, args.n)[0]} for tokens in lists], sys.stdout)

@@ -1,0 +1,210 @@
+"""Cadre next to llama.cpp: the files that `cadre convert` writes, and real models.
+
+    cargo build --release
+    PY="$(bash bench/peers/llama.sh)"
+    "$PY" bench/peers/parity_llama.py convert [--only mixtral]           # every folder of golden/, through llama.cpp
+    "$PY" bench/peers/parity_llama.py real "$(bash recipes/data/smollm2.sh)" [more GGUF files]
+
+convert: `cadre convert -m FOLDER -o FILE --dtype f32` for every checkpoint folder of golden/; llama.cpp reads the file (f32
+keys and values, no flash attention, one thread), and its logits are compared with those that transformers computed from
+the folder (expected.json). A row is right when the largest difference is under 1e-4 of the largest logit, or when
+ON_PURPOSE names why llama.cpp differs there. Exit code 3 when a row is not right, 1 when nothing could be compared.
+
+real: for each file, logits of PROMPTS, 64 greedy tokens after each, and the perplexity of recipes/data/sample.jsonl in
+windows of 512, by `cadre logits`, `cadre run` and `cadre eval` and by llama.cpp, once by its defaults and once with f32
+keys and values. Exit code 3 when a perplexity differs by more than 0.5 %. Continuations are reported as the number of
+tokens that agree before the first difference, together with the gap between llama.cpp's two largest logits there: llama.cpp
+rounds inputs to eight bits, and where its own two settings part, nobody can follow both.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "golden" / "make"))
+
+from llama_logits import Model, read_documents  # noqa: E402
+
+TOLERANCE = 1e-4
+GELU_TOLERANCE = 1e-3
+WINDOW = 512
+COUNT = 64
+TEXT = ROOT / "recipes" / "data" / "sample.jsonl"
+
+NO_WINDOW = "llama.cpp knows no sliding window for this architecture"
+ROUTER = "llama.cpp has softmax for SparseMixer and RMS norms for layer norms"
+ON_PURPOSE = {
+    "deepseek_v2/groups": "llama.cpp ranks groups by their two best experts",
+    "deepseek_v2/lite": "llama.cpp reads a model without q_lora only if it has 26 or 27 layers",
+    "deepseek_v3/mtp": "llama.cpp takes mscale_all_dim for mscale",
+    "deepseek_v3/no_q_lora": "llama.cpp reads a model without q_lora only if it has 26 or 27 layers",
+    "gemma3_text/layer_types": "llama.cpp takes every sixth layer as full",
+    "gemma3_text/pattern_v4": "llama.cpp takes every sixth layer as full",
+    "gpt_oss/bf16": "llama.cpp truncates yarn's range",
+    "gpt_oss/mxfp4": "llama.cpp rounds the inputs of MXFP4 matrices",
+    "llama/yarn_v4": "llama.cpp ignores yarn's attention factor and betas",
+    "mixtral/window": NO_WINDOW,
+    "olmoe/bias": "llama.cpp has no biases here",
+    "phimoe/jitter_001": ROUTER,
+    "phimoe/longrope": ROUTER,
+    "phimoe/longrope_long": ROUTER,
+    "phimoe/plain": ROUTER,
+    "phimoe/runtime_window": ROUTER,
+    "qwen2/window": NO_WINDOW,
+    "qwen2_moe/window": NO_WINDOW,
+    "qwen3/bias": "llama.cpp has no biases here",
+    "qwen3/window": NO_WINDOW,
+    "qwen3_moe/raw_topk": "llama.cpp always renormalises",
+    "qwen3_moe/runtime_window": NO_WINDOW + " and no biases",
+    "qwen3_moe/top1": "llama.cpp always renormalises",
+}
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time there was a small house at the edge of the forest, and in it lived",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return ",
+    "Water boils at 100 degrees Celsius because",
+    "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,",
+    "Es war einmal ein König, der hatte drei Töchter. Die jüngste",
+    "The mitochondria is the powerhouse of the cell. It",
+    "In 1969, the first humans",
+    "SELECT name, age FROM users WHERE",
+    "Photosynthesis is the process by which",
+]
+
+
+def cadre(binary, *arguments):
+    """Runs the program; its standard output."""
+    done = subprocess.run([binary, *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise ValueError(f"cadre {arguments[0]}: {lines[0] if lines else done.returncode}")
+    return done.stdout
+
+
+def difference(got, want):
+    """(largest difference relative to the largest logit, share of positions with the same best token)."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.abs(got - want).max() / np.abs(want).max()), float((got.argmax(-1) == want.argmax(-1)).mean())
+
+
+def folders(only):
+    """Checkpoint folders of golden/, as MODEL_TYPE/VARIANT."""
+    for expected in sorted((ROOT / "golden").glob("*/*/expected.json")):
+        manifest = json.loads((expected.parent.parent / "MANIFEST.json").read_text(encoding="utf-8"))
+        name = f"{expected.parent.parent.name}/{expected.parent.name}"
+        if manifest["script"] == "golden/make/checkpoints.py" and (only is None or only in name):
+            yield name, expected.parent
+
+
+def one_conversion(binary, name, folder, scratch):
+    """One row of the table and whether it is right; None for the verdict where nothing was compared."""
+    out = scratch / "converted.gguf"
+    out.unlink(missing_ok=True)
+    try:
+        cadre(binary, "convert", "-m", folder, "-o", out, "--dtype", "f32")
+        model = Model(out)
+    except ValueError as error:
+        return f"| {name} | - | - | {ON_PURPOSE.get(name, '')} {str(error).splitlines()[0][:140]} |", name in ON_PURPOSE
+    worst, best_token = 0.0, []
+    for case in json.loads((folder / "expected.json").read_text(encoding="utf-8"))["cases"]:
+        far, same = difference(model.logits(case["tokens"]), case["logits"])
+        worst = max(worst, far)
+        best_token.append(same)
+    model.close()
+    limit = GELU_TOLERANCE if name.startswith("gemma3") else TOLERANCE
+    note = "" if worst <= limit else ON_PURPOSE.get(name, "WRONG")
+    return f"| {name} | {worst:.1e} | {min(best_token):.0%} | {note} |", note != "WRONG"
+
+
+def convert(args):
+    """Compares llama.cpp on Cadre's files with transformers. Returns the exit code."""
+    print("| checkpoint | difference | same best token | |\n|---|---|---|---|")
+    verdicts = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, folder in folders(args.only):
+            row, right = one_conversion(args.cadre, name, folder, Path(scratch))
+            print(row, flush=True)
+            verdicts.append(right)
+    print(f"\n{sum(verdicts)} of {len(verdicts)} are right")
+    return 1 if not verdicts else 0 if all(verdicts) else 3
+
+
+def agreement(ours, theirs):
+    """Number of leading tokens in common."""
+    common = min(len(ours), len(theirs))
+    return next((i for i in range(common) if ours[i] != theirs[i]), common)
+
+
+def one_prompt(args, path, text, ways):
+    """One row: logits and continuations of one prompt."""
+    answer = json.loads(
+        cadre(args.cadre, "run", "-m", path, "-p", text, "-n", COUNT, "--temp", 0, "-o", "json", "-t", args.threads)
+    )
+    tokens = answer["prompt_tokens"]
+    if tokens != (theirs := ways["default"].tokenize(text, special=True)):
+        return f"| {text[:30]!r} | tokens differ: {tokens} and {theirs} | | | |"
+    listed = ",".join(map(str, tokens))
+    logits = json.loads(cadre(args.cadre, "logits", "-m", path, "--tokens", listed, "-o", "json"))["logits"]
+    cells = [f"{difference(logits, way.logits(tokens))[0]:.1e}" for way in ways.values()]
+    found = {name: way.greedy(tokens, COUNT)[0] for name, way in ways.items()}
+    gap = "-"
+    common = agreement(answer["tokens"], found["default"])
+    if common < len(answer["tokens"]):
+        row = ways["default"].logits(tokens + found["default"][:common])[-1]
+        second, first = np.partition(row, -2)[-2:]
+        gap = f"{first - second:.3f}"
+    cells += [str(agreement(answer["tokens"], ids)) for ids in found.values()]
+    cells += [str(agreement(found["default"], found["f32 cache"])), gap]
+    return f"| {text[:30]!r} | {' | '.join(cells)} |"
+
+
+def real(args):
+    """Compares real models. Returns the exit code."""
+    code = 0
+    for path in args.models:
+        ways = {"default": Model(path, WINDOW, default_cache=True, threads=args.threads)}
+        ways["f32 cache"] = Model(path, WINDOW, threads=args.threads)
+        print(f"\n{path.name}\n")
+        print("| prompt | logits, default | logits, f32 cache | tokens, default | tokens, f32 cache | llama.cpp's own two "
+              "| gap there |\n|---|---|---|---|---|---|---|")  # fmt: skip
+        for text in PROMPTS:
+            print(one_prompt(args, path, text, ways), flush=True)
+        ours = json.loads(
+            cadre(args.cadre, "eval", "perplexity", "-m", path, "--data", TEXT, "-c", WINDOW, "-o", "json")
+        )["perplexity"]
+        documents = [ways["default"].tokenize(text, special=True) for text in read_documents(TEXT)]
+        for name, way in ways.items():
+            theirs, count = way.perplexity(documents, WINDOW)
+            off = abs(ours / theirs - 1)
+            print(f"\nperplexity, {name}: Cadre {ours:.4f}, llama.cpp {theirs:.4f} over {count} tokens: {off:.3%} apart")
+            code = code if off <= 0.005 else 3
+        for way in ways.values():
+            way.close()
+    return code
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cadre", type=Path, default=ROOT / "target" / "release" / "cadre", help="the program")
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("convert", help="every folder of golden/ through `cadre convert`")
+    one.add_argument("--only", help="only folders whose name contains this")
+    one.set_defaults(run=convert)
+    two = commands.add_parser("real", help="real models")
+    two.add_argument("models", type=Path, nargs="+")
+    two.add_argument("--threads", type=int, default=2)
+    two.set_defaults(run=real)
+    args = parser.parse_args()
+    if not args.cadre.is_file():
+        sys.exit(f"parity_llama.py: {args.cadre} does not exist; build it with `cargo build --release`, or give --cadre")
+    sys.exit(args.run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Makes golden/smollm2/: what llama.cpp continues and scores with a real model, SmolLM2-135M-Instruct in Q4_1.
+
+    PY="$(bash bench/peers/llama.sh)" && "$PY" golden/make/smollm2.py "$(bash recipes/data/smollm2.sh)"
+
+expected.json
+    prompts      text, token ids, `next`: the 64 ids that llama.cpp picks greedily (end tokens are not heeded), and `gap`,
+                 the smallest difference between its two largest logits on the way, over its three ways to compute
+    perplexity   of recipes/data/sample.jsonl, in windows of 512 tokens (cut as `cadre eval perplexity` cuts them)
+
+llama.cpp computes in three ways here: by its defaults (16-bit keys and values, flash attention); with keys and values in
+f32; and those with all weights decoded to f32, so that inputs are not rounded to eight bits either. On open text these
+three part within 64 tokens more often than not: the rounding of inputs moves logits by a hundredth, and a small model is
+often that undecided. So CANDIDATES are texts whose continuation is clear, and a prompt is taken, in their order, if all
+three ways continue it alike with a gap of at least MIN_GAP. MANIFEST.json says how many were passed over. Perplexity is
+given for all three ways.
+"""
+
+import hashlib
+import sys
+import tempfile
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import numpy as np
+from llama_logits import Model, read_documents
+
+from common import ROOT, fail, write_json
+
+OUT = ROOT / "golden" / "smollm2"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+TEXT = ROOT / "recipes" / "data" / "sample.jsonl"
+WINDOW = 512
+COUNT = 64
+WANTED = 10
+MIN_GAP = 0.1
+
+
+def again(text, start):
+    """A text twice, and the start of a third time."""
+    return f"{text}\n\n{text}\n\n{start}"
+
+
+CANDIDATES = [
+    "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,",
+    again(
+        "It was a bright cold day in April, and the clocks were striking. The harbour lay still under a thin mist, and "
+        "the fishermen were mending their nets along the wall, talking of nothing but the price of herring and the long "
+        "winter that would not end. A boy ran past with a loaf under his arm.",
+        "It was a bright",
+    ),
+    again(
+        "Mein Vater war ein Kaufmann, und wir lebten in einer kleinen Stadt am Fluss. Im Sommer badeten wir, im Winter "
+        "liefen wir auf dem Eis, und am Sonntag kamen die Verwandten zum Essen und blieben bis in die Nacht.",
+        "Mein Vater war",
+    ),
+    again(
+        "def clamp(value, low, high):\n    if low > high:\n        raise ValueError('low is above high')\n    if value < low:\n"
+        "        return low\n    if value > high:\n        return high\n    return value",
+        "def clamp(",
+    ),
+    again(
+        "SELECT customers.name, SUM(orders.total) AS spent FROM customers JOIN orders ON orders.customer_id = "
+        "customers.id WHERE orders.year = 2021 GROUP BY customers.name ORDER BY spent DESC LIMIT 10;",
+        "SELECT customers",
+    ),
+    "a b c d e f g h i j k l m n o p q r s t u v w x y z a b c d e f g h i j k l m n o p q r s t u v w x y z a b c d",
+    "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, Monday, Tuesday, Wednesday, Thursday, Friday, "
+    "Saturday, Sunday, Monday,",
+    again(
+        "Ingredients: two cups of flour, one teaspoon of salt, three eggs, half a cup of warm milk, a little butter and "
+        "a pinch of nutmeg. Mix the flour and the salt, beat the eggs into the milk, and stir until smooth.",
+        "Ingredients: two",
+    ),
+    again(
+        "| city | country | river |\n|---|---|---|\n| Paris | France | Seine |\n| London | England | Thames |\n| Vienna | "
+        "Austria | Danube |\n| Cairo | Egypt | Nile |",
+        "| city | country",
+    ),
+    again(
+        "{\"name\": \"valve\", \"id\": 4711, \"tags\": [\"brass\", \"half-inch\"], \"stock\": {\"north\": 12, \"south\": 0}, "
+        "\"price\": 3.75, \"active\": true}",
+        "{\"name\":",
+    ),
+    again(
+        "January has thirty-one days, February has twenty-eight, March has thirty-one, April has thirty, May has "
+        "thirty-one, June has thirty, July and August have thirty-one each, and September has thirty.",
+        "January has",
+    ),
+    again(
+        "fn gcd(mut a: u64, mut b: u64) -> u64 {\n    while b != 0 {\n        let r = a % b;\n        a = b;\n        b = r;\n"
+        "    }\n    a\n}",
+        "fn gcd(",
+    ),
+    again(
+        "The committee met at nine. Present were the chairman, the treasurer, and four members; two had sent their "
+        "apologies. The minutes of the last meeting were read and approved without a change.",
+        "The committee met",
+    ),
+    "2 x 1 = 2\n2 x 2 = 4\n2 x 3 = 6\n2 x 4 = 8\n2 x 5 = 10\n2 x 6 =",
+    again(
+        "\u65e5\u672c\u8a9e \u043f\u0440\u0438\u0432\u0435\u0442 na\u00efve caf\u00e9 \u03b1\u03b2\u03b3 \U0001f600 3.14159 -- "
+        "\u00abquoted\u00bb \u4e2d\u6587",
+        "\u65e5\u672c",
+    ),
+    again(
+        "<ul>\n  <li><a href=\"/one\">One</a></li>\n  <li><a href=\"/two\">Two</a></li>\n  <li><a href=\"/three\">Three</a></li>\n</ul>",
+        "<ul>\n  <li>",
+    ),
+    again(
+        "Dear Madam, thank you for your letter of the third. We regret that the parcel was late and have sent another "
+        "by express; it should reach you on Thursday. Please keep the first one, should it arrive after all.",
+        "Dear Madam,",
+    ),
+    "100, 99, 98, 97, 96, 95, 94, 93, 92, 91, 90, 89, 88, 87,",
+    again(
+        "use std::collections::HashMap;\n\nfn count_words(text: &str) -> HashMap<String, usize> {\n    let mut counts = "
+        "HashMap::new();\n    for word in text.split_whitespace() {\n        let word = word.to_lowercase();\n        "
+        "*counts.entry(word).or_insert(0) += 1;\n    }\n    counts\n}\n\nfn main() {\n    let counts = count_words(\"a b a\");\n"
+        "    println!(\"{counts:?}\");\n}",
+        "use std::collections",
+    ),
+    again(
+        "The old bridge was built of grey stone brought down the river on flat boats, and it took eleven summers to "
+        "finish. Three masons are named in the town's accounts; a fourth, who cut the lions at the southern end, was "
+        "paid in wine and never wrote his name. In spring the water stands as high as the second arch.",
+        "The old bridge",
+    ),
+    again(
+        "El viejo molino estaba al final del camino, detrás de los olivos. Mi abuela decía que allí vivía un gato que "
+        "sabía leer, y que por la noche se sentaba junto a la ventana con un libro abierto y una vela encendida.",
+        "El viejo molino",
+    ),
+]
+
+
+def decoded(path, out):
+    """A copy of a GGUF file with every weight in f32."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            kind = field.types[0]
+            writer.add_key_value(key, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+    for tensor in reader.tensors:
+        weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, weights.reshape(tuple(reversed(tensor.shape.tolist()))).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def agreed(models):
+    """The first prompts that every model continues alike with a clear gap, and how many were passed over."""
+    prompts, passed = [], 0
+    for text in CANDIDATES:
+        tokens = models[0].tokenize(text, special=True)
+        answers = [model.greedy(tokens, COUNT) for model in models]
+        gap = min(gap for _, gap in answers)
+        if any(ids != answers[0][0] for ids, _ in answers) or gap < MIN_GAP:
+            passed += 1
+            print(f"passed over (gap {gap:.3f}): {text[:40]!r}", flush=True)
+            continue
+        prompts.append({"text": text, "tokens": tokens, "next": answers[0][0], "gap": float(f"{gap:.3g}")})
+        print(f"{len(prompts)}: gap {gap:.3f} {text[:40]!r}", flush=True)
+        if len(prompts) == WANTED:
+            return prompts, passed
+    fail(f"only {len(prompts)} of the candidates are continued alike")
+
+
+def main():
+    if len(sys.argv) != 2:
+        fail("give the model file: smollm2.py MODEL.gguf")
+    path = Path(sys.argv[1])
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != SHA256:
+        fail(f"{path} is not the pinned model; fetch it with recipes/data/smollm2.sh")
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch) / "decoded.gguf"
+        decoded(path, plain)
+        ways = {
+            "default": Model(path, WINDOW, default_cache=True),
+            "f32_cache": Model(path, WINDOW),
+            "f32_weights": Model(plain, WINDOW),
+        }
+        prompts, passed = agreed(list(ways.values()))
+        documents = [ways["default"].tokenize(text) for text in read_documents(TEXT)]
+        perplexity = {}
+        for name, model in ways.items():
+            value, count = model.perplexity(documents, WINDOW)
+            perplexity[name] = float(f"{value:.7g}")
+            print(f"perplexity {name}: {value:.5f} over {count}", flush=True)
+    scores = {"file": "recipes/data/sample.jsonl", "window": WINDOW, "tokens": count, **perplexity}
+    write_json(OUT / "expected.json", {"prompts": prompts, "perplexity": scores})
+    manifest = {
+        "script": "golden/make/smollm2.py",
+        "requirements": "golden/make/requirements-llama.txt",
+        "llama_cpp_python": llama_cpp.__version__,
+        "model": {"file": path.name, "sha256": SHA256, "fetch": "recipes/data/smollm2.sh"},
+        "prompts_passed_over": passed,
+    }
+    write_json(OUT / "MANIFEST.json", manifest)
+
+
+if __name__ == "__main__":
+    main()
