@@ -1,8 +1,6 @@
 """Makes golden/gguf/: small GGUF files as the gguf Python package writes them, and what is in them.
 
-    python3 -m venv .cache/venv/llama
-    .cache/venv/llama/bin/pip install gguf==0.19.0
-    .cache/venv/llama/bin/python golden/make/gguf_files.py
+    PY="$(bash bench/peers/llama.sh)" && "$PY" golden/make/gguf_files.py
 
 (Not called gguf.py, which would be imported in place of the package.)
 

@@ -14,6 +14,9 @@ pub(crate) struct Keys {
 /// Largest size of anything; the product of two of them still fits.
 const MAX_SIZE: usize = 1 << 31;
 
+/// Most layers of a model; every layer costs memory before its tensors are seen. The deepest known has 126.
+pub(crate) const MAX_LAYERS: usize = 1 << 12;
+
 impl Keys {
     pub(crate) fn parse(file: String, text: &str) -> Result<Self> {
         let value: Value = serde_json::from_str(text).map_err(|source| CheckpointError::Json {
@@ -83,6 +86,16 @@ impl Keys {
 
     pub(crate) fn size(&self, key: &str) -> Result<usize> {
         self.as_size(key, self.need(key)?)
+    }
+
+    /// A number of layers.
+    pub(crate) fn layers(&self, key: &str) -> Result<usize> {
+        let n_layers = self.size(key)?;
+        if n_layers > MAX_LAYERS {
+            let problem = format!("is {n_layers}, expected at most {MAX_LAYERS}");
+            return Err(self.problem(key, problem));
+        }
+        Ok(n_layers)
     }
 
     pub(crate) fn size_or(&self, key: &str, default: usize) -> Result<usize> {

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cadre_checkpoint::gguf::{Array, Gguf, GgufPlan, GgufWriter, TensorPlan, Value, WriteOptions};
-use cadre_checkpoint::read_safetensors;
+use cadre_checkpoint::{ModelConfig, read_safetensors};
 use cadre_kernels::Format;
 use cadre_testkit::golden_dir;
 use proptest::prelude::*;
+use serde_json::{Value as Json, json};
 
 thread_local! {
     /// Bytes that this thread has allocated in all, freed or not.
@@ -79,6 +80,10 @@ fn exhaust_safetensors(bytes: &Bytes) -> bool {
         assert_eq!(tensor.dtype.n_bytes(n_values), Some(tensor.bytes.len()));
     }
     true
+}
+
+fn exhaust_config(bytes: &Bytes) -> bool {
+    std::str::from_utf8(bytes).is_ok_and(|text| ModelConfig::parse("m", text, None).is_ok())
 }
 
 /// A reader that is fed with hostile bytes.
@@ -203,6 +208,70 @@ proptest! {
         assert!(exhaust_safetensors(&bytes.clone().into()));
         damages.iter().for_each(|damage| apply(&mut bytes, damage));
         check(exhaust_safetensors, bytes);
+    }
+}
+
+/// Values that no key expects, or none larger.
+fn hostile_json() -> impl Strategy<Value = Json> {
+    prop_oneof![
+        Just(Json::Null),
+        Just(json!(true)),
+        Just(json!("")),
+        Just(json!("yarn")),
+        Just(json!([])),
+        Just(json!({})),
+        Just(json!([u64::MAX, -1, 0])),
+        Just(json!(1e308)),
+        Just(json!(1e-320)),
+        Just(json!(-1)),
+        (0..64u32).prop_map(|shift| json!(1u64 << shift)),
+        Just(json!(u64::MAX)),
+        (0..9u64).prop_map(|small| json!(small)),
+    ]
+}
+
+/// Every golden config.json.
+fn configs() -> Vec<Json> {
+    let folders = |path: &Path| -> Vec<_> {
+        let entries = std::fs::read_dir(path)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        entries.filter(|path| path.is_dir()).collect()
+    };
+    let mut files: Vec<_> = folders(&golden_dir())
+        .iter()
+        .flat_map(|path| folders(path))
+        .collect();
+    files.sort();
+    let texts = files
+        .iter()
+        .filter_map(|path| std::fs::read(path.join("config.json")).ok());
+    texts
+        .map(|text| serde_json::from_slice(&text).unwrap())
+        .collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// All golden configurations with up to three keys, at the top or one level down, given other values.
+    #[test]
+    fn damaged_config(changes in prop::collection::vec((any::<prop::sample::Index>(), hostile_json()), 1..4)) {
+        for mut config in configs() {
+            for (at, value) in &changes {
+                let mut slots: Vec<&mut Json> = Vec::new();
+                for slot in config.as_object_mut().unwrap().values_mut() {
+                    if slot.as_object().is_some_and(|inner| !inner.is_empty()) {
+                        slots.extend(slot.as_object_mut().unwrap().values_mut());
+                    } else {
+                        slots.push(slot);
+                    }
+                }
+                let at = at.index(slots.len());
+                *slots[at] = value.clone();
+            }
+            check(exhaust_config, config.to_string().into_bytes());
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use super::value::{Array, Value};
 use super::{Gguf, ValueType};
 use crate::error::{CheckpointError, Result};
+use crate::keys::MAX_LAYERS;
 
 /// What a getter found instead of what it wanted.
 type Found<T> = std::result::Result<T, String>;
@@ -60,6 +61,18 @@ impl Gguf {
             let fits = value.as_integer().and_then(|v| u32::try_from(v).ok());
             fits.ok_or_else(|| unlike(value, "an integer from 0 to 2^32 - 1"))
         })
+    }
+
+    /// A number of layers: positive and not absurd, since every layer costs memory before its tensors are seen.
+    ///
+    /// # Errors
+    /// The key is missing, or is no such number.
+    pub fn layers(&self, key: &str) -> Result<usize> {
+        let n_layers = self.size(key)?;
+        if !(1..=MAX_LAYERS).contains(&n_layers) {
+            return Err(self.key_error(key, format!("is {n_layers}, expected 1 to {MAX_LAYERS}")));
+        }
+        Ok(n_layers)
     }
 
     /// A finite number.
@@ -235,6 +248,12 @@ fn per_layer<T: Clone>(
     n_layers: usize,
     convert: impl Fn(&Value) -> Found<T>,
 ) -> Found<Vec<T>> {
+    // The number of layers comes from the file, too.
+    if n_layers > MAX_LAYERS {
+        return Err(format!(
+            "is for {n_layers} layers, expected at most {MAX_LAYERS}"
+        ));
+    }
     let Value::Array(array) = value else {
         return Ok(vec![convert(value)?; n_layers]);
     };

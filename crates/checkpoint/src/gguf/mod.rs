@@ -406,6 +406,11 @@ mod tests {
                 .unwrap_err(),
         );
         assert!(error.contains("one for each of the 3 layers"), "{error}");
+        assert!(
+            gguf.sizes_per_layer("olmoe.block_count", usize::MAX)
+                .is_err()
+        );
+        assert_eq!(gguf.layers("olmoe.block_count").unwrap(), 2);
         let error = text(gguf.text("tokenizer.ggml.tokens").unwrap_err());
         assert!(
             error.contains("[text; 2] (array), expected text"),

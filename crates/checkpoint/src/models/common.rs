@@ -38,7 +38,7 @@ pub(super) fn base(keys: &Keys) -> Result<ModelConfig> {
     refuse_quantization(keys)?;
     let n_heads = keys.size("num_attention_heads")?;
     let hidden_size = keys.size("hidden_size")?;
-    let n_layers = keys.size("num_hidden_layers")?;
+    let n_layers = keys.layers("num_hidden_layers")?;
     let head_dim = keys.size_or("head_dim", (hidden_size / n_heads).max(1))?;
     Ok(ModelConfig {
         model_type: keys.text("model_type")?.to_owned(),
