@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{CheckpointError, Result};
+use crate::gguf::Gguf;
 use crate::text::{
     ChatFiles, ChatTemplates, StopFiles, StopToken, Tokenizer, special_token, stop_token_ids,
 };
@@ -23,11 +24,14 @@ pub struct ChatSide {
 
 impl Checkpoint {
     /// What the checkpoint says about chatting, from `chat_template.jinja`, `tokenizer_config.json`
-    /// and wherever stop tokens are named. All of it may be absent.
+    /// (of a GGUF file: from its metadata) and wherever stop tokens are named. All of it may be absent.
     ///
     /// # Errors
     /// A file that cannot be read, or does not say it as transformers does.
     pub fn chat(&self, tokenizer: &Tokenizer) -> Result<ChatSide> {
+        if let Some(gguf) = self.gguf() {
+            return self.gguf_chat(gguf, tokenizer);
+        }
         let tokenizer_config = self.json("tokenizer_config.json")?;
         let templates = ChatTemplates::from_files(&ChatFiles {
             origin: self.origin(),
@@ -50,6 +54,29 @@ impl Checkpoint {
             bos_token: token("bos_token"),
             eos_token: token("eos_token"),
             stop_tokens,
+        })
+    }
+
+    fn gguf_chat(&self, gguf: &Gguf, tokenizer: &Tokenizer) -> Result<ChatSide> {
+        let vocab = self.vocab(gguf)?;
+        let texts = gguf
+            .entries()
+            .iter()
+            .filter_map(|(key, value)| match value {
+                crate::gguf::Value::Text(text) => Some((key.as_str(), text.as_str())),
+                _ => None,
+            });
+        let token = |id: Option<u32>| id.map(|id| tokenizer.token_str(id).into_owned());
+        Ok(ChatSide {
+            templates: ChatTemplates::from_gguf(self.origin(), texts),
+            bos_token: token(vocab.bos),
+            eos_token: token(vocab.eos),
+            stop_tokens: stop_token_ids(&StopFiles {
+                origin: self.origin(),
+                gguf: Some(&vocab),
+                tokenizer: Some(tokenizer),
+                ..StopFiles::default()
+            })?,
         })
     }
 

@@ -10,10 +10,12 @@ use crate::Dtype;
 use crate::config::ModelConfig;
 use crate::digest;
 use crate::error::{CheckpointError, Result};
+use crate::gguf::Gguf;
+use crate::gguf_models;
 use crate::map::map_file;
 use crate::shards::Shards;
 use crate::tensors::{BlockScales, Entry, Tensors};
-use crate::text::Tokenizer;
+use crate::text::{GgufVocab, Tokenizer};
 
 /// File names and contents of a checkpoint that is part of the program.
 pub type EmbeddedFiles = &'static [(&'static str, &'static [u8])];
@@ -22,6 +24,7 @@ pub type EmbeddedFiles = &'static [(&'static str, &'static [u8])];
 enum Source {
     Folder(PathBuf),
     Embedded(EmbeddedFiles),
+    Gguf(Box<Gguf>),
 }
 
 /// An open checkpoint. Tensors stay on disk (mapped) until they are asked for.
@@ -100,13 +103,23 @@ impl TensorView<'_> {
 }
 
 impl Checkpoint {
-    /// Opens a Hugging Face folder: `config.json`, safetensors (single or sharded), and lazily
-    /// `tokenizer.json`. Only headers are read; tensor data is mapped, so the files must not be
-    /// truncated by others while the checkpoint is in use.
+    /// Opens a Hugging Face folder (`config.json`, safetensors, single or sharded, and lazily
+    /// `tokenizer.json`) or a `.gguf` file (any part of a split one). Only headers are read; tensor
+    /// data is mapped, so the files must not be truncated by others while the checkpoint is in use.
+    ///
+    /// A folder is computed as transformers does, a GGUF file as llama.cpp does; they differ for
+    /// some architectures, such as in how picked experts are weighted.
     ///
     /// # Errors
-    /// A path that is not such a folder, a configuration that is not understood, or damaged files.
+    /// A path that is neither, a configuration that is not understood, or damaged files.
     pub fn open(path: &Path) -> Result<Self> {
+        if path.is_file()
+            && path
+                .extension()
+                .is_some_and(|extension| extension == "gguf")
+        {
+            return Self::from_gguf(Gguf::open(path)?);
+        }
         check_folder(path)?;
         Self::load(path.display().to_string(), Source::Folder(path.to_owned()))
     }
@@ -139,6 +152,34 @@ impl Checkpoint {
             tensors,
             digest: OnceLock::new(),
         })
+    }
+
+    /// A checkpoint of an open GGUF file.
+    ///
+    /// # Errors
+    /// An architecture or key that is not known, or tensors that do not belong to it.
+    pub fn from_gguf(gguf: Gguf) -> Result<Self> {
+        let config = gguf_models::read_config(&gguf)?;
+        let tensors =
+            gguf_models::canonical_tensors(gguf_models::architecture(&gguf)?, &config, &gguf)?;
+        let origin = gguf.origin().to_owned();
+        tracing::debug!(%origin, n_tensors = tensors.map.len(), "opened checkpoint");
+        Ok(Self {
+            origin,
+            source: Source::Gguf(Box::new(gguf)),
+            config,
+            tensors,
+            digest: OnceLock::new(),
+        })
+    }
+
+    /// The GGUF file behind the checkpoint, if it is one.
+    #[must_use]
+    pub fn gguf(&self) -> Option<&Gguf> {
+        match &self.source {
+            Source::Gguf(gguf) => Some(gguf),
+            _ => None,
+        }
     }
 
     /// The configuration, dialects resolved.
@@ -326,12 +367,28 @@ impl Checkpoint {
     /// The tokenizer of the checkpoint.
     ///
     /// # Errors
-    /// There is no `tokenizer.json`, or it does not parse.
+    /// There is no `tokenizer.json` or vocabulary, or it is not understood.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
+        if let Some(gguf) = self.gguf() {
+            return Tokenizer::from_gguf_vocab(&self.vocab(gguf)?);
+        }
         Tokenizer::from_json(
             &format!("{}/tokenizer.json", self.origin),
             &self.tokenizer_json()?,
         )
+    }
+
+    /// The vocabulary of a GGUF file; files made without one say so.
+    pub(crate) fn vocab(&self, gguf: &Gguf) -> Result<GgufVocab> {
+        const KEY: &str = "tokenizer.ggml.model";
+        match gguf.text_opt(KEY)? {
+            None | Some("none" | "no_vocab") => Err(CheckpointError::MissingFile {
+                origin: self.origin.clone(),
+                file: format!("vocabulary ({KEY})"),
+                hint: "text goes in and out only with one; use token ids".to_owned(),
+            }),
+            Some(_) => GgufVocab::read(gguf),
+        }
     }
 
     /// The text of another file of the checkpoint, such as `profile.json`, if it is there.
@@ -363,6 +420,7 @@ impl Source {
     fn text(&self, origin: &str, name: &str) -> Result<Option<String>> {
         let bytes = match self {
             Self::Embedded(files) => find(files, name).map(<[u8]>::to_vec),
+            Self::Gguf(_) => None,
             Self::Folder(folder) => {
                 let path = folder.join(name);
                 match std::fs::read(&path) {
@@ -384,6 +442,7 @@ impl Source {
     fn blob(&self, name: &str) -> Result<Option<Bytes>> {
         match self {
             Self::Embedded(files) => Ok(find(files, name).map(Bytes::from_static)),
+            Self::Gguf(_) => Ok(None),
             Self::Folder(folder) => {
                 let path = folder.join(name);
                 if path.is_file() {
@@ -428,8 +487,9 @@ fn check_folder(path: &Path) -> Result<()> {
         .and_then(|extension| extension.to_str())
         .unwrap_or("");
     let hint = match extension {
-        "gguf" => "GGUF files are not read yet; pass a Hugging Face folder".to_owned(),
-        _ => "pass the folder that holds config.json and model.safetensors".to_owned(),
+        "safetensors" | "json" => "pass the folder that holds it".to_owned(),
+        _ => "pass a .gguf file, or the folder that holds config.json and model.safetensors"
+            .to_owned(),
     };
     Err(CheckpointError::NotAFolder {
         path: path.to_owned(),

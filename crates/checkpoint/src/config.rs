@@ -74,6 +74,16 @@ pub enum NormKind {
     RmsPlusOne,
     /// `(x - mean(x)) / std(x) * weight + bias`.
     LayerNorm,
+    /// `x / rms(x) * weight + bias` (what llama.cpp computes for PhiMoE).
+    RmsWithBias,
+}
+
+impl NormKind {
+    /// Whether norms have a bias.
+    #[must_use]
+    pub fn has_bias(self) -> bool {
+        matches!(self, Self::LayerNorm | Self::RmsWithBias)
+    }
 }
 
 /// Norms on queries and keys, before the rotary positions.

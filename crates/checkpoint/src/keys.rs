@@ -12,7 +12,7 @@ pub(crate) struct Keys {
 }
 
 /// Largest size of anything; the product of two of them still fits.
-const MAX_SIZE: usize = 1 << 31;
+pub(crate) const MAX_SIZE: usize = 1 << 31;
 
 /// Most layers of a model; every layer costs memory before its tensors are seen. The deepest known has 126.
 pub(crate) const MAX_LAYERS: usize = 1 << 12;

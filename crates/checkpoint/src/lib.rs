@@ -17,6 +17,7 @@ mod dtype;
 mod error;
 mod generation;
 pub mod gguf;
+mod gguf_models;
 mod keys;
 mod map;
 mod models;

@@ -3,7 +3,7 @@
 //! Canonical names are those of the per-expert Hugging Face layout that most MoE checkpoints use; `crate::names`
 //! translates the others. Linear weights are `[out, in]`.
 
-use crate::config::{ModelConfig, NormKind, QkNorm, RouterConfig};
+use crate::config::{ModelConfig, QkNorm, RouterConfig};
 
 /// Names and shapes of exactly the tensors of a model, layer by layer.
 #[must_use]
@@ -47,7 +47,7 @@ impl Specs<'_> {
     fn norm(&mut self, name: &str) {
         let hidden = self.config.hidden_size;
         self.push(&format!("{name}.weight"), &[hidden]);
-        if self.config.norm == NormKind::LayerNorm {
+        if self.config.norm.has_bias() {
             self.push(&format!("{name}.bias"), &[hidden]);
         }
     }
