@@ -136,6 +136,12 @@ pub struct MlaConfig {
     pub split_kv_b: bool,
 }
 
+impl MlaConfig {
+    /// Added to the mean square in the norms of the compressed queries, keys and values: a constant in transformers
+    /// (`DeepseekV2RMSNorm(rank)`), whatever `rms_norm_eps` says.
+    pub const NORM_EPS: f64 = 1e-6;
+}
+
 /// What is applied between the products of a feed-forward.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Activation {
@@ -283,15 +289,15 @@ impl ModelConfig {
     pub fn parse(origin: &str, config: &str, generation: Option<&str>) -> Result<Self> {
         let keys = Keys::parse(format!("{origin}/config.json"), config)?;
         let keys = keys.inner("text_config")?;
-        let architecture = models::by_model_type(&keys)?;
-        let mut parsed = (architecture.from_json)(&keys)?;
+        let file = keys.file.clone();
+        let mut parsed = models::read(keys)?;
         if let Some(text) = generation {
             let keys = Keys::parse(format!("{origin}/generation_config.json"), text)?;
             parsed.eos_token_ids.extend(keys.ids("eos_token_id")?);
         }
         parsed.eos_token_ids.sort_unstable();
         parsed.eos_token_ids.dedup();
-        parsed.check(&keys.file)?;
+        parsed.check(&file)?;
         Ok(parsed)
     }
 

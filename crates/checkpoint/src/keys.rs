@@ -103,6 +103,14 @@ impl Keys {
             .map_or(Ok(default), |value| self.as_size(key, value))
     }
 
+    /// As [`Keys::size_or`], where 0 is allowed too.
+    pub(crate) fn count_or(&self, key: &str, default: usize) -> Result<usize> {
+        match self.get(key) {
+            Some(value) if value.as_u64() == Some(0) => Ok(0),
+            _ => self.size_or(key, default),
+        }
+    }
+
     /// A size under any of several spellings, the first being the usual one; those that are there must agree.
     pub(crate) fn size_of(&self, spellings: &[&str]) -> Result<usize> {
         let found = || {
@@ -174,9 +182,45 @@ impl Keys {
         }
     }
 
-    /// The object under `key` where there is one (multimodal wrappers), this one otherwise.
+    /// The object under `key` where there is one (multimodal wrappers), this one otherwise. What wrappers keep outside,
+    /// although it is about the language model too, is taken along.
     pub(crate) fn inner(self, key: &str) -> Result<Self> {
-        Ok(self.object(key)?.unwrap_or(self))
+        const OUTSIDE: [&str; 8] = [
+            "model_type",
+            "dtype",
+            "torch_dtype",
+            "quantization_config",
+            "tie_word_embeddings",
+            "eos_token_id",
+            "bos_token_id",
+            "pad_token_id",
+        ];
+        let Some(mut inner) = self.object(key)? else {
+            return Ok(self);
+        };
+        for key in OUTSIDE {
+            if let Some(value) = self.get(key)
+                && inner.get(key).is_none()
+            {
+                inner.map.insert(key.to_owned(), value.clone());
+            }
+        }
+        Ok(inner)
+    }
+
+    /// Fills in the keys of the object `defaults` that are absent. A `null` is there and stays.
+    pub(crate) fn or_defaults(mut self, defaults: &Value) -> Self {
+        let theta = |value: &Value| value.get("rope_theta").is_some();
+        let nested = ["rope_parameters", "rope_scaling"];
+        let has_theta = nested
+            .iter()
+            .any(|key| self.map.get(*key).is_some_and(theta));
+        for (key, value) in defaults.as_object().into_iter().flatten() {
+            if !(self.map.contains_key(key) || key == "rope_theta" && has_theta) {
+                self.map.insert(key.clone(), value.clone());
+            }
+        }
+        self
     }
 
     /// Refuses `key` unless it is absent or has one of the values that are implemented.

@@ -112,6 +112,12 @@ impl RopeConfig {
             Some(map) => RopeScaling::from_json(keys, map)?,
             None => RopeScaling::None,
         };
+        if let Some(v4) = keys.object("rope_scaling")?
+            && RopeScaling::from_json(keys, &v4)? != scaling
+        {
+            let problem = "does not say the same as rope_parameters".to_owned();
+            return Err(keys.problem("rope_scaling", problem));
+        }
         Ok(Self {
             theta,
             dim,
@@ -247,7 +253,8 @@ impl RopeScaling {
         (1.0 - smooth) * frequency / factor + smooth * frequency
     }
 
-    fn from_json(keys: &Keys, map: &Keys) -> Result<Self> {
+    /// Reads the object `map`; `keys` is the whole file.
+    pub(crate) fn from_json(keys: &Keys, map: &Keys) -> Result<Self> {
         let kind = match map.get("rope_type").or_else(|| map.get("type")) {
             None => "default",
             Some(value) => value.as_str().ok_or_else(|| {
@@ -280,6 +287,11 @@ impl RopeScaling {
 fn original(keys: &Keys, map: &Keys) -> Result<f64> {
     const KEY: &str = "original_max_position_embeddings";
     if map.get(KEY).is_some() {
+        // Implementations disagree on which of the two wins.
+        if keys.get(KEY).is_some() && keys.number(KEY)? != map.number(KEY)? {
+            let problem = format!("is {}, another value than {KEY} inside", keys.number(KEY)?);
+            return Err(keys.problem(KEY, problem));
+        }
         return map.positive(KEY);
     }
     if keys.get(KEY).is_some() {
@@ -289,7 +301,7 @@ fn original(keys: &Keys, map: &Keys) -> Result<f64> {
 }
 
 /// The published scale of attention for a stretched context.
-fn mscale(factor: f64, mscale: f64) -> f64 {
+pub(crate) fn mscale(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 {
         1.0
     } else {
@@ -345,7 +357,7 @@ fn long_rope(keys: &Keys, map: &Keys) -> Result<RopeScaling> {
     })
 }
 
-/// The nested object of either spelling; both may be there when they agree on the type.
+/// The nested object of either spelling; both may be there when they say the same.
 fn rope_map(keys: &Keys) -> Result<Option<Keys>> {
     match keys.object("rope_parameters")? {
         Some(map) => Ok(Some(map)),
@@ -354,12 +366,13 @@ fn rope_map(keys: &Keys) -> Result<Option<Keys>> {
 }
 
 fn rope_theta(keys: &Keys) -> Result<f64> {
-    let nested = keys
-        .get("rope_parameters")
-        .and_then(|value| value.get("rope_theta"));
+    let nested = ["rope_parameters", "rope_scaling"]
+        .into_iter()
+        .find_map(|key| keys.get(key)?.get("rope_theta"));
     match (nested, keys.get("rope_theta")) {
         (Some(nested), Some(flat)) if nested.as_f64() != flat.as_f64() => {
-            let problem = format!("is {flat}, but rope_parameters.rope_theta is {nested}");
+            let problem =
+                format!("is {flat}, but inside of rope_parameters or rope_scaling it is {nested}");
             Err(keys.problem("rope_theta", problem))
         }
         (Some(value), _) | (None, Some(value)) => value

@@ -30,12 +30,36 @@ const TOP_K: &[&str] = &[
 
 /// A dense model with plain grouped-query attention, from the shared keys. Architectures change what differs.
 pub(super) fn base(keys: &Keys) -> Result<ModelConfig> {
-    keys.only(
-        "hidden_act",
-        &[json!("silu")],
-        "only silu is implemented here",
-    )?;
+    silu(keys)?;
+    let config = shared(keys, |head_dim| RopeConfig::from_json(keys, head_dim))?;
+    if config.rope.dim != config.head_dim {
+        let value = json!(config.rope.dim as f64 / config.head_dim as f64);
+        let reason = "this architecture rotates whole heads";
+        return Err(keys.unsupported("partial_rotary_factor", &value, reason));
+    }
+    Ok(config)
+}
+
+/// Refuses activations other than SiLU.
+pub(super) fn silu(keys: &Keys) -> Result<()> {
+    let silu = [json!("silu"), json!("swish")];
+    keys.only("hidden_act", &silu, "only silu is implemented here")
+}
+
+/// As [`base`], for architectures with other activations or their own way to say how they rotate a head.
+pub(super) fn shared(
+    keys: &Keys,
+    rope: impl FnOnce(usize) -> Result<RopeConfig>,
+) -> Result<ModelConfig> {
     refuse_quantization(keys)?;
+    for key in [
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "attention_chunk_size",
+        "use_bidirectional_attention",
+    ] {
+        keys.only(key, &[json!(false)], "not implemented")?;
+    }
     let n_heads = keys.size("num_attention_heads")?;
     let hidden_size = keys.size("hidden_size")?;
     let n_layers = keys.layers("num_hidden_layers")?;
@@ -55,7 +79,7 @@ pub(super) fn base(keys: &Keys) -> Result<ModelConfig> {
         n_kv_heads: keys.size_or("num_key_value_heads", n_heads)?,
         head_dim,
         attention: attention(head_dim, n_layers),
-        rope: RopeConfig::from_json(keys, head_dim)?,
+        rope: rope(head_dim)?,
         local_rope: None,
         intermediate_size: keys.size("intermediate_size")?,
         activation: Activation::Silu,
@@ -93,6 +117,13 @@ pub(super) fn moe(keys: &Keys, n_layers: usize, width: &str) -> Result<MoeConfig
     })
 }
 
+/// Biases on all four projections of attention, or on none, as `attention_bias` says.
+pub(super) fn attention_bias(keys: &Keys, config: &mut ModelConfig, default: bool) -> Result<()> {
+    let bias = keys.flag_or("attention_bias", default)?;
+    (config.attention.qkv_bias, config.attention.o_bias) = (bias, bias);
+    Ok(())
+}
+
 /// The layers with experts of the Qwen family: those that `decoder_sparse_step` hits and `mlp_only_layers` spares.
 pub(super) fn qwen_moe_layers(keys: &Keys, n_layers: usize) -> Result<Vec<usize>> {
     let step = keys.size_or("decoder_sparse_step", 1)?;
@@ -113,14 +144,14 @@ pub(super) fn put_qwen_moe_layers(config: &ModelConfig, map: &mut Map<String, Va
     map.insert("mlp_only_layers".into(), json!(dense));
 }
 
-/// The window of every layer. With `layer_types`, those that are `sliding_attention` have `sliding_window`; without,
+/// The window of every layer. With `layer_types`, those that are `sliding_attention` have `window`; without,
 /// `default(layer)` says which do.
 pub(super) fn windows(
     keys: &Keys,
     n_layers: usize,
+    window: Option<usize>,
     default: impl Fn(usize) -> bool,
 ) -> Result<Vec<Option<usize>>> {
-    let window = keys.size_maybe("sliding_window")?;
     let Some(types) = keys.texts("layer_types")? else {
         let of = |layer| window.filter(|_| default(layer));
         return Ok((0..n_layers).map(of).collect());
@@ -132,8 +163,9 @@ pub(super) fn windows(
     let of = |kind: &String| match kind.as_str() {
         "full_attention" => Ok(None),
         "sliding_attention" => window.map(Some).ok_or_else(|| {
-            let problem = "is missing, and layer_types asks for it".to_owned();
-            keys.problem("sliding_window", problem)
+            let problem =
+                "asks for sliding_attention, but sliding_window is missing or switched off";
+            keys.problem("layer_types", problem.to_owned())
         }),
         other => Err(keys.unsupported(
             "layer_types",
@@ -142,6 +174,50 @@ pub(super) fn windows(
         )),
     };
     types[..n_layers].iter().map(of).collect()
+}
+
+/// `sliding_window` where `use_sliding_window` switches it on, as in the Qwen family.
+pub(super) fn switched_window(keys: &Keys) -> Result<Option<usize>> {
+    if keys.flag_or("use_sliding_window", false)? {
+        keys.size_maybe("sliding_window")
+    } else {
+        Ok(None)
+    }
+}
+
+/// Refuses windows where the architecture has none: transformers would ignore the keys, other readers would not.
+pub(super) fn no_windows(keys: &Keys, config: &ModelConfig) -> Result<()> {
+    let reason = "this architecture has no sliding windows; remove the key if it is a leftover";
+    keys.only("sliding_window", &[], reason)?;
+    windows(keys, config.n_layers, None, |_| false).map(drop)
+}
+
+/// `layer_types`, `sliding_window` and, for older readers, the switches around it.
+pub(super) fn put_windows(config: &ModelConfig, map: &mut Map<String, Value>) {
+    let windows = &config.attention.windows;
+    let window = windows.iter().flatten().next();
+    let kind = |window: &Option<usize>| match window {
+        None => "full_attention",
+        Some(_) => "sliding_attention",
+    };
+    let types: Vec<_> = windows.iter().map(kind).collect();
+    let first = windows.iter().position(Option::is_some);
+    put(
+        map,
+        [
+            ("layer_types", json!(types)),
+            ("max_window_layers", json!(first.unwrap_or(config.n_layers))),
+            ("sliding_window", json!(window)),
+            ("use_sliding_window", json!(window.is_some())),
+        ],
+    );
+}
+
+/// Sets several keys.
+pub(super) fn put<const N: usize>(map: &mut Map<String, Value>, entries: [(&str, Value); N]) {
+    for (key, value) in entries {
+        map.insert(key.to_owned(), value);
+    }
 }
 
 /// Quantised safetensors that are read: the tensors themselves carry their formats.
@@ -165,7 +241,11 @@ pub(super) fn to_json(
     class: &str,
     dtype: Dtype,
 ) -> Result<Map<String, Value>> {
-    let rope = rope_json(&config.rope)?;
+    let mut rope = rope_json(&config.rope)?;
+    let partial = partial_rotary_factor(config);
+    if let (Some(factor), Some(rope)) = (partial, rope.as_object_mut()) {
+        rope.insert("partial_rotary_factor".to_owned(), json!(factor));
+    }
     let torch = dtype.torch_name();
     let value = json!({
         "architectures": [class],
@@ -193,10 +273,28 @@ pub(super) fn to_json(
         "use_cache": true,
         "vocab_size": config.vocab_size,
     });
-    match value {
-        Value::Object(map) => Ok(map),
-        _ => Ok(Map::new()),
+    let Value::Object(mut map) = value else {
+        return Ok(Map::new());
+    };
+    if let Some(factor) = partial {
+        map.insert("partial_rotary_factor".to_owned(), json!(factor));
     }
+    Ok(map)
+}
+
+/// The part of a head that is rotated, where it is not the whole: readers multiply it by `head_dim` and round down.
+fn partial_rotary_factor(config: &ModelConfig) -> Option<f64> {
+    let (dim, head_dim) = (config.rope.dim, config.head_dim);
+    if dim == head_dim || config.attention.mla.is_some() {
+        return None;
+    }
+    let factor = dim as f64 / head_dim as f64;
+    let rounded = (head_dim as f64 * factor) as usize;
+    Some(if rounded < dim {
+        factor.next_up()
+    } else {
+        factor
+    })
 }
 
 /// `rope_parameters` of transformers 5; `rope_scaling` of version 4 reads the same keys.
@@ -239,6 +337,7 @@ pub(super) fn rope_json(rope: &RopeConfig) -> Result<Value> {
             "rope_theta": theta, "rope_type": "longrope", "short_factor": short,
             "long_factor": long, "original_max_position_embeddings": original,
             "short_mscale": short_mscale, "long_mscale": long_mscale,
+            "attention_factor": (short_mscale == long_mscale).then_some(short_mscale),
         }),
         RopeScaling::Factors(_) => {
             return Err(CheckpointError::Unsupported {

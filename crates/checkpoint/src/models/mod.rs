@@ -1,6 +1,20 @@
 //! Every architecture: how its `config.json` becomes a [`ModelConfig`] and back. One file and one line each.
 
 mod common;
+mod deepseek_v2;
+mod deepseek_v3;
+mod gemma3_text;
+mod glm4_moe;
+mod gpt_oss;
+mod granitemoe;
+mod latent;
+mod llama;
+mod mixtral;
+mod olmoe;
+mod phimoe;
+mod qwen2;
+mod qwen2_moe;
+mod qwen3;
 mod qwen3_moe;
 
 use serde_json::{Map, Value, json};
@@ -16,27 +30,51 @@ pub(crate) struct Architecture {
     pub(crate) model_type: &'static str,
     /// `architectures[0]` of Hugging Face.
     class: &'static str,
+    /// What absent keys mean, as the configuration class of transformers says. Sizes that every file states are left out:
+    /// better an error than a guess.
+    defaults: fn() -> Value,
     /// Reads `config.json`; refuses every key that would change the result and is not implemented.
-    pub(crate) from_json: fn(&Keys) -> Result<ModelConfig>,
+    from_json: fn(&Keys) -> Result<ModelConfig>,
     /// The keys of `config.json` beyond those that [`common::to_json`] writes.
     to_json: fn(&ModelConfig, &mut Map<String, Value>),
 }
 
 /// Every architecture that Cadre reads.
-const ARCHITECTURES: &[Architecture] = &[qwen3_moe::ARCHITECTURE];
+const ARCHITECTURES: &[Architecture] = &[
+    deepseek_v2::ARCHITECTURE,
+    deepseek_v3::ARCHITECTURE,
+    gemma3_text::ARCHITECTURE,
+    glm4_moe::ARCHITECTURE,
+    gpt_oss::ARCHITECTURE,
+    granitemoe::ARCHITECTURE,
+    llama::ARCHITECTURE,
+    mixtral::ARCHITECTURE,
+    olmoe::ARCHITECTURE,
+    phimoe::ARCHITECTURE,
+    qwen2::ARCHITECTURE,
+    qwen2_moe::ARCHITECTURE,
+    qwen3::ARCHITECTURE,
+    qwen3_moe::ARCHITECTURE,
+];
+
+/// Other names of architectures: wrappers around their text part.
+const ALIASES: &[(&str, &str)] = &[("gemma3", "gemma3_text")];
 
 /// Names of all architectures.
 pub(crate) fn known() -> Vec<&'static str> {
     ARCHITECTURES.iter().map(|a| a.model_type).collect()
 }
 
-/// The architecture that `config.json` names.
-pub(crate) fn by_model_type(keys: &Keys) -> Result<&'static Architecture> {
+/// Reads `config.json` by the rules of the architecture that it names.
+pub(crate) fn read(keys: Keys) -> Result<ModelConfig> {
     let name = keys.text("model_type")?;
-    find(name).ok_or_else(|| {
+    let architecture = find(name).ok_or_else(|| {
         let known = format!("known model types: {}", known().join(", "));
         keys.unsupported("model_type", &json!(name), &known)
-    })
+    })?;
+    let mut config = (architecture.from_json)(&keys.or_defaults(&(architecture.defaults)()))?;
+    config.model_type = architecture.model_type.to_owned();
+    Ok(config)
 }
 
 /// The architecture of a configuration that is already in memory.
@@ -50,6 +88,8 @@ pub(crate) fn get(model_type: &str) -> Result<&'static Architecture> {
 }
 
 fn find(name: &str) -> Option<&'static Architecture> {
+    let alias = ALIASES.iter().find(|(alias, _)| *alias == name);
+    let name = alias.map_or(name, |(_, name)| *name);
     ARCHITECTURES.iter().find(|a| a.model_type == name)
 }
 
@@ -59,5 +99,34 @@ impl Architecture {
         let mut map = common::to_json(config, self.class, dtype)?;
         (self.to_json)(config, &mut map);
         Ok(Value::Object(map))
+    }
+}
+
+#[cfg(test)]
+pub(super) mod testing {
+    //! What the tests of all architectures share.
+
+    use serde_json::Value;
+
+    use crate::config::ModelConfig;
+    use crate::error::Result;
+
+    /// Parses `base` with `edits` merged in; `null` stays `null`.
+    pub(crate) fn parse(base: &Value, edits: Value) -> Result<ModelConfig> {
+        let mut config = base.clone();
+        for (key, value) in edits.as_object().into_iter().flatten() {
+            config[key] = value.clone();
+        }
+        ModelConfig::parse("m", &config.to_string(), None)
+    }
+
+    /// Each of `cases` must be refused with an error that names its first key.
+    pub(crate) fn assert_refused(base: &Value, cases: &[Value]) {
+        assert!(parse(base, Value::Null).is_ok(), "{base}");
+        for edits in cases {
+            let key = edits.as_object().unwrap().keys().next().unwrap();
+            let text = parse(base, edits.clone()).unwrap_err().to_string();
+            assert!(text.contains(key.as_str()), "{edits}: {text}");
+        }
     }
 }
