@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::policies::{
     DenseToSparse, ExpertChoice, GroupLimited, GroupLimitedOptions, GroupScore, NullExperts,
-    ScoreFn, Stage, Switch, TopK, TopP,
+    ScoreFn, SparseMixer, Stage, Switch, TopK, TopP,
 };
 use crate::{Policy, RoutingError};
 
@@ -40,6 +40,8 @@ pub struct PolicyOptions {
     pub temperature: f32,
     /// Smallest gate value that the dense-to-sparse gate lets through.
     pub threshold: f32,
+    /// Half the relative width of the threshold of SparseMixer.
+    pub eps: f32,
     /// Stage of the dense-to-sparse gate.
     pub stage: Stage,
 }
@@ -61,6 +63,7 @@ impl Default for PolicyOptions {
             scale: 1.0,
             temperature: 1.0,
             threshold: 1e-3,
+            eps: 0.01,
             stage: Stage::Soft,
         }
     }
@@ -80,6 +83,9 @@ const POLICIES: &[(&str, Build)] = &[
         Ok(Box::new(NullExperts::new(o.n_experts, o.n_null, o.top_k)?))
     }),
     ("group_limited", group_limited),
+    ("sparse_mixer", |o| {
+        Ok(Box::new(SparseMixer::new(o.n_experts, o.eps)?))
+    }),
     ("expert_choice", |o| {
         Ok(Box::new(ExpertChoice::new(o.n_experts, o.capacity_factor)?))
     }),

@@ -8,6 +8,9 @@
 //! Shapes: logits [T, E], groups of E / n_groups consecutive experts, ids [T, k].
 //! Aux: V2 expert, device and communication balance; V3 the sequence loss and [`update_bias`].
 //! Differs from paper: 1e-20 is added to the sum, so that sigmoids that all underflow give 0 and not NaN.
+//! Masks: transformers sets the keys outside of the kept groups to 0 in V2 and to minus infinity in V3. V2's keys are
+//! softmax values without a bias, all above 0, so that both masks pick the same experts; only keys that underflow to 0
+//! could tie with masked ones, and then the weight is 0 either way.
 //! Check: policies::group_limited::tests, tests/golden.rs with golden/routing/section.json.
 
 use serde::{Deserialize, Serialize};
@@ -331,6 +334,32 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn masking_softmax_keys_to_0_picks_the_same(logits in prop::collection::vec(-8f32..8.0, 12)) {
+            let options = GroupLimitedOptions {
+                n_experts: 12,
+                top_k: 3,
+                score: ScoreFn::Softmax,
+                group_score: GroupScore::Max,
+                norm_topk_prob: false,
+                scale: 1.0,
+                ..v3(4, 2)
+            };
+            let routing = route(&options, None, &logits);
+            // As transformers has it for V2: the best of each group, two groups kept, the rest 0, the 3 best overall.
+            let softmax = Softmax::of(&logits);
+            let mut scores: Vec<f32> = logits.iter().map(|l| softmax.p(*l)).collect();
+            let best = |group: &[f32]| group.iter().copied().fold(0.0, f32::max);
+            let mut groups: Vec<(u16, f32)> = (0u16..).zip(scores.chunks(3).map(best)).collect();
+            groups.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            for (group, _) in &groups[2..] {
+                scores[usize::from(*group) * 3..][..3].fill(0.0);
+            }
+            let (mut ids, mut keys) = ([0; 3], [0.0; 3]);
+            select::top_k(select::numbered(&scores), &mut ids, &mut keys);
+            prop_assert_eq!(routing.experts(), ids);
+        }
+
         #[test]
         fn picks_stay_in_the_kept_groups(logits in prop::collection::vec(-4f32..4.0, 16), shift in -2f32..2.0) {
             let routing = route(&v3(4, 2), None, &logits);
