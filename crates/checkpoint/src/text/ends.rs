@@ -15,9 +15,10 @@ impl Ends {
         [&self.before, ids, &self.after].concat()
     }
 
-    /// What `tokenizer_config.json` asks for with `add_bos_token` and `add_eos_token`. As in
-    /// transformers 5 either key replaces the post-processor of `tokenizer.json`; without them it
-    /// decides, which is `None` here.
+    /// What `tokenizer_config.json` asks for with `add_bos_token` and `add_eos_token`. Either key
+    /// replaces the post-processor of `tokenizer.json`; without them it decides, which is `None`
+    /// here. llama.cpp's converter reads the keys so, and so did transformers 4 for the models
+    /// that have them; transformers 5 passes over them, and with them over DeepSeek's BOS.
     ///
     /// # Errors
     /// What is wrong with the configuration, as text.

@@ -25,6 +25,8 @@ struct Cut {
     text: Box<str>,
     id: u32,
     special: bool,
+    /// Whether white space behind it goes with it.
+    strip_after: bool,
 }
 
 /// A piece of the text between tokens that were cut out, or one of these.
@@ -44,6 +46,13 @@ struct Symbol {
 }
 
 const NONE: usize = usize::MAX;
+
+/// Tokens of Phi-3 that leave the white space behind them alone.
+const KEEP_AFTER: &[&str] = &["<unk>", "<s>", "<|endoftext|>"];
+
+fn is_ascii_space(c: char) -> bool {
+    matches!(c, ' ' | '\t'..='\r')
+}
 
 /// Two neighbours that make a token.
 struct Pair {
@@ -82,6 +91,7 @@ impl Spm {
                 text: text.as_str().into(),
                 id: id as u32,
                 special: kind.is_special(),
+                strip_after: vocab.strip_after_added && !KEEP_AFTER.contains(&text.as_str()),
             })
         };
         let mut cut: Vec<Cut> = vocab.tokens.iter().enumerate().filter_map(cut).collect();
@@ -146,6 +156,11 @@ impl Spm {
                     continue;
                 };
                 for (i, piece) in text.split(&*cut.text).enumerate() {
+                    let piece = if i > 0 && cut.strip_after {
+                        piece.trim_start_matches(is_ascii_space)
+                    } else {
+                        piece
+                    };
                     if i > 0 {
                         finer.push(Part::Token(cut.id));
                     }
@@ -328,6 +343,23 @@ mod tests {
         let ids = tokenizer.encode_with("</s>", EncodeOptions::TEXT).unwrap();
         assert!(!ids.contains(&2), "{ids:?}");
         assert_eq!(tokenizer.token_id("<u>"), Some(265));
+    }
+
+    #[test]
+    fn tokens_of_phi_3_take_white_space_along() {
+        let vocab = GgufVocab {
+            strip_after_added: true,
+            ..vocab()
+        };
+        let tokenizer = Tokenizer::from_gguf_vocab(&vocab).unwrap();
+        let ids = |text: &str| {
+            tokenizer
+                .encode_with(text, EncodeOptions::RENDERED)
+                .unwrap()
+        };
+        assert_eq!(ids("<u> \nb"), ids("<u>b"));
+        assert_ne!(ids("<s> b"), ids("<s>b"));
+        assert_eq!(ids("<u>  "), [265]);
     }
 
     #[test]

@@ -44,6 +44,9 @@ pub struct GgufVocab {
     pub add_eos: Option<bool>,
     /// Whether SentencePiece puts a space before the first word.
     pub add_space_prefix: Option<bool>,
+    /// Whether tokens that are cut out of the text take the white space behind them along, as those
+    /// of Phi-3 do.
+    pub strip_after_added: bool,
 }
 
 /// `tokenizer.ggml.token_type`.
@@ -127,6 +130,7 @@ impl GgufVocab {
             add_bos: gguf.flag_opt("tokenizer.ggml.add_bos_token")?,
             add_eos: gguf.flag_opt("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: gguf.flag_opt("tokenizer.ggml.add_space_prefix")?,
+            strip_after_added: is_phi_3(gguf.text_opt("general.name")?.unwrap_or_default()),
         })
     }
 
@@ -208,6 +212,12 @@ impl GgufVocab {
         };
         self.tokens.iter().enumerate().map(token).collect()
     }
+}
+
+/// GGUF has no key for it: llama.cpp too goes by the name of the model.
+fn is_phi_3(name: &str) -> bool {
+    let name = name.to_lowercase();
+    name.contains("phi-3") || name.contains("phi3")
 }
 
 impl Tokenizer {
