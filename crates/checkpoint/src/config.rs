@@ -119,6 +119,8 @@ pub struct AttentionConfig {
 }
 
 /// Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+///
+/// The norms of the compressed queries, keys and values add 1e-6, whatever `rms_norm_eps` says, as in transformers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MlaConfig {
     /// Width of the compressed queries; `None`: queries are projected directly.
@@ -134,12 +136,6 @@ pub struct MlaConfig {
     /// Whether keys and values come from two tensors, `k_b_proj` (transposed) and `v_b_proj`, as GGUF files have them, or
     /// from one `kv_b_proj`.
     pub split_kv_b: bool,
-}
-
-impl MlaConfig {
-    /// Added to the mean square in the norms of the compressed queries, keys and values: a constant in transformers
-    /// (`DeepseekV2RMSNorm(rank)`), whatever `rms_norm_eps` says.
-    pub const NORM_EPS: f64 = 1e-6;
 }
 
 /// What is applied between the products of a feed-forward.

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::common::{self, put};
+use super::common;
 use crate::config::{MlaConfig, ModelConfig, MoeConfig, RouterConfig, Score, SharedExpert};
 use crate::error::Result;
 use crate::keys::Keys;
@@ -104,7 +104,7 @@ pub(super) fn put_moe(config: &ModelConfig, map: &mut Map<String, Value>) {
     let shared = moe.shared.map_or(0, |shared| shared.intermediate_size);
     let n_shared = shared / moe.intermediate_size.max(1);
     let first = moe.layers.first().copied().unwrap_or(config.n_layers);
-    put(
+    common::put(
         map,
         [
             ("first_k_dense_replace", json!(first)),
@@ -126,7 +126,7 @@ pub(super) fn put_moe(config: &ModelConfig, map: &mut Map<String, Value>) {
         ..
     } = moe.router
     {
-        put(
+        common::put(
             map,
             [
                 ("n_group", json!(n_groups)),
@@ -142,7 +142,7 @@ pub(super) fn put_attention(config: &ModelConfig, map: &mut Map<String, Value>) 
     let Some(mla) = config.attention.mla else {
         return;
     };
-    put(
+    common::put(
         map,
         [
             ("attention_bias", json!(config.attention.qkv_bias)),

@@ -41,8 +41,11 @@ impl SparseMixer {
         let threshold = 2.0 * self.eps;
         let sum: f32 = select::numbered(row)
             .filter(|(id, _)| Some(*id) != without)
-            // 0 / 0 counts as near: the comparison with NaN is false, as in the reference.
-            .filter(|(_, l)| !((best - l) / l.abs().max(best) > threshold))
+            .filter(|(_, l)| {
+                let distance = (best - l) / l.abs().max(best);
+                // 0 / 0 counts as near: in the reference no comparison with NaN puts a logit aside.
+                distance <= threshold || distance.is_nan()
+            })
             .map(|(_, l)| (l - best).exp())
             .sum();
         1.0 / sum
