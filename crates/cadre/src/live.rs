@@ -71,6 +71,11 @@ impl<'a> Live<'a> {
         }
     }
 
+    /// Makes the text continue that of `prompt`: its first word keeps its space.
+    pub(crate) fn follow(&mut self, prompt: &[u32]) {
+        self.stream = self.tokenizer.stream_after(prompt);
+    }
+
     /// Shows the prompt before the text.
     pub(crate) fn echo(&mut self, prompt: &[u32]) -> Result<()> {
         let mut stream = self.tokenizer.stream();

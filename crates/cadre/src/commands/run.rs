@@ -98,6 +98,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let guard = app.interrupt.guard();
     let out = (args.output == Format::Text).then(Out::new);
     let mut live = Live::new(&tokenizer, &args.stop, app, out, watch.transpose()?);
+    live.follow(&ids);
     if !args.no_echo {
         live.echo(&ids)?;
     }

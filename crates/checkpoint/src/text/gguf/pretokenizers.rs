@@ -2,7 +2,7 @@
 //!
 //! The names are llama.cpp's (`src/llama-vocab.cpp`, version of llama-cpp-python 0.3.36). The
 //! expressions are those of the models' own `tokenizer.json`, which llama.cpp partly has to
-//! approximate because its engine lacks letter case and sets of characters; see `docs/text.md`.
+//! approximate because its engine lacks letter case and sets of characters; see `docs/guide/text.md`.
 
 /// One kind of pre-tokenizer.
 #[derive(Debug)]

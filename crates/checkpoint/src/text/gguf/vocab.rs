@@ -222,7 +222,7 @@ fn is_phi_3(name: &str) -> bool {
 
 impl Tokenizer {
     /// The tokenizer of a GGUF vocabulary. Ids are those of llama.cpp, except where its regular
-    /// expressions approximate those of the model (`docs/text.md`).
+    /// expressions approximate those of the model (`docs/guide/text.md`).
     ///
     /// # Errors
     /// The kind of vocabulary or its pre-tokenizer is not known (the error lists those that are),
