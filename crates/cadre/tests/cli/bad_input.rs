@@ -154,10 +154,10 @@ fn configurations() {
     model
         .set_config(
             "rope_scaling",
-            serde_json::json!({"type": "yarn", "factor": 4}),
+            serde_json::json!({"type": "dynamic", "factor": 4}),
         )
         .unwrap();
-    run_refused(model.path(), &["rope_scaling", "yarn"]);
+    run_refused(model.path(), &["rope_scaling", "dynamic"]);
     let model = tiny();
     model.set_config("model_type", "mixtral".into()).unwrap();
     run_refused(model.path(), &["mixtral", "qwen3_moe"]);
