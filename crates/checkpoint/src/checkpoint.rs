@@ -188,6 +188,12 @@ impl Checkpoint {
         &self.config
     }
 
+    /// Whether this is a GGUF file, whose models are computed as llama.cpp does; folders follow transformers.
+    #[must_use]
+    pub fn is_gguf(&self) -> bool {
+        matches!(self.source, Source::Gguf(_))
+    }
+
     /// The path or name under which the checkpoint was opened.
     #[must_use]
     pub fn origin(&self) -> &str {

@@ -49,6 +49,8 @@ pub struct ModelConfig {
     pub local_rope: Option<RopeConfig>,
     /// Width of the feed-forward of layers that are not MoE.
     pub intermediate_size: usize,
+    /// Whether the products of dense feed-forwards have biases.
+    pub mlp_bias: bool,
     /// What experts and dense feed-forwards apply between their products.
     pub activation: Activation,
     /// The experts; [`MoeConfig::default`] for dense models.

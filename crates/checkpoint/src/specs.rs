@@ -74,7 +74,7 @@ impl Specs<'_> {
         if self.config.is_moe_layer(layer) {
             self.moe();
         } else {
-            self.feed_forward("mlp", self.config.intermediate_size, false);
+            self.feed_forward("mlp", self.config.intermediate_size, self.config.mlp_bias);
         }
     }
 

@@ -2,7 +2,9 @@
 
 use cadre_checkpoint::{Checkpoint, ModelConfig, NormKind, QkNorm, RouterConfig, Score};
 use cadre_kernels::{Compute, Matrix};
-use cadre_routing::policies::{GroupLimited, GroupLimitedOptions, GroupScore, ScoreFn, TopK};
+use cadre_routing::policies::{
+    GroupLimited, GroupLimitedOptions, GroupScore, ScoreFn, SparseMixer, TopK,
+};
 use cadre_routing::{Policy, RoutingError};
 
 use crate::blocks::{
@@ -41,9 +43,15 @@ impl<'a> Builder<'a> {
                 weight.iter_mut().for_each(|w| *w += 1.0);
                 Ok(Norm::Rms { weight, eps })
             }
-            NormKind::LayerNorm => {
+            kind @ (NormKind::LayerNorm | NormKind::RmsWithBias) => {
                 let bias = self.weights.vector(&format!("{name}.bias"), width)?;
-                Ok(Norm::Layer { weight, bias, eps })
+                let centred = kind == NormKind::LayerNorm;
+                Ok(Norm::Biased {
+                    weight,
+                    bias,
+                    centred,
+                    eps,
+                })
             }
         }
     }
@@ -269,10 +277,10 @@ impl<'a> Builder<'a> {
                 let policy = TopK::new(moe.n_experts, moe.top_k, norm).map_err(fail)?;
                 Ok(Box::new(policy))
             }
-            RouterConfig::SparseMixer { .. } => Err(EngineError::Configuration {
-                model_type: self.config.model_type.clone(),
-                problem: "SparseMixer".to_owned(),
-            }),
+            RouterConfig::SparseMixer { eps } => {
+                let policy = SparseMixer::new(moe.n_experts, eps as f32).map_err(fail)?;
+                Ok(Box::new(policy))
+            }
             RouterConfig::GroupLimited {
                 score,
                 n_groups,

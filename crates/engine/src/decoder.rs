@@ -138,9 +138,11 @@ impl Builder<'_> {
     pub(crate) fn dense(&self, layer: usize) -> Result<AnyFeedForward> {
         let prefix = format!("model.layers.{layer}.mlp");
         let width = self.config.intermediate_size;
-        Ok(AnyFeedForward::Dense(
-            self.feed_forward(&prefix, width, false)?,
-        ))
+        Ok(AnyFeedForward::Dense(self.feed_forward(
+            &prefix,
+            width,
+            self.config.mlp_bias,
+        )?))
     }
 
     /// Experts, or a dense feed-forward in the layers that have none.

@@ -107,6 +107,12 @@ impl<'a> Weights<'a> {
             let said = self.checkpoint.stored_name(name);
             weight_error(said, source)
         })?;
+        // Blocks in safetensors (MXFP4) stand for the numbers that transformers multiplies by in floats; blocks in GGUF
+        // files are what llama.cpp multiplies by activations of 8 bits.
+        let matrix = match self.checkpoint.is_gguf() {
+            true => matrix,
+            false => matrix.with_float_activations(),
+        };
         if matrix.first_non_finite().is_some() {
             // Slower, but it words the error.
             self.checkpoint.check_finite(name)?;

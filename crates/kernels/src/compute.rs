@@ -137,7 +137,7 @@ impl Compute {
                 "weights of one shape"
             );
         }
-        let needs = |acts| (0..n_groups).any(|g| ActFormat::of(weight(g).format()) == acts);
+        let needs = |acts| (0..n_groups).any(|g| weight(g).acts() == acts);
         if needs(ActFormat::Q8) {
             self.quantize(
                 x,
@@ -380,6 +380,29 @@ mod tests {
                 compute.matmul(&w.rows(11..32), &x, &mut part, &mut scratch);
                 assert_eq!(part[..21], whole[11..32], "{w:?}");
                 assert_eq!(part[21..], whole[n_out + 11..n_out + 32], "{w:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_times_f32_activations_are_exact() {
+        let compute = Compute::new(Kernels::detect(), 2);
+        let mut scratch = MatmulScratch::default();
+        for format in [Format::Q4K, Format::Mxfp4, Format::Q8_0] {
+            let w = matrix(format, 5, 256, 3).unwrap().with_float_activations();
+            let x: Vec<f32> = (0..512).map(|i| (i as f32 * 0.37).sin()).collect();
+            let mut y = vec![0.0; 10];
+            compute.matmul(&w, &x, &mut y, &mut scratch);
+            let mut row = vec![0.0; 256];
+            for (i, y) in y.iter().enumerate() {
+                w.row(i % 5, &mut row);
+                let products = row.iter().zip(&x[i / 5 * 256..]).map(|(a, b)| a * b);
+                let magnitude: f32 = products.clone().map(f32::abs).sum();
+                let expected: f32 = products.sum();
+                assert!(
+                    (y - expected).abs() <= 1e-5 * magnitude,
+                    "{format}: {y} {expected}"
+                );
             }
         }
     }

@@ -12,6 +12,7 @@ use half::bf16;
 
 use crate::blocks::{self, BlockQ8_0, Pod};
 use crate::format::Format;
+use crate::product::ActFormat;
 
 #[cfg(target_endian = "big")]
 compile_error!("weights are used as files store them, which is little-endian");
@@ -101,6 +102,8 @@ pub struct Matrix {
     /// `n_out` rows, at an address that suits the format.
     bytes: Bytes,
     scales: Option<BlockScales>,
+    /// Whether activations stay f32 although the weights are blocks.
+    float_activations: bool,
 }
 
 /// One factor per rectangle of weights.
@@ -165,6 +168,7 @@ impl Matrix {
             format,
             bytes: if suits { bytes } else { aligned(&bytes) },
             scales: None,
+            float_activations: false,
         })
     }
 
@@ -278,6 +282,24 @@ impl Matrix {
                 .bytes
                 .slice(range.start * row_bytes..range.end * row_bytes),
             scales,
+            float_activations: self.float_activations,
+        }
+    }
+
+    /// The same matrix, multiplied by f32 activations whatever its format: slower for blocks, and free of the error of
+    /// rounding activations to 8 bits.
+    #[must_use]
+    pub fn with_float_activations(mut self) -> Self {
+        self.float_activations = true;
+        self
+    }
+
+    /// What activations this matrix is multiplied by.
+    pub(crate) fn acts(&self) -> ActFormat {
+        if self.float_activations {
+            ActFormat::F32
+        } else {
+            ActFormat::of(self.format)
         }
     }
 

@@ -112,6 +112,10 @@ impl Part {
                 unsafe { ($kernel)(&args) }
             }};
         }
+        if w.format().is_quantized() && w.acts() == ActFormat::F32 {
+            // SAFETY: the caller's promise.
+            return unsafe { self.expanded(kernels, w, acts.x, tokens) };
+        }
         match w.format() {
             Format::F32 => rows!(table.rows_f32, f32, acts.x),
             Format::F16 => rows!(table.rows_f16, f16, acts.x),
@@ -131,25 +135,29 @@ impl Part {
             Format::Q8K => rows!(quants.rows_q8_k, BlockQ8K, acts.q8_k),
             Format::Iq4Xs => rows!(quants.rows_iq4_xs, BlockIq4Xs, acts.q8_k),
             // SAFETY: the caller's promise.
-            Format::F8E4M3 => unsafe { self.floats_of_8_bits(kernels, w, acts.x, tokens) },
+            Format::F8E4M3 => unsafe { self.expanded(kernels, w, acts.x, tokens) },
             Format::U8 => unreachable!("a matrix of raw bytes cannot be made"),
         }
     }
 
-    /// Expands one row of 8-bit floats after the other and multiplies in f32.
+    /// Expands one row after the other and multiplies in f32.
     ///
     /// # Safety
     /// As for [`Part::compute`], for `tokens`.
-    unsafe fn floats_of_8_bits(&self, kernels: Kernels, w: &Matrix, x: &[f32], tokens: &Tokens) {
+    unsafe fn expanded(&self, kernels: Kernels, w: &Matrix, x: &[f32], tokens: &Tokens) {
         let n_in = w.n_in();
         ROW.with_borrow_mut(|values| {
             values.resize(n_in, 0.0);
             for r in 0..self.n_rows {
-                // SAFETY: `kernels` proves the instruction set.
-                let decode = |bytes: &[u8], out: &mut [f32]| unsafe {
-                    (kernels.table().decode_f8)(bytes, out);
-                };
-                w.row_by(self.first_row + r, values, decode);
+                if w.format() == Format::F8E4M3 {
+                    // SAFETY: `kernels` proves the instruction set.
+                    let decode = |bytes: &[u8], out: &mut [f32]| unsafe {
+                        (kernels.table().decode_f8)(bytes, out);
+                    };
+                    w.row_by(self.first_row + r, values, decode);
+                } else {
+                    w.row(self.first_row + r, values);
+                }
                 let args = Rows {
                     w: values.as_ptr(),
                     n_rows: 1,

@@ -55,6 +55,7 @@ impl Default for TinyMoe {
             rope: RopeConfig::plain(10_000.0, 8),
             local_rope: None,
             intermediate_size: 48,
+            mlp_bias: false,
             activation: Activation::Silu,
             moe: MoeConfig {
                 layers: vec![0, 1],

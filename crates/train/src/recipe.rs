@@ -333,6 +333,7 @@ impl Recipe {
             } else {
                 m.intermediate_size
             },
+            mlp_bias: false,
             activation: Activation::Silu,
             moe: MoeConfig {
                 layers: (0..m.n_layers).filter(is_moe).collect(),

@@ -82,6 +82,7 @@ pub(super) fn shared(
         rope: rope(head_dim)?,
         local_rope: None,
         intermediate_size: keys.size("intermediate_size")?,
+        mlp_bias: false,
         activation: Activation::Silu,
         moe: MoeConfig::default(),
         scales: Scales::default(),

@@ -25,9 +25,8 @@ fn defaults() -> Value {
 fn from_json(keys: &Keys) -> Result<ModelConfig> {
     let mut config = common::base(keys)?;
     common::no_windows(keys, &config)?;
-    for key in ["mlp_bias", "rope_interleaved"] {
-        keys.only(key, &[json!(false)], "not implemented")?;
-    }
+    keys.only("rope_interleaved", &[json!(false)], "not implemented")?;
+    config.mlp_bias = keys.flag_or("mlp_bias", false)?;
     common::attention_bias(keys, &mut config, false)?;
     Ok(config)
 }
@@ -37,7 +36,7 @@ fn to_json(config: &ModelConfig, map: &mut Map<String, Value>) {
         map,
         [
             ("attention_bias", json!(config.attention.qkv_bias)),
-            ("mlp_bias", json!(false)),
+            ("mlp_bias", json!(config.mlp_bias)),
             ("pretraining_tp", json!(1)),
         ],
     );
@@ -70,7 +69,7 @@ mod tests {
         assert_refused(
             &base(),
             &[
-                json!({"mlp_bias": true}),
+                json!({"mlp_bias": "yes"}),
                 json!({"rope_interleaved": true}),
                 json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
                 json!({"sliding_window": 4}),

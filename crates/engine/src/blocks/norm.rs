@@ -7,10 +7,11 @@ use cadre_kernels::Compute;
 pub(crate) enum Norm {
     /// `x / rms(x) * weight`.
     Rms { weight: Vec<f32>, eps: f32 },
-    /// `(x - mean(x)) / std(x) * weight + bias`.
-    Layer {
+    /// `(x - mean(x)) / std(x) * weight + bias` when `centred` (LayerNorm), otherwise `x / rms(x) * weight + bias`.
+    Biased {
         weight: Vec<f32>,
         bias: Vec<f32>,
+        centred: bool,
         eps: f32,
     },
 }
@@ -18,7 +19,7 @@ pub(crate) enum Norm {
 impl Norm {
     fn width(&self) -> usize {
         match self {
-            Self::Rms { weight, .. } | Self::Layer { weight, .. } => weight.len(),
+            Self::Rms { weight, .. } | Self::Biased { weight, .. } => weight.len(),
         }
     }
 
@@ -43,10 +44,17 @@ impl Norm {
     pub(crate) fn row(&self, compute: &Compute, x: &mut [f32]) {
         match self {
             Self::Rms { weight, eps } => compute.kernels().rms_norm_in_place(x, weight, *eps),
-            Self::Layer { weight, bias, eps } => {
+            Self::Biased {
+                weight,
+                bias,
+                centred,
+                eps,
+            } => {
                 let n = x.len() as f32;
-                let mean = x.iter().sum::<f32>() / n;
-                x.iter_mut().for_each(|v| *v -= mean);
+                if *centred {
+                    let mean = x.iter().sum::<f32>() / n;
+                    x.iter_mut().for_each(|v| *v -= mean);
+                }
                 let variance = x.iter().map(|v| v * v).sum::<f32>() / n;
                 let scale = 1.0 / (variance + eps).sqrt();
                 for ((x, weight), bias) in x.iter_mut().zip(weight).zip(bias) {
@@ -65,9 +73,10 @@ mod tests {
     #[test]
     fn a_layer_norm_by_hand() {
         let compute = Compute::new(Kernels::detect(), 1);
-        let norm = Norm::Layer {
+        let norm = Norm::Biased {
             weight: vec![2.0, 1.0, 1.0],
             bias: vec![0.5, 0.0, -1.0],
+            centred: true,
             eps: 0.0,
         };
         // Mean 2, variance 2/3.
