@@ -9,11 +9,15 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cadre_checkpoint::gguf::{Array, Gguf, GgufPlan, GgufWriter, TensorPlan, Value, WriteOptions};
-use cadre_checkpoint::{ModelConfig, read_safetensors};
+use cadre_checkpoint::{Checkpoint, ModelConfig, read_safetensors};
 use cadre_kernels::Format;
 use cadre_testkit::golden_dir;
 use proptest::prelude::*;
 use serde_json::{Value as Json, json};
+
+const HOSTILE_U32: [u32; 9] = [0, 1, 2, 3, 7, 1 << 16, i32::MAX as u32, 1 << 31, u32::MAX];
+
+const HOSTILE_F32: [f32; 6] = [f32::NAN, f32::INFINITY, 0.0, -1.0, 1e38, 1e-40];
 
 thread_local! {
     /// Bytes that this thread has allocated in all, freed or not.
@@ -84,6 +88,11 @@ fn exhaust_safetensors(bytes: &Bytes) -> bool {
 
 fn exhaust_config(bytes: &Bytes) -> bool {
     std::str::from_utf8(bytes).is_ok_and(|text| ModelConfig::parse("m", text, None).is_ok())
+}
+
+fn exhaust_gguf_model(bytes: &Bytes) -> bool {
+    let gguf = Gguf::from_bytes("m.gguf", bytes.clone());
+    gguf.and_then(Checkpoint::from_gguf).is_ok()
 }
 
 /// A reader that is fed with hostile bytes.
@@ -291,6 +300,67 @@ fn inputs_that_found_something_stay_harmless() {
         }
         assert!(n_files > 0, "{}", folder.display());
     }
+}
+
+/// Every scalar of every golden GGUF model, one at a time, replaced by numbers that no key expects.
+#[test]
+fn damaged_gguf_models() {
+    let folders = std::fs::read_dir(golden_dir().join("gguf_models")).unwrap();
+    let files: Vec<_> = folders
+        .map(|entry| entry.unwrap().path().join("model.gguf"))
+        .collect();
+    let mut n_models = 0;
+    for file in files.iter().filter(|file| file.is_file()) {
+        let whole = std::fs::read(file).unwrap();
+        let gguf = Gguf::from_bytes("m.gguf", whole.clone().into()).unwrap();
+        for (key, value) in gguf.entries() {
+            let number: Vec<[u8; 4]> = match value {
+                Value::U32(_) | Value::I32(_) => {
+                    HOSTILE_U32.iter().map(|n| n.to_le_bytes()).collect()
+                }
+                Value::F32(_) => HOSTILE_F32.iter().map(|n| n.to_le_bytes()).collect(),
+                _ => continue,
+            };
+            // The key with its length, then the type, then the value.
+            let line = [&(key.len() as u64).to_le_bytes()[..], key.as_bytes()].concat();
+            let at = whole
+                .windows(line.len())
+                .position(|bytes| bytes == line)
+                .unwrap()
+                + line.len()
+                + 4;
+            for number in number {
+                let mut bytes = whole.clone();
+                bytes[at..at + 4].copy_from_slice(&number);
+                check(exhaust_gguf_model, bytes);
+            }
+        }
+        assert!(exhaust_gguf_model(&whole.into()), "{}", file.display());
+        n_models += 1;
+    }
+    assert!(n_models > 10);
+}
+
+#[test]
+fn a_header_of_many_tensors_is_read_in_one_pass() {
+    let n = 30_000;
+    let line = |at| {
+        format!(
+            r#""layers.{at}.weight":{{"dtype":"BF16","shape":[1,2],"data_offsets":[{},{}]}}"#,
+            4 * at,
+            4 * at + 4
+        )
+    };
+    let json = format!("{{{}}}", (0..n).map(line).collect::<Vec<_>>().join(","));
+    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(json.bytes());
+    bytes.resize(bytes.len() + 4 * n, 0);
+    let bytes = Bytes::from(bytes);
+    let (tensors, allocated, time) = measured(|| read_safetensors("m", &bytes).unwrap());
+    assert_eq!(tensors.len(), n);
+    assert!(allocated < 30 << 20, "{allocated} bytes allocated");
+    // Some 10 ms on an idle machine; the limit is for busy ones.
+    assert!(time < Duration::from_secs(2), "{time:?}");
 }
 
 /// A table of contents of 30 000 tensors and a vocabulary of 150 000 words, for 10 GB of data that are not there.
