@@ -159,8 +159,8 @@ fn configurations() {
         .unwrap();
     run_refused(model.path(), &["rope_scaling", "dynamic"]);
     let model = tiny();
-    model.set_config("model_type", "mixtral".into()).unwrap();
-    run_refused(model.path(), &["mixtral", "qwen3_moe"]);
+    model.set_config("model_type", "switch_transformers".into()).unwrap();
+    run_refused(model.path(), &["switch_transformers", "qwen3_moe"]);
     let model = tiny();
     model
         .set_config("hidden_size", serde_json::Value::Null)
