@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 
 #[cfg(feature = "train")]
 use crate::commands::train;
-use crate::commands::{chat, completions, doctor, eval, inspect, logits, pull, run, trace};
+use crate::commands::{chat, completions, doctor, eval, fit, inspect, logits, pull, run, trace};
 use crate::env::Env;
 use crate::interrupt::Interrupt;
 use crate::output::ColorChoice;
@@ -49,6 +49,8 @@ enum Command {
     Eval(eval::Args),
     /// Show what is in a checkpoint.
     Inspect(inspect::Args),
+    /// Say whether a model fits into memory and how fast it will be; exit code 3 when it does not fit.
+    Fit(fit::Args),
     /// Download a model from the Hugging Face hub and print its path.
     Pull(pull::Args),
     /// Show what this machine can do and what Cadre will choose.
@@ -86,6 +88,7 @@ pub(crate) fn run() -> Result<()> {
         Command::Logits(args) => logits::run(&app, &args),
         Command::Eval(args) => eval::run(&app, &args),
         Command::Inspect(args) => inspect::run(&app, &args),
+        Command::Fit(args) => fit::run(&app, &args),
         Command::Pull(args) => pull::run(&app, &args),
         Command::Doctor(args) => doctor::run(&app, &args),
         Command::Completions(args) => completions::run(&args),

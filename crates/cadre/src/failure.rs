@@ -32,6 +32,15 @@ impl Failure {
         }
     }
 
+    /// What was to be checked is not so; exit code 3.
+    pub(crate) fn check(message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            hint: None,
+            code: 3,
+        }
+    }
+
     /// Ctrl-C; exit code 130.
     pub(crate) fn interrupted() -> Self {
         Self {

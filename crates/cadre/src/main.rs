@@ -1,12 +1,14 @@
 //! The one binary: reads argv and the environment, runs one command, prints, and sets the exit code.
 //!
-//! Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted.
+//! Exit codes: 0 done, 1 failed, 2 called wrongly, 3 a check failed, 130 interrupted.
 #![forbid(unsafe_code)]
 
 mod chat;
 mod cli;
 mod commands;
 mod data;
+mod demand;
+mod describe;
 mod disk;
 mod embedded;
 mod env;
@@ -15,10 +17,12 @@ mod failure;
 mod hub;
 mod interrupt;
 mod live;
+mod memory;
 mod model;
 mod output;
 mod sampling;
 mod stop;
+mod units;
 
 use std::process::ExitCode;
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use cadre_checkpoint::{Checkpoint, Tokenizer};
+use cadre_checkpoint::{Checkpoint, Holding, Tokenizer};
 use cadre_engine::{LoadOptions, Model, Quant, load};
 use clap::ValueEnum;
 
@@ -58,6 +58,16 @@ pub(crate) enum QuantArg {
     /// 8 bits in blocks of 32.
     #[value(name = "q8_0")]
     Q8_0,
+}
+
+impl QuantArg {
+    /// The same, for sizes.
+    pub(crate) fn holding(self) -> Holding {
+        match self {
+            Self::Stored => Holding::Loaded,
+            Self::Q8_0 => Holding::LoadedQ8_0,
+        }
+    }
 }
 
 /// How a model is loaded.

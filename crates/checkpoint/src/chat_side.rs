@@ -6,7 +6,8 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::Gguf;
 use crate::text::{
-    ChatFiles, ChatTemplates, StopFiles, StopToken, Tokenizer, special_token, stop_token_ids,
+    ChatFiles, ChatTemplates, GgufVocab, StopFiles, StopToken, Tokenizer, special_token,
+    stop_token_ids,
 };
 
 /// What a checkpoint says about chatting.
@@ -29,9 +30,25 @@ impl Checkpoint {
     /// # Errors
     /// A file that cannot be read, or does not say it as transformers does.
     pub fn chat(&self, tokenizer: &Tokenizer) -> Result<ChatSide> {
-        if let Some(gguf) = self.gguf() {
-            return self.gguf_chat(gguf, tokenizer);
+        match self.gguf() {
+            Some(gguf) => self.gguf_chat(gguf, tokenizer),
+            None => self.folder_chat(Some(tokenizer)),
         }
+    }
+
+    /// As [`Checkpoint::chat`] as far as that goes without parsing the vocabulary, which can be large: stop tokens that
+    /// are named by their spelling are missing, and so are spellings of ids.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::chat`].
+    pub fn chat_without_tokenizer(&self) -> Result<ChatSide> {
+        match self.gguf() {
+            Some(gguf) => self.gguf_chat_header(gguf),
+            None => self.folder_chat(None),
+        }
+    }
+
+    fn folder_chat(&self, tokenizer: Option<&Tokenizer>) -> Result<ChatSide> {
         let tokenizer_config = self.json("tokenizer_config.json")?;
         let templates = ChatTemplates::from_files(&ChatFiles {
             origin: self.origin(),
@@ -45,7 +62,7 @@ impl Checkpoint {
             config: self.json("config.json")?.as_ref(),
             tokenizer_config: tokenizer_config.as_ref(),
             gguf: None,
-            tokenizer: Some(tokenizer),
+            tokenizer,
         })?;
         let config = tokenizer_config.unwrap_or_default();
         let token = |key: &str| special_token(&config[key]).map(str::to_owned);
@@ -59,16 +76,9 @@ impl Checkpoint {
 
     fn gguf_chat(&self, gguf: &Gguf, tokenizer: &Tokenizer) -> Result<ChatSide> {
         let vocab = self.vocab(gguf)?;
-        let texts = gguf
-            .entries()
-            .iter()
-            .filter_map(|(key, value)| match value {
-                crate::gguf::Value::Text(text) => Some((key.as_str(), text.as_str())),
-                _ => None,
-            });
         let token = |id: Option<u32>| id.map(|id| tokenizer.token_str(id).into_owned());
         Ok(ChatSide {
-            templates: ChatTemplates::from_gguf(self.origin(), texts),
+            templates: self.gguf_templates(gguf),
             bos_token: token(vocab.bos),
             eos_token: token(vocab.eos),
             stop_tokens: stop_token_ids(&StopFiles {
@@ -78,6 +88,35 @@ impl Checkpoint {
                 ..StopFiles::default()
             })?,
         })
+    }
+
+    fn gguf_chat_header(&self, gguf: &Gguf) -> Result<ChatSide> {
+        let vocab = GgufVocab {
+            eos: gguf.u32_opt("tokenizer.ggml.eos_token_id")?,
+            eot: gguf.u32_opt("tokenizer.ggml.eot_token_id")?,
+            eom: gguf.u32_opt("tokenizer.ggml.eom_token_id")?,
+            ..GgufVocab::default()
+        };
+        Ok(ChatSide {
+            templates: self.gguf_templates(gguf),
+            stop_tokens: stop_token_ids(&StopFiles {
+                origin: self.origin(),
+                gguf: Some(&vocab),
+                ..StopFiles::default()
+            })?,
+            ..ChatSide::default()
+        })
+    }
+
+    fn gguf_templates(&self, gguf: &Gguf) -> ChatTemplates {
+        let texts = gguf
+            .entries()
+            .iter()
+            .filter_map(|(key, value)| match value {
+                crate::gguf::Value::Text(text) => Some((key.as_str(), text.as_str())),
+                _ => None,
+            });
+        ChatTemplates::from_gguf(self.origin(), texts)
     }
 
     fn json(&self, name: &str) -> Result<Option<Value>> {

@@ -405,6 +405,19 @@ impl Checkpoint {
         self.source.text(&self.origin, name)
     }
 
+    /// Size of another file of the checkpoint, if it is there; the file is not read.
+    #[must_use]
+    pub fn file_bytes(&self, name: &str) -> Option<u64> {
+        match &self.source {
+            Source::Embedded(files) => find(files, name).map(|bytes| bytes.len() as u64),
+            Source::Folder(folder) => {
+                let metadata = std::fs::metadata(folder.join(name)).ok()?;
+                metadata.is_file().then_some(metadata.len())
+            }
+            Source::Gguf(_) => None,
+        }
+    }
+
     /// The text of `tokenizer.json`, for writing it into another folder.
     ///
     /// # Errors

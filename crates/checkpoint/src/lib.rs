@@ -25,6 +25,7 @@ mod names;
 mod rope;
 mod safetensors_file;
 mod shards;
+mod sizes;
 mod specs;
 mod tensors;
 mod text;
@@ -41,6 +42,10 @@ pub use config::{
 pub use error::{CheckpointError, Result};
 pub use rope::{RopeConfig, RopeScaling};
 pub use safetensors_file::{StoredTensor, read_safetensors};
+pub use sizes::{
+    FormatSize, Holding, LayerSize, Mixture, ModelSizes, Sizes, held_sizes, kv_bytes_per_token,
+    kv_bytes_read, model_sizes, scratch_bytes,
+};
 pub use specs::tensor_specs;
 pub use tensors::BlockScales;
 pub use text::{

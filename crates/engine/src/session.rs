@@ -30,6 +30,14 @@ impl Default for SessionOptions {
     }
 }
 
+impl SessionOptions {
+    /// Tokens that a session of a model whose limit is `max_context` holds.
+    #[must_use]
+    pub fn context(&self, max_context: usize) -> usize {
+        self.n_ctx.unwrap_or(DEFAULT_CONTEXT.min(max_context))
+    }
+}
+
 /// The sizes that a session is made for. A session fits every model of the same sizes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SessionShape {
@@ -96,9 +104,7 @@ impl Session {
         shape: SessionShape,
         options: &SessionOptions,
     ) -> Result<Self> {
-        let n_ctx = options
-            .n_ctx
-            .unwrap_or(DEFAULT_CONTEXT.min(info.max_context));
+        let n_ctx = options.context(info.max_context);
         let bad = |name, value: usize, expected: String| {
             Err(EngineError::BadOption {
                 name,

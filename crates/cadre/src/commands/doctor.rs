@@ -95,7 +95,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     drop(guard);
     progress.finish_and_clear();
     app.interrupt.check()?;
-    let read_bytes_per_token = super::inspect::read_bytes_per_token(&checkpoint)?;
+    let read_bytes_per_token = super::inspect::read_bytes_per_token(&checkpoint);
     let best = memory_bandwidth
         .iter()
         .map(|one| one.median)

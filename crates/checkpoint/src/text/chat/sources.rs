@@ -111,6 +111,12 @@ impl ChatTemplates {
         self.sources.get(name).map(|(_, text)| text.as_str())
     }
 
+    /// The file, or key of a GGUF file, that a template is from.
+    #[must_use]
+    pub fn location(&self, name: &str) -> Option<&str> {
+        self.sources.get(name).map(|(file, _)| file.as_str())
+    }
+
     /// The template called `name`; without a name, `tool_use` for a conversation with tools where
     /// there is one, and otherwise `default`. `None` when the checkpoint has no template at all.
     ///

@@ -1,0 +1,355 @@
+//! How large a model is: parameters, bytes, and the memory of a session, by arithmetic over its configuration and the
+//! formats of its tensors.
+//!
+//! Two questions are kept apart: whether a model fits (everything counts), and how fast it decodes (what one token
+//! reads counts).
+
+use std::collections::BTreeMap;
+
+use crate::Dtype;
+use crate::checkpoint::Checkpoint;
+use crate::config::{MlaConfig, ModelConfig};
+
+/// Bytes of an f32.
+const F32: u64 = 4;
+
+/// Rows and columns that share a scale in FP8 checkpoints.
+const FP8_BLOCK: u64 = 128;
+
+/// Bytes that the products keep per input value: blocks of 32 in 44 bytes, and blocks of 256 in 292.
+const PRODUCT_BYTES: f64 = 44.0 / 32.0 + 292.0 / 256.0;
+
+/// A quantity, split by what a token touches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// Everything.
+    pub total: u64,
+    /// What one token uses: everything but the experts that it is not sent to.
+    pub active: u64,
+    /// What one token reads: as `active`, with one row of an input embedding that is not also the output head.
+    pub read_per_token: u64,
+    /// All experts, shared ones not among them.
+    pub experts: u64,
+    /// One expert of one layer; the mean where they differ.
+    pub one_expert: u64,
+}
+
+/// Tensors of one number format.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct FormatSize {
+    /// Canonical tensors, every expert by itself.
+    pub n_tensors: usize,
+    /// Their bytes as stored.
+    pub n_bytes: u64,
+}
+
+/// One decoder layer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LayerSize {
+    /// All parameters of the layer.
+    pub parameters: u64,
+    /// All its bytes as stored.
+    pub n_bytes: u64,
+    /// Parameters of its experts, shared ones not among them.
+    pub expert_parameters: u64,
+    /// Formats of its tensors, and how many have each.
+    pub formats: BTreeMap<Dtype, usize>,
+}
+
+/// What the header of a checkpoint says about sizes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ModelSizes {
+    /// Numbers, tied ones counted once.
+    pub parameters: Sizes,
+    /// Bytes as the file stores them.
+    pub bytes: Sizes,
+    /// By number format.
+    pub formats: BTreeMap<Dtype, FormatSize>,
+    /// Layer by layer.
+    pub layers: Vec<LayerSize>,
+}
+
+/// How the weights are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holding {
+    /// In memory as stored: norms, biases and routers become f32, matrices stay.
+    Loaded,
+    /// In memory, with the matrices that are not quantised yet as Q8_0 where their rows are whole blocks of 32.
+    LoadedQ8_0,
+    /// As a file that is quantised by this mixture would hold them.
+    File(Mixture),
+}
+
+/// Common ways to quantise a file. What does not split into the blocks of the wanted format takes Q8_0, and F16 where
+/// that does not either; norms, biases and routers stay F32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mixture {
+    /// Q8_0 throughout.
+    Q8_0,
+    /// Q6_K throughout.
+    Q6K,
+    /// Q4_K, and Q6_K for the head and for the more sensitive half of the values and down projections.
+    Q4KM,
+}
+
+impl Mixture {
+    /// Its usual name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q8_0 => "q8_0",
+            Self::Q6K => "q6_k",
+            Self::Q4KM => "q4_k_m",
+        }
+    }
+}
+
+/// Reads the sizes off the header of `checkpoint`; no tensor is touched.
+#[must_use]
+pub fn model_sizes(checkpoint: &Checkpoint) -> ModelSizes {
+    let config = checkpoint.config();
+    let mut sizes = ModelSizes {
+        layers: vec![LayerSize::default(); config.n_layers],
+        ..ModelSizes::default()
+    };
+    for (name, format, shape) in tensors(checkpoint) {
+        let (n, n_bytes) = (values(shape), stored_bytes(format, shape));
+        sizes.parameters.add(config, name, n);
+        sizes.bytes.add(config, name, n_bytes);
+        let of_format = sizes.formats.entry(format).or_default();
+        of_format.n_tensors += 1;
+        of_format.n_bytes += n_bytes;
+        let layer = layer_of(name).and_then(|layer| sizes.layers.get_mut(layer));
+        if let Some(layer) = layer {
+            layer.parameters += n;
+            layer.n_bytes += n_bytes;
+            layer.expert_parameters += if is_expert(name) { n } else { 0 };
+            *layer.formats.entry(format).or_default() += 1;
+        }
+    }
+    sizes.parameters.finish(config);
+    sizes.bytes.finish(config);
+    sizes
+}
+
+/// Bytes of the weights when they are held in another way than stored.
+#[must_use]
+pub fn held_sizes(checkpoint: &Checkpoint, holding: Holding) -> Sizes {
+    let config = checkpoint.config();
+    let mut sizes = Sizes::default();
+    for (name, format, shape) in tensors(checkpoint) {
+        let n_bytes = held_bytes(config, holding, (name, format, shape));
+        sizes.add(config, name, n_bytes);
+    }
+    sizes.finish(config);
+    sizes
+}
+
+/// Bytes of the key and value cache per token of context: f32, in every layer.
+#[must_use]
+pub fn kv_bytes_per_token(config: &ModelConfig) -> u64 {
+    F32 * (config.n_layers * config.kv_width()) as u64
+}
+
+/// Bytes of the cache that decoding one token reads after `position` others. Windows bound it, layer by layer.
+#[must_use]
+pub fn kv_bytes_read(config: &ModelConfig, position: usize) -> u64 {
+    let width = config.kv_width() as u64;
+    let windows = config.attention.windows.iter();
+    windows
+        .map(|window| window.map_or(position, |window| window.min(position)) as u64)
+        .map(|seen| F32.saturating_mul(width).saturating_mul(seen))
+        .fold(0, u64::saturating_add)
+}
+
+/// Bytes that a session of `n_ctx` tokens writes and forgets, when it reads `chunk` tokens together: activations,
+/// routing, quantised inputs, and one row of logits.
+#[must_use]
+pub fn scratch_bytes(config: &ModelConfig, n_ctx: usize, chunk: usize) -> u64 {
+    let chunk = chunk.min(n_ctx) as u64;
+    let hidden = config.hidden_size as u64;
+    let moe = &config.moe;
+    let shared = moe.shared.map_or(0, |shared| shared.intermediate_size);
+    let dense = if config.has_dense_layers() {
+        config.intermediate_size
+    } else {
+        0
+    };
+    let picks = moe.top_k as u64;
+    let inner = (picks * moe.intermediate_size as u64).max(dense.max(shared) as u64);
+    let (attention, attention_input) = attention_widths(config);
+    // Per token: the stream, its norm and a block's output; attention; the router; the rows of the picked experts and
+    // their outputs; the shared expert's output; gate and up.
+    let mut width = 3 * hidden + attention + moe.n_experts as u64 + 2 * picks * hidden + 2 * inner;
+    if shared > 0 {
+        width += hidden;
+    }
+    let routing = picks * 32;
+    let largest_input = [hidden, attention_input, inner, picks * hidden];
+    let input = largest_input.into_iter().max().unwrap_or(0) as f64;
+    let products = (chunk as f64 * input * PRODUCT_BYTES) as u64;
+    chunk * (F32 * width + routing) + products + F32 * config.vocab_size as u64
+}
+
+/// Values per token in the buffers of attention, and in the widest input of its products.
+fn attention_widths(config: &ModelConfig) -> (u64, u64) {
+    let n_heads = config.n_heads as u64;
+    let Some(mla) = config.attention.mla else {
+        let head = config.head_dim as u64;
+        let n_kv = config.n_kv_heads as u64;
+        return (2 * (n_heads + n_kv) * head, n_heads * head);
+    };
+    let MlaConfig {
+        q_lora_rank,
+        kv_lora_rank: latent,
+        qk_nope_head_dim: nope,
+        qk_rope_head_dim: rope,
+        v_head_dim: v,
+        ..
+    } = mla;
+    let per_head = 2 * (nope + rope) + 2 * latent + 2 * v;
+    let own = q_lora_rank.unwrap_or(0) + latent + rope;
+    let widest = latent.max(nope).max(v) as u64;
+    (n_heads * per_head as u64 + own as u64, n_heads * widest)
+}
+
+type Tensor<'a> = (&'a str, Dtype, &'a [usize]);
+
+fn tensors(checkpoint: &Checkpoint) -> impl Iterator<Item = Tensor<'_>> {
+    checkpoint.tensor_names().filter_map(|name| {
+        let (format, shape) = checkpoint.tensor_info(name)?;
+        Some((name, format, shape))
+    })
+}
+
+fn values(shape: &[usize]) -> u64 {
+    shape
+        .iter()
+        .fold(1, |n: u64, dim| n.saturating_mul(*dim as u64))
+}
+
+/// Bytes in the file; with the scales that 8-bit floats have apart.
+fn stored_bytes(format: Dtype, shape: &[usize]) -> u64 {
+    let n = values(shape);
+    let scales = match shape {
+        [rows, cols] if format == Dtype::F8E4M3 => {
+            (*rows as u64).div_ceil(FP8_BLOCK) * (*cols as u64).div_ceil(FP8_BLOCK) * F32
+        }
+        _ => 0,
+    };
+    n / format.block_len() as u64 * format.block_bytes() as u64 + scales
+}
+
+fn held_bytes(config: &ModelConfig, holding: Holding, (name, format, shape): Tensor<'_>) -> u64 {
+    if is_small(name, shape) {
+        return F32 * values(shape);
+    }
+    match holding {
+        Holding::File(mixture) => stored_bytes(mixture.format(config, name, shape), shape),
+        Holding::LoadedQ8_0 if !format.is_quantized() && splits(shape, Dtype::Q8_0) => {
+            stored_bytes(Dtype::Q8_0, shape)
+        }
+        Holding::Loaded | Holding::LoadedQ8_0 => loaded_bytes(config, (name, format, shape)),
+    }
+}
+
+/// As stored, except that latent attention turns the part of `kv_b_proj` that makes keys around: a copy in f32 unless
+/// the format is a plain one of 16 bits.
+fn loaded_bytes(config: &ModelConfig, (name, format, shape): Tensor<'_>) -> u64 {
+    let stored = stored_bytes(format, shape);
+    match config.attention.mla {
+        Some(mla)
+            if name.ends_with(".kv_b_proj.weight")
+                && !matches!(format, Dtype::F16 | Dtype::Bf16) =>
+        {
+            let (nope, all) = (mla.qk_nope_head_dim, mla.qk_nope_head_dim + mla.v_head_dim);
+            stored + F32 * values(shape) * nope as u64 / all.max(1) as u64
+        }
+        _ => stored,
+    }
+}
+
+/// Norms, biases, sinks and routers: always f32 in memory, and in quantised files.
+fn is_small(name: &str, shape: &[usize]) -> bool {
+    shape.len() < 2
+        || name.ends_with(".mlp.gate.weight")
+        || name.ends_with("shared_expert_gate.weight")
+}
+
+/// Whether the rows of `shape` are whole blocks of `format`.
+fn splits(shape: &[usize], format: Dtype) -> bool {
+    shape
+        .last()
+        .is_some_and(|cols| cols.is_multiple_of(format.block_len()))
+}
+
+impl Mixture {
+    fn format(self, config: &ModelConfig, name: &str, shape: &[usize]) -> Dtype {
+        let wanted = match self {
+            Self::Q8_0 => Dtype::Q8_0,
+            Self::Q6K => Dtype::Q6K,
+            Self::Q4KM if is_sensitive(config, name) => Dtype::Q6K,
+            Self::Q4KM => Dtype::Q4K,
+        };
+        let choices = [wanted, Dtype::Q8_0];
+        let fitting = choices.into_iter().find(|format| splits(shape, *format));
+        fitting.unwrap_or(Dtype::F16)
+    }
+}
+
+/// Tensors that Q4_K_M gives more bits: the head, and values and down projections of the first and last eighth of the
+/// layers and of every third between.
+fn is_sensitive(config: &ModelConfig, name: &str) -> bool {
+    let head = if config.tie_word_embeddings {
+        "model.embed_tokens.weight"
+    } else {
+        "lm_head.weight"
+    };
+    if name == head {
+        return true;
+    }
+    let (n, eighth) = (config.n_layers, config.n_layers / 8);
+    let favoured = |layer: usize| layer < eighth || layer >= 7 * n / 8 || (layer - eighth) % 3 == 2;
+    let kind = name.ends_with(".v_proj.weight") || name.ends_with(".down_proj.weight");
+    kind && layer_of(name).is_some_and(favoured)
+}
+
+fn is_expert(name: &str) -> bool {
+    name.contains(".mlp.experts.")
+}
+
+fn layer_of(name: &str) -> Option<usize> {
+    let rest = name.strip_prefix("model.layers.")?;
+    rest.split('.').next()?.parse().ok()
+}
+
+impl Sizes {
+    /// Counts one tensor, experts apart.
+    fn add(&mut self, config: &ModelConfig, name: &str, size: u64) {
+        self.total += size;
+        if is_expert(name) {
+            self.experts += size;
+            return;
+        }
+        self.active += size;
+        let is_table = name == "model.embed_tokens.weight" && !config.tie_word_embeddings;
+        self.read_per_token += if is_table {
+            size / (config.vocab_size as u64).max(1)
+        } else {
+            size
+        };
+    }
+
+    /// Adds the picked experts once all tensors are counted.
+    fn finish(&mut self, config: &ModelConfig) {
+        let moe = &config.moe;
+        let n_experts = (moe.layers.len() * moe.n_experts) as u64;
+        if n_experts == 0 {
+            return;
+        }
+        self.one_expert = self.experts / n_experts;
+        let picked = self.experts / moe.n_experts as u64 * moe.top_k as u64;
+        self.active += picked;
+        self.read_per_token += picked;
+    }
+}
