@@ -25,7 +25,7 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
         format!("`{text}` is no size; write a number with KiB, MiB, GiB or TiB (or KB, MB, GB, TB), such as 8GiB")
     })?;
     // Above 2^63 no memory is meant.
-    if value >= 1.0 && value < 9.2e18 {
+    if (1.0..9.2e18).contains(&value) {
         Ok(value as u64)
     } else {
         Err(format!("`{text}` is not between 1 B and 8 EiB"))

@@ -136,8 +136,15 @@ fn read_header(bytes: &[u8]) -> Result<Vec<Line>, String> {
     let data = (bytes.len() - start) as u64;
     let mut lines = Vec::with_capacity(header.0.len());
     for (name, info) in header.0 {
-        let line = check(&name, info, data, start);
-        lines.push(line.map_err(|problem| format!("tensor `{name}`: {problem}"))?);
+        match check(info, data, start) {
+            Ok((dtype, shape, range)) => lines.push(Line {
+                name,
+                dtype,
+                shape,
+                range,
+            }),
+            Err(problem) => return Err(format!("tensor `{name}`: {problem}")),
+        }
     }
     check_cover(&lines, start, bytes.len())?;
     Ok(lines)
@@ -171,7 +178,7 @@ fn header_bytes(bytes: &[u8]) -> Result<(&[u8], usize), String> {
 }
 
 /// The shape, dtype and offsets of one tensor must agree with each other and with the `data` bytes that are there.
-fn check(name: &str, info: Info, data: u64, start: usize) -> Result<Line, String> {
+fn check(info: Info, data: u64, start: usize) -> Result<(Dtype, Vec<usize>, Range<usize>), String> {
     let Info {
         dtype,
         shape,
@@ -210,13 +217,8 @@ fn check(name: &str, info: Info, data: u64, start: usize) -> Result<Line, String
     let shape: Vec<usize> = shape
         .collect::<Result<_, _>>()
         .map_err(|error| error.to_string())?;
-    Ok(Line {
-        name: name.to_owned(),
-        dtype,
-        shape,
-        // Within the file, whose length is a usize.
-        range: start + from as usize..start + to as usize,
-    })
+    // Within the file, whose length is a usize.
+    Ok((dtype, shape, start + from as usize..start + to as usize))
 }
 
 /// Every byte of the data must belong to one tensor.

@@ -1,6 +1,8 @@
 //! The safetensors files of a checkpoint and the index over them.
 
-use std::collections::{BTreeMap, HashSet};
+use std::borrow::Cow;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 
 use bytes::Bytes;
@@ -22,10 +24,13 @@ pub(crate) struct Shards {
 
 /// The part of `model.safetensors.index.json` that matters.
 #[derive(Deserialize)]
-struct IndexFile {
-    #[serde(deserialize_with = "unique")]
-    weight_map: BTreeMap<String, String>,
+struct IndexFile<'a> {
+    #[serde(borrow, deserialize_with = "unique")]
+    weight_map: WeightMap<'a>,
 }
+
+/// Tensor names to file names, borrowed from the JSON where it has no escapes.
+type WeightMap<'a> = HashMap<Cow<'a, str>, Cow<'a, str>>;
 
 impl Shards {
     /// Reads the header of every shard. `fetch` gives a file of the checkpoint by its name, or
@@ -47,36 +52,37 @@ impl Shards {
             });
         };
         let file = format!("{origin}/{INDEX}");
-        let index: IndexFile =
+        let index: IndexFile<'_> =
             serde_json::from_slice(&index).map_err(|source| CheckpointError::Json {
                 file: file.clone(),
                 source,
             })?;
-        let mut names: Vec<&String> = index.weight_map.values().collect();
-        names.sort_unstable();
-        names.dedup();
-        for name in names {
+        let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+        for name in index.weight_map.values() {
+            *counts.entry(name).or_default() += 1;
+        }
+        for (name, n_listed) in counts {
             if name.contains(['/', '\\']) {
                 let problem = format!("shard `{name}` is not a plain file name");
                 return Err(CheckpointError::Index { file, problem });
             }
             let blob = fetch(name)?.ok_or_else(|| CheckpointError::MissingFile {
                 origin: origin.to_owned(),
-                file: name.clone(),
+                file: name.to_owned(),
                 hint: format!("{INDEX} names it; the download may be incomplete"),
             })?;
-            let before: Vec<String> = shards.push(origin, name, &blob)?;
-            check_against_index(&file, &index, name, &before)?;
+            let from = shards.tensors.len();
+            shards.push(origin, name, &blob)?;
+            let stored = &shards.tensors[from..];
+            check_against_index(&file, &index.weight_map, (name, n_listed), stored)?;
         }
         Ok(shards)
     }
 
-    /// Adds one file; returns the tensor names in its header.
-    fn push(&mut self, origin: &str, name: &str, bytes: &Bytes) -> Result<Vec<String>> {
+    /// Adds one file.
+    fn push(&mut self, origin: &str, name: &str, bytes: &Bytes) -> Result<()> {
         let file = format!("{origin}/{name}");
-        let mut stored = Vec::new();
         for tensor in read_safetensors(&file, bytes)? {
-            stored.push(tensor.name.clone());
             self.tensors.push(Raw {
                 file: file.clone(),
                 name: tensor.name,
@@ -85,28 +91,30 @@ impl Shards {
                 bytes: tensor.bytes,
             });
         }
-        Ok(stored)
+        Ok(())
     }
 }
 
 /// A map from texts to texts in which no key is there twice.
-fn unique<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<BTreeMap<String, String>, D::Error> {
+fn unique<'de, D: Deserializer<'de>>(deserializer: D) -> Result<WeightMap<'de>, D::Error> {
     struct Unique;
     impl<'de> Visitor<'de> for Unique {
-        type Value = BTreeMap<String, String>;
+        type Value = WeightMap<'de>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             f.write_str("an object from tensor names to file names")
         }
 
         fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-            let mut found = BTreeMap::new();
-            while let Some((name, file)) = map.next_entry::<String, String>()? {
-                if found.insert(name.clone(), file).is_some() {
-                    return Err(A::Error::custom(format!("`{name}` is there twice")));
-                }
+            let mut found = HashMap::new();
+            while let Some((Text(name), Text(file))) = map.next_entry()? {
+                match found.entry(name) {
+                    Entry::Vacant(slot) => slot.insert(file),
+                    Entry::Occupied(slot) => {
+                        let problem = format!("`{}` is there twice", slot.key());
+                        return Err(A::Error::custom(problem));
+                    }
+                };
             }
             Ok(found)
         }
@@ -114,12 +122,16 @@ fn unique<'de, D: Deserializer<'de>>(
     deserializer.deserialize_map(Unique)
 }
 
-/// The header of a shard and its lines in the index must name the same tensors.
+/// A text, borrowed unless it holds escapes.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// The header of a shard and its lines in the index, of which there are `n_listed`, must name the same tensors.
 fn check_against_index(
     file: &str,
-    index: &IndexFile,
-    shard: &str,
-    stored: &[String],
+    weight_map: &WeightMap<'_>,
+    (shard, n_listed): (&str, usize),
+    stored: &[Raw],
 ) -> Result<()> {
     let complain = |problem: String| {
         Err(CheckpointError::Index {
@@ -127,23 +139,27 @@ fn check_against_index(
             problem,
         })
     };
-    for name in stored {
-        if index.weight_map.get(name).map(String::as_str) != Some(shard) {
+    for tensor in stored {
+        let name = tensor.name.as_str();
+        if weight_map.get(name).map(|file| &**file) != Some(shard) {
             return complain(format!("does not say that tensor `{name}` is in {shard}"));
         }
     }
-    let stored: HashSet<&str> = stored.iter().map(String::as_str).collect();
-    let listed = index
-        .weight_map
-        .iter()
-        .filter(|(_, file)| *file == shard)
-        .map(|(name, _)| name);
-    for name in listed {
-        if !stored.contains(name.as_str()) {
-            return complain(format!(
-                "says that tensor `{name}` is in {shard}, which lacks it"
-            ));
-        }
+    // A header has every name once, so equal numbers leave no line over.
+    if stored.len() == n_listed {
+        return Ok(());
     }
-    Ok(())
+    let stored: HashSet<&str> = stored.iter().map(|tensor| &*tensor.name).collect();
+    let listed = weight_map.iter().filter(|(_, file)| *file == shard);
+    let mut lacking: Vec<&str> = listed
+        .map(|(name, _)| &**name)
+        .filter(|name| !stored.contains(name))
+        .collect();
+    lacking.sort_unstable();
+    match lacking.first() {
+        Some(name) => complain(format!(
+            "says that tensor `{name}` is in {shard}, which lacks it"
+        )),
+        None => Ok(()),
+    }
 }

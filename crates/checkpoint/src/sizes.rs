@@ -112,7 +112,7 @@ pub fn model_sizes(checkpoint: &Checkpoint) -> ModelSizes {
         layers: vec![LayerSize::default(); config.n_layers],
         ..ModelSizes::default()
     };
-    for (name, format, shape) in tensors(checkpoint) {
+    for (name, format, shape) in checkpoint.tensor_infos() {
         let (n, n_bytes) = (values(shape), stored_bytes(format, shape));
         sizes.parameters.add(config, name, n);
         sizes.bytes.add(config, name, n_bytes);
@@ -137,7 +137,7 @@ pub fn model_sizes(checkpoint: &Checkpoint) -> ModelSizes {
 pub fn held_sizes(checkpoint: &Checkpoint, holding: Holding) -> Sizes {
     let config = checkpoint.config();
     let mut sizes = Sizes::default();
-    for (name, format, shape) in tensors(checkpoint) {
+    for (name, format, shape) in checkpoint.tensor_infos() {
         let n_bytes = held_bytes(config, holding, (name, format, shape));
         sizes.add(config, name, n_bytes);
     }
@@ -214,13 +214,6 @@ fn attention_widths(config: &ModelConfig) -> (u64, u64) {
 }
 
 type Tensor<'a> = (&'a str, Dtype, &'a [usize]);
-
-fn tensors(checkpoint: &Checkpoint) -> impl Iterator<Item = Tensor<'_>> {
-    checkpoint.tensor_names().filter_map(|name| {
-        let (format, shape) = checkpoint.tensor_info(name)?;
-        Some((name, format, shape))
-    })
-}
 
 fn values(shape: &[usize]) -> u64 {
     shape
@@ -351,5 +344,123 @@ impl Sizes {
         let picked = self.experts / moe.n_experts as u64 * moe.top_k as u64;
         self.active += picked;
         self.read_per_token += picked;
+    }
+}
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> ModelConfig {
+        let json = r#"{"model_type": "qwen3_moe", "vocab_size": 100, "hidden_size": 256, "num_hidden_layers": 8,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64, "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 64, "rope_theta": 10000.0, "norm_topk_prob": true}"#;
+        ModelConfig::parse("m", json, None).unwrap()
+    }
+
+    const EXPERT: &str = "model.layers.3.mlp.experts.1.down_proj.weight";
+
+    #[test]
+    fn the_cache_is_read_as_far_as_windows_reach() {
+        let mut config = config();
+        assert_eq!(kv_bytes_per_token(&config), 8 * 2 * 2 * 64 * 4);
+        assert_eq!(kv_bytes_read(&config, 10), 10 * kv_bytes_per_token(&config));
+        config.attention.windows[0] = Some(4);
+        let layer = kv_bytes_per_token(&config) / 8;
+        assert_eq!(kv_bytes_read(&config, 10), (7 * 10 + 4) * layer);
+        assert_eq!(kv_bytes_read(&config, 0), 0);
+        assert_eq!(kv_bytes_read(&config, usize::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn buffers_grow_with_the_chunk_only() {
+        let config = config();
+        // Per token: stream 3 x 256, attention 2 x (4 + 2) x 64, router 4, two rows of 256 per pick, gate and up of
+        // both picks 2 x 64, in f32; 32 bytes per pick; products over 512 values.
+        let values = 3 * 256 + 768 + 4 + 4 * 256 + 128;
+        let products = (512.0 * PRODUCT_BYTES) as u64;
+        assert_eq!(
+            scratch_bytes(&config, 1, 256),
+            4 * values + 64 + products + 400
+        );
+        assert_eq!(
+            scratch_bytes(&config, 512, 256),
+            scratch_bytes(&config, 4096, 256)
+        );
+        assert!(scratch_bytes(&config, 512, 256) > scratch_bytes(&config, 255, 256));
+    }
+
+    #[test]
+    fn matrices_change_their_format_and_the_rest_stays_f32() {
+        let config = config();
+        let held = |holding, name, format, shape: &[usize]| {
+            held_bytes(&config, holding, (name, format, shape))
+        };
+        let shape = [256, 32];
+        assert_eq!(
+            held(Holding::Loaded, EXPERT, Dtype::Bf16, &shape),
+            2 * 256 * 32
+        );
+        assert_eq!(
+            held(Holding::LoadedQ8_0, EXPERT, Dtype::Bf16, &shape),
+            256 * 34
+        );
+        assert_eq!(
+            held(Holding::LoadedQ8_0, EXPERT, Dtype::Q4_0, &shape),
+            256 * 18
+        );
+        assert_eq!(
+            held(Holding::LoadedQ8_0, EXPERT, Dtype::Bf16, &[256, 33]),
+            2 * 256 * 33
+        );
+        assert_eq!(
+            held(Holding::Loaded, "model.norm.weight", Dtype::Bf16, &[256]),
+            4 * 256
+        );
+        let router = "model.layers.0.mlp.gate.weight";
+        assert_eq!(
+            held(Holding::LoadedQ8_0, router, Dtype::Bf16, &[4, 256]),
+            4 * 4 * 256
+        );
+        assert_eq!(stored_bytes(Dtype::F8E4M3, &[129, 128]), 129 * 128 + 2 * 4);
+    }
+
+    #[test]
+    fn mixtures_fall_back_where_rows_are_not_whole_blocks() {
+        let config = config();
+        let format = |mixture: Mixture, name: &str, cols| mixture.format(&config, name, &[8, cols]);
+        let gate = "model.layers.3.mlp.experts.1.gate_proj.weight";
+        assert_eq!(format(Mixture::Q4KM, gate, 256), Dtype::Q4K);
+        assert_eq!(format(Mixture::Q4KM, gate, 32), Dtype::Q8_0);
+        assert_eq!(format(Mixture::Q6K, gate, 33), Dtype::F16);
+        assert_eq!(format(Mixture::Q4KM, "lm_head.weight", 256), Dtype::Q6K);
+        // One eighth is one layer: 0 and 7, and 3 and 6 of those between.
+        let down = |layer: &usize| format!("model.layers.{layer}.mlp.experts.0.down_proj.weight");
+        let favoured: Vec<usize> = (0..8)
+            .filter(|layer| format(Mixture::Q4KM, &down(layer), 256) == Dtype::Q6K)
+            .collect();
+        assert_eq!(favoured, [0, 3, 6, 7]);
+    }
+
+    #[test]
+    fn a_token_reads_its_experts_and_one_row_of_the_embedding() {
+        let config = config();
+        let mut sizes = Sizes::default();
+        sizes.add(&config, "model.embed_tokens.weight", 100 * 256);
+        for layer in 0..8 {
+            for expert in 0..4 {
+                let name = format!("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight");
+                sizes.add(&config, &name, 10);
+            }
+        }
+        sizes.finish(&config);
+        let expected = Sizes {
+            total: 100 * 256 + 320,
+            active: 100 * 256 + 160,
+            read_per_token: 256 + 160,
+            experts: 320,
+            one_expert: 10,
+        };
+        assert_eq!(sizes, expected);
     }
 }

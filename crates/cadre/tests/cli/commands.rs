@@ -325,7 +325,7 @@ fn traces_are_recorded_and_shown() {
     let stats = json(&[&show[..], &["-o", "json"]].concat());
     assert_eq!(
         stats["meta"]["digest"],
-        json(&["inspect", "-m", path, "-o", "json"])["digest"]
+        json(&["inspect", "-m", path, "--digest", "-o", "json"])["digest"]
     );
     let names: Vec<_> = stats["domains"]
         .as_array()

@@ -60,3 +60,38 @@ pub(crate) fn tiny() -> TinyFolder {
 pub(crate) fn arg(path: &Path) -> &str {
     path.to_str().unwrap()
 }
+
+/// Peak resident bytes of a run that must succeed, as the kernel accounts them at its end.
+#[cfg(target_os = "linux")]
+pub(crate) fn peak_rss(command: &mut Command) -> u64 {
+    use std::io::Read;
+    use std::process::Stdio;
+
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    // A process keeps its peak until it is waited for, but the file about it is gone with its memory. So the peak is
+    // sampled while it runs, up to its end.
+    let path = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    while child.try_wait().unwrap().is_none() {
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kilobytes =
+            line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+        peak = peak.max(1024 * kilobytes.unwrap_or(0));
+        std::thread::sleep(std::time::Duration::from_micros(200));
+    }
+    let mut text = String::new();
+    child
+        .stdout
+        .take()
+        .unwrap()
+        .read_to_string(&mut text)
+        .unwrap();
+    assert!(child.wait().unwrap().success());
+    peak
+}

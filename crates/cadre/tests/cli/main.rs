@@ -5,8 +5,10 @@ mod bad_input;
 mod chat;
 mod commands;
 mod common;
+mod fit;
 mod hub;
 mod hub_server;
+mod inspect;
 #[cfg(unix)]
 mod interrupt;
 mod nano;
