@@ -8,7 +8,9 @@ use tracing_subscriber::EnvFilter;
 
 #[cfg(feature = "train")]
 use crate::commands::train;
-use crate::commands::{chat, completions, doctor, eval, fit, inspect, logits, pull, run, trace};
+use crate::commands::{
+    chat, completions, convert, doctor, eval, fit, inspect, logits, pull, run, trace,
+};
 use crate::env::Env;
 use crate::interrupt::Interrupt;
 use crate::output::ColorChoice;
@@ -51,6 +53,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Say whether a model fits into memory and how fast it will be; exit code 3 when it does not fit.
     Fit(fit::Args),
+    /// Write a checkpoint as GGUF or as a Hugging Face folder, in another number format if asked.
+    Convert(convert::Args),
     /// Download a model from the Hugging Face hub and print its path.
     Pull(pull::Args),
     /// Show what this machine can do and what Cadre will choose.
@@ -89,6 +93,7 @@ pub(crate) fn run() -> Result<()> {
         Command::Eval(args) => eval::run(&app, &args),
         Command::Inspect(args) => inspect::run(&app, &args),
         Command::Fit(args) => fit::run(&app, &args),
+        Command::Convert(args) => convert::run(&app, &args),
         Command::Pull(args) => pull::run(&app, &args),
         Command::Doctor(args) => doctor::run(&app, &args),
         Command::Completions(args) => completions::run(&args),

@@ -99,6 +99,17 @@ pub(crate) fn bar(env: &Env, what: &'static str, n_steps: u64) -> ProgressBar {
     bar
 }
 
+/// A bar over `n_bytes` of `what`, on standard error and only on a terminal.
+pub(crate) fn bytes_bar(env: &Env, n_bytes: u64, what: String) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(n_bytes), target(env));
+    let template =
+        "{msg} {wide_bar} {percent} % of {binary_total_bytes} {binary_bytes_per_sec} ETA {eta}";
+    let style = ProgressStyle::with_template(template);
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_message(what);
+    bar
+}
+
 /// A spinner for work of unknown length.
 pub(crate) fn spinner(env: &Env, what: String) -> ProgressBar {
     // Without a style of its own it would be drawn as a bar of no length, without the text.

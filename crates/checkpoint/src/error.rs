@@ -207,6 +207,12 @@ pub enum CheckpointError {
         /// The template's own words.
         message: String,
     },
+    /// Writing was asked to stop; what is there is kept.
+    #[error("stopped before {} was complete; run the same again to go on", path.display())]
+    Interrupted {
+        /// What was being written.
+        path: PathBuf,
+    },
     /// The folder to write exists and holds files of somebody else.
     #[error("will not replace {}: it holds `{file}`, which Cadre did not write; choose another folder or empty it", path.display())]
     WouldOverwrite {

@@ -12,6 +12,7 @@
 mod chat_side;
 mod checkpoint;
 mod config;
+mod convert;
 mod digest;
 mod dtype;
 mod error;
@@ -39,6 +40,7 @@ pub use config::{
     Activation, AttentionConfig, MlaConfig, ModelConfig, MoeConfig, NormKind, QkNorm, RouterConfig,
     Scales, Score, SharedExpert,
 };
+pub use convert::{Conversion, ConvertOptions, ConvertTo, TargetDtype};
 pub use error::{CheckpointError, Result};
 pub use rope::{RopeConfig, RopeScaling};
 pub use safetensors_file::{StoredTensor, read_safetensors};

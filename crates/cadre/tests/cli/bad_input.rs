@@ -159,7 +159,9 @@ fn configurations() {
         .unwrap();
     run_refused(model.path(), &["rope_scaling", "dynamic"]);
     let model = tiny();
-    model.set_config("model_type", "switch_transformers".into()).unwrap();
+    model
+        .set_config("model_type", "switch_transformers".into())
+        .unwrap();
     run_refused(model.path(), &["switch_transformers", "qwen3_moe"]);
     let model = tiny();
     model

@@ -128,6 +128,17 @@ impl Gguf {
     }
 
     /// Puts the parts together. The first has the metadata; others may repeat it, but not contradict it.
+    /// A file that is not written yet: what its metadata will mean can be asked before.
+    pub(crate) fn planned(
+        origin: &str,
+        entries: Vec<(String, Value)>,
+        tensors: Vec<GgufTensor>,
+    ) -> Result<Self> {
+        let file = origin.to_owned();
+        let header = Header { entries, tensors };
+        Self::join(vec![Part { file, header }])
+    }
+
     fn join(parts: Vec<Part>) -> Result<Self> {
         let mut gguf = Self {
             origin: parts

@@ -61,7 +61,7 @@ pub(super) fn base(meta: &Meta<'_>, kind: &Kind) -> Result<ModelConfig> {
         intermediate_size: meta
             .uniform_size("feed_forward_length", n_blocks)?
             .unwrap_or(0),
-        mlp_bias: false,
+        mlp_bias: meta.tensor("blk.0.ffn_gate.bias").is_some(),
         activation: Activation::Silu,
         moe: MoeConfig::default(),
         scales: Scales::default(),

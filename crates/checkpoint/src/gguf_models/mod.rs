@@ -18,13 +18,15 @@ mod phimoe;
 mod qwen;
 mod rope;
 mod tensors;
+mod write;
 
 use crate::config::ModelConfig;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::Gguf;
 use meta::Meta;
-pub(crate) use names::NormNames;
-pub(crate) use tensors::canonical_tensors;
+pub(crate) use names::{NormNames, outside_gguf};
+pub(crate) use tensors::{PROJECTIONS, canonical_tensors};
+pub(crate) use write::{Target, entries, refusals, rope_tensors, target};
 
 /// One architecture of GGUF.
 pub(crate) struct GgufArchitecture {

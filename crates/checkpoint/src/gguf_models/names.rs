@@ -82,7 +82,6 @@ impl NormNames {
     }
 
     /// What GGUF calls `name`, a canonical name without `model.layers.N.`.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the converter writes with it"))]
     pub(crate) fn gguf(self, layer: usize, name: &str) -> Option<String> {
         let found = WHOLE.iter().find(|(_, canonical)| *canonical == name);
         if let Some((gguf, _)) = found {
@@ -102,7 +101,6 @@ pub(crate) fn outside(name: &str) -> Option<&'static str> {
 }
 
 /// What GGUF calls a tensor outside of layers.
-#[cfg_attr(not(test), expect(dead_code, reason = "the converter writes with it"))]
 pub(crate) fn outside_gguf(name: &str) -> Option<&'static str> {
     let found = OUTSIDE.iter().find(|(_, canonical)| *canonical == name);
     found.map(|(gguf, _)| *gguf)

@@ -8,4 +8,5 @@ mod pretokenizers;
 pub(crate) mod spm;
 mod vocab;
 
+pub(crate) use pretokenizers::{GPT2 as GPT2_SPLIT, name_of as pretokenizer_of};
 pub use vocab::{GgufVocab, TokenType};

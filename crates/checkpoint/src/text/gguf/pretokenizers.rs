@@ -38,6 +38,20 @@ pub(crate) fn find(name: &str) -> Result<&'static PreTokenizer, String> {
         })
 }
 
+/// The name of the pre-tokenizer that splits by these expressions.
+///
+/// # Errors
+/// There is none.
+pub(crate) fn name_of(splits: &[String], ignore_merges: bool) -> Result<&'static str, String> {
+    let found = TABLE
+        .iter()
+        .filter(|known| known.splits.iter().eq(splits.iter()))
+        .max_by_key(|known| known.ignore_merges == ignore_merges);
+    found
+        .and_then(|known| known.names.first().copied())
+        .ok_or_else(|| format!("GGUF has no name for a pre-tokenizer that splits by {splits:?}"))
+}
+
 const fn kind(names: &'static [&'static str], splits: &'static [&'static str]) -> PreTokenizer {
     PreTokenizer {
         names,
@@ -55,7 +69,8 @@ const fn whole_words(kind: PreTokenizer, add_bos: bool) -> PreTokenizer {
     }
 }
 
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+pub(crate) const GPT2: &str =
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const DIGIT: &str = r"\p{N}";
 const UP_TO_3_DIGITS: &str = r"\p{N}{1,3}";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";

@@ -81,6 +81,18 @@ impl TokenType {
         })
     }
 
+    /// Its number in files.
+    pub(crate) fn id(self) -> i32 {
+        match self {
+            Self::Normal => 1,
+            Self::Unknown => 2,
+            Self::Control => 3,
+            Self::UserDefined => 4,
+            Self::Unused => 5,
+            Self::Byte => 6,
+        }
+    }
+
     /// Whether a token gives no text in an answer.
     pub(crate) fn is_special(self) -> bool {
         matches!(self, Self::Control | Self::Unknown)

@@ -1,0 +1,183 @@
+//! `cadre convert`: a checkpoint as a GGUF file or a Hugging Face folder, in another number format if asked.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use cadre_checkpoint::{CheckpointError, Conversion, ConvertOptions, ConvertTo, TargetDtype};
+
+use crate::cli::App;
+use crate::failure::Failure;
+use crate::model::CheckpointArg;
+use crate::output::{Out, bytes, bytes_bar, note};
+
+/// Bytes that must stay free on the disk beside the output.
+const RESERVE: u64 = 64 << 20;
+
+/// Arguments of `cadre convert`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    checkpoint: CheckpointArg,
+    /// What to write: a file whose name ends in .gguf, or else a Hugging Face folder. It must not
+    /// exist. An interrupted conversion goes on when the same is run again.
+    #[arg(short, long, value_name = "PATH")]
+    output: PathBuf,
+    /// Format of the matrices: keep, f32, f16, bf16, and for GGUF the block formats (q8_0, q4_k, ...).
+    #[arg(long, value_name = "FORMAT", default_value = "keep", value_parser = TargetDtype::parse)]
+    dtype: TargetDtype,
+    /// Largest file of a folder or part of a GGUF file, such as 5GB or 500MB. Folders: 5GB. GGUF: no
+    /// limit.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    max_shard_size: Option<u64>,
+    /// Write even what the programs that read the output compute otherwise; the differences are listed.
+    #[arg(long)]
+    allow_differences: bool,
+}
+
+/// Plans, shows what is special about it, and writes.
+pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
+    let checkpoint = args.checkpoint.open(app)?;
+    let is_gguf = args
+        .output
+        .extension()
+        .is_some_and(|extension| extension == "gguf");
+    let options = ConvertOptions {
+        target: match is_gguf {
+            true => ConvertTo::Gguf {
+                max_part_bytes: args.max_shard_size,
+            },
+            false => ConvertTo::Folder {
+                max_shard_bytes: args.max_shard_size.unwrap_or(5_000_000_000),
+            },
+        },
+        dtype: args.dtype,
+        allow_differences: args.allow_differences,
+    };
+    let conversion = Conversion::plan(&checkpoint, &name(&args.output), options)
+        .map_err(|error| hint(error, args.allow_differences))?;
+    for note in conversion.notes() {
+        tracing::warn!("{note}");
+    }
+    for difference in conversion.differences() {
+        tracing::warn!("computed otherwise from the output: {difference}");
+    }
+    check_space(&args.output, conversion.n_bytes())?;
+    let _guard = app.interrupt.guard();
+    let bar = bytes_bar(
+        &app.env,
+        conversion.n_bytes(),
+        args.output.display().to_string(),
+    );
+    let paths = conversion.write(&args.output, &mut |done| {
+        bar.set_position(done);
+        !app.interrupt.requested()
+    });
+    bar.finish_and_clear();
+    let paths = match paths {
+        Err(CheckpointError::Interrupted { path }) => {
+            note(
+                &app.env,
+                &format!(
+                    "{} is not complete; run the same again to go on",
+                    path.display()
+                ),
+            );
+            return Err(Failure::interrupted().into());
+        }
+        paths => paths?,
+    };
+    let mut out = Out::new();
+    for path in paths {
+        out.write(&format!("{}\n", path.display()))?;
+    }
+    let formats: Vec<String> = conversion
+        .formats()
+        .into_iter()
+        .map(|(dtype, n)| format!("{n} {dtype}"))
+        .collect();
+    out.write(&format!(
+        "{} tensors: {}\n",
+        conversion.n_tensors(),
+        formats.join(", ")
+    ))?;
+    out.finish()
+}
+
+/// The model's name in the metadata: that of the output.
+fn name(output: &Path) -> String {
+    let stem = output.file_stem().unwrap_or_default();
+    stem.to_string_lossy().into_owned()
+}
+
+fn hint(error: CheckpointError, allowed: bool) -> anyhow::Error {
+    let text = error.to_string();
+    if !allowed && text.contains("differences can be allowed") {
+        return Failure::new(text)
+            .hint("--allow-differences writes it all the same")
+            .into();
+    }
+    error.into()
+}
+
+/// Refuses to begin what the disk cannot hold.
+fn check_space(output: &Path, n_bytes: u64) -> Result<()> {
+    let absolute = std::path::absolute(output)
+        .with_context(|| format!("cannot resolve {}", output.display()))?;
+    let folder = absolute.ancestors().skip(1).find(|folder| folder.is_dir());
+    let Some(folder) = folder else {
+        return Ok(());
+    };
+    let free = fs4::available_space(folder)
+        .with_context(|| format!("cannot ask for free space at {}", folder.display()))?;
+    if free < n_bytes.saturating_add(RESERVE) {
+        return Err(Failure::new(format!(
+            "the output needs {}, but {} has {} free",
+            bytes(n_bytes),
+            folder.display(),
+            bytes(free)
+        ))
+        .into());
+    }
+    Ok(())
+}
+
+/// `5GB`, `500MB`, `2GiB` or plain bytes.
+fn parse_size(text: &str) -> Result<u64, String> {
+    const UNITS: &[(&str, u64)] = &[
+        ("KIB", 1 << 10),
+        ("MIB", 1 << 20),
+        ("GIB", 1 << 30),
+        ("KB", 1_000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("B", 1),
+        ("", 1),
+    ];
+    let upper = text.trim().to_ascii_uppercase();
+    let (unit, factor) = UNITS
+        .iter()
+        .find(|(unit, _)| upper.ends_with(unit))
+        .ok_or("expected a size")?;
+    let number = upper.trim_end_matches(unit).trim();
+    let size = number
+        .parse::<u64>()
+        .ok()
+        .and_then(|n| n.checked_mul(*factor));
+    size.filter(|size| *size > 0)
+        .ok_or_else(|| format!("`{text}` is no size; expected such as 5GB or 500MB"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_parsed() {
+        assert_eq!(parse_size("5GB"), Ok(5_000_000_000));
+        assert_eq!(parse_size("2 MiB"), Ok(2 << 20));
+        assert_eq!(parse_size("123"), Ok(123));
+        assert!(
+            parse_size("0").is_err() && parse_size("many").is_err() && parse_size("-1GB").is_err()
+        );
+    }
+}
