@@ -17,6 +17,7 @@ import math
 import sys
 from pathlib import Path
 
+import gguf
 import llama_cpp
 import numpy as np
 
@@ -149,6 +150,23 @@ def read_documents(path):
     if path.suffix == ".jsonl":
         return [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
     return [text]
+
+
+def decoded(path, out):
+    """A copy of a GGUF file with every weight in f32."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            kind = field.types[0]
+            writer.add_key_value(key, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+    for tensor in reader.tensors:
+        weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, weights.reshape(tuple(reversed(tensor.shape.tolist()))).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def main():

@@ -20,10 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import gguf
 import llama_cpp
-import numpy as np
-from llama_logits import Model, read_documents
+from llama_logits import Model, decoded, read_documents
 
 from common import ROOT, fail, write_json
 
@@ -132,23 +130,6 @@ CANDIDATES = [
         "El viejo molino",
     ),
 ]
-
-
-def decoded(path, out):
-    """A copy of a GGUF file with every weight in f32."""
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            kind = field.types[0]
-            writer.add_key_value(key, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
-    for tensor in reader.tensors:
-        weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, weights.reshape(tuple(reversed(tensor.shape.tolist()))).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def agreed(models):
