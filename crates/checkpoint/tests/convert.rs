@@ -343,3 +343,22 @@ fn formats_that_do_not_fit_are_reported() {
     let error = Conversion::plan(&source, "m", q8).unwrap_err().to_string();
     assert!(error.contains("f16"), "{error}");
 }
+
+#[test]
+fn a_tokenizer_goes_along() {
+    let source = Checkpoint::open(&golden().join("../models/nano")).unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+    let keep = |target| options(target, TargetDtype::Keep, false);
+    let gguf = convert(&source, keep(GGUF), &scratch.path().join("m.gguf"));
+    let text = "Once upon a time, in 1999:\n\n  it's done.";
+    let (ours, theirs) = (source.tokenizer().unwrap(), gguf.tokenizer().unwrap());
+    assert_eq!(ours.encode(text).unwrap(), theirs.encode(text).unwrap());
+    assert_eq!(gguf.config().eos_token_ids, source.config().eos_token_ids);
+    let back = convert(&gguf, keep(FOLDER), &scratch.path().join("back"));
+    assert_eq!(
+        back.tokenizer_json().unwrap(),
+        source.tokenizer_json().unwrap()
+    );
+    let files = |name| std::fs::exists(scratch.path().join("back").join(name)).unwrap();
+    assert!(files("model.safetensors.index.json") && !files(".cadre-conversion"));
+}

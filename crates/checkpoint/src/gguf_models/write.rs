@@ -212,9 +212,8 @@ fn attention(keys: &mut Keys, config: &ModelConfig) {
             keys.size("attention.key_length_mla", config.head_dim);
             keys.size("attention.value_length_mla", mla.v_head_dim);
             keys.size("attention.kv_lora_rank", mla.kv_lora_rank);
-            if let Some(rank) = mla.q_lora_rank {
-                keys.size("attention.q_lora_rank", rank);
-            }
+            // llama.cpp wants the key except in models of certain numbers of layers; 0 is none.
+            keys.size("attention.q_lora_rank", mla.q_lora_rank.unwrap_or(0));
         }
     }
     let windows = &config.attention.windows;
@@ -392,6 +391,10 @@ pub(crate) fn refusals(target: &Target, config: &ModelConfig) -> Vec<String> {
     refuse(
         config.mlp_bias && name != "llama",
         format!("llama.cpp reads no biases of dense feed-forwards for `{name}`"),
+    );
+    refuse(
+        name == "olmoe" && config.n_kv_heads != config.n_heads,
+        "llama.cpp wants as many key heads as query heads for `olmoe`".to_owned(),
     );
     let clamped = matches!(config.activation, Activation::SwigluOai { .. });
     refuse(
