@@ -7,7 +7,7 @@
 
 convert: `cadre convert -m FOLDER -o FILE --dtype f32` for every checkpoint folder of golden/; llama.cpp reads the file (f32
 keys and values, no flash attention, one thread), and its logits are compared with those that transformers computed from
-the folder (expected.json). A row is right when the largest difference is under 1e-4 of the largest logit, or when
+the folder (expected.json). A row is right when `cadre convert` refuses the folder because programs would differ, when the largest difference is under 1e-4 of the largest logit, or when
 ON_PURPOSE names why llama.cpp differs there. Exit code 3 when a row is not right, 1 when nothing could be compared.
 
 real: for each file, logits of PROMPTS, 64 greedy tokens after each, and the perplexity of recipes/data/sample.jsonl in
@@ -105,14 +105,19 @@ def folders(only):
 
 
 def one_conversion(binary, name, folder, scratch):
-    """One row of the table and whether it is right; None for the verdict where nothing was compared."""
+    """One row of the table and whether it is right."""
     out = scratch / "converted.gguf"
     out.unlink(missing_ok=True)
     try:
         cadre(binary, "convert", "-m", folder, "-o", out, "--dtype", "f32")
+    except ValueError as error:
+        reason = str(error).partition("is not supported: ")[2]
+        # A refusal says what the programs that read GGUF would compute otherwise; anything else is a failure.
+        return f"| {name} | - | - | {'refused: ' + reason[:170] if reason else error} |", bool(reason)
+    try:
         model = Model(out)
     except ValueError as error:
-        return f"| {name} | - | - | {ON_PURPOSE.get(name, '')} {str(error).splitlines()[0][:140]} |", name in ON_PURPOSE
+        return f"| {name} | - | - | {ON_PURPOSE.get(name, 'WRONG')} ({str(error)[:140]}) |", name in ON_PURPOSE
     worst, best_token = 0.0, []
     for case in json.loads((folder / "expected.json").read_text(encoding="utf-8"))["cases"]:
         far, same = difference(model.logits(case["tokens"]), case["logits"])
