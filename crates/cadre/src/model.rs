@@ -90,6 +90,12 @@ pub(crate) struct Loaded {
 }
 
 impl Loaded {
+    /// The tokens that end a text, from all the places that name them.
+    pub(crate) fn stop_tokens(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        let named = self.checkpoint.chat(tokenizer)?.stop_tokens;
+        Ok(named.into_iter().map(|token| token.id).collect())
+    }
+
     /// The tokenizer of the checkpoint.
     pub(crate) fn tokenizer(&self) -> Result<Tokenizer> {
         Ok(self.checkpoint.tokenizer()?)

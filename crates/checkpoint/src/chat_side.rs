@@ -50,11 +50,12 @@ impl Checkpoint {
 
     fn folder_chat(&self, tokenizer: Option<&Tokenizer>) -> Result<ChatSide> {
         let tokenizer_config = self.json("tokenizer_config.json")?;
+        let additional = self.folder_texts("additional_chat_templates", ".jinja")?;
         let templates = ChatTemplates::from_files(&ChatFiles {
             origin: self.origin(),
             tokenizer_config: tokenizer_config.as_ref().unwrap_or(&Value::Null),
             jinja: self.file_text("chat_template.jinja")?.as_deref(),
-            additional: &[],
+            additional: &additional,
         })?;
         let stop_tokens = stop_token_ids(&StopFiles {
             origin: self.origin(),

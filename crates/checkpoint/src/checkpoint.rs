@@ -431,6 +431,37 @@ impl Checkpoint {
         }
     }
 
+    /// The files of a sub-folder whose names end in `extension`: name without it, and text, sorted by name.
+    ///
+    /// # Errors
+    /// The folder is there and cannot be read, or a file is not UTF-8.
+    pub(crate) fn folder_texts(
+        &self,
+        folder: &str,
+        extension: &str,
+    ) -> Result<Vec<(String, String)>> {
+        let Source::Folder(root) = &self.source else {
+            return Ok(Vec::new());
+        };
+        let path = root.join(folder);
+        if !path.is_dir() {
+            return Ok(Vec::new());
+        }
+        let read = |error| CheckpointError::io("read", &path, error);
+        let mut texts = Vec::new();
+        for entry in std::fs::read_dir(&path).map_err(read)? {
+            let file = entry.map_err(read)?.file_name();
+            let file = file.to_string_lossy();
+            if let Some(name) = file.strip_suffix(extension)
+                && let Some(text) = self.file_text(&format!("{folder}/{file}"))?
+            {
+                texts.push((name.to_owned(), text));
+            }
+        }
+        texts.sort();
+        Ok(texts)
+    }
+
     /// The text of `tokenizer.json`, for writing it into another folder.
     ///
     /// # Errors

@@ -104,7 +104,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     }
     let generating = GenerateOptions {
         max_new_tokens: args.n_predict,
-        stop_tokens: loaded.model.info().eos_token_ids.clone(),
+        stop_tokens: loaded.stop_tokens(&tokenizer)?,
         sampling,
     };
     let generated = generate(&*loaded.model, &mut session, &ids, &generating, &mut live)?;
