@@ -17,7 +17,7 @@ use crate::output::spinner;
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct CheckpointArg {
     /// Checkpoint: a Hugging Face folder, a .gguf file (any part of a split one), or
-    /// org/name[@REVISION][:QUANT] on the Hugging Face hub. Without it, the embedded model `nano`.
+    /// `org/name@REVISION:QUANT` (both optional) on the Hugging Face hub. Without it, the embedded model `nano`.
     #[arg(short, long, value_name = "MODEL")]
     model: Option<PathBuf>,
     /// Use only hub models that are in the cache already. So does HF_HUB_OFFLINE=1.
