@@ -1,11 +1,11 @@
-//! Checkpoints on disk: safetensors, configs, tensor names, tokenizers.
+//! Checkpoints on disk: safetensors and GGUF, configs, tensor names, tokenizers, chat templates, conversion.
 //!
 //! A checkpoint is a Hugging Face folder (`config.json`, one or more safetensors files,
-//! `tokenizer.json`), or the same files embedded in the program. Everything doubtful is an error
+//! `tokenizer.json`), the same files embedded in the program, or a GGUF file. Everything doubtful is an error
 //! that names the key or tensor: a tensor is never skipped and a configuration key that would
 //! change the result is never ignored.
 //!
-//! - [`Checkpoint`] opens and gives tensors; [`ModelConfig`] is `config.json`, dialects resolved.
+//! - [`Checkpoint`] opens and gives tensors; [`ModelConfig`] describes the model, dialects of both kinds of file resolved.
 //! - [`write_folder`] writes a folder that other programs load unchanged.
 //! - [`Tokenizer`] encodes, decodes and streams text; [`train_bpe`] makes a new one.
 
