@@ -3,35 +3,44 @@
     cargo build --release
     PY="$(bash bench/peers/llama.sh)"
     "$PY" bench/peers/parity_llama.py convert [--only mixtral]           # every folder of golden/, through llama.cpp
+    "$PY" bench/peers/parity_llama.py quantize F32.gguf [--dtype q4_k_m]  # a file quantised by both
     "$PY" bench/peers/parity_llama.py real "$(bash recipes/data/smollm2.sh)" [more GGUF files]
 
 convert: `cadre convert -m FOLDER -o FILE --dtype f32` for every checkpoint folder of golden/; llama.cpp reads the file (f32
 keys and values, no flash attention, one thread), and its logits are compared with those that transformers computed from
-the folder (expected.json). A row is right when `cadre convert` refuses the folder because programs would differ, when the largest difference is under 1e-4 of the largest logit, or when
-ON_PURPOSE names why llama.cpp differs there. Exit code 3 when a row is not right, 1 when nothing could be compared.
+the folder (expected.json). A row is right when `cadre convert` refuses the folder because programs would differ, when the
+largest difference is under 1e-4 of the largest logit, or when ON_PURPOSE names why llama.cpp differs there. Exit code 3
+when a row is not right, 1 when nothing could be compared.
 
-real: for each file, logits of PROMPTS, 64 greedy tokens after each, and the perplexity of recipes/data/sample.jsonl in
-windows of 512, by `cadre logits`, `cadre run` and `cadre eval` and by llama.cpp, once by its defaults and once with f32
-keys and values. Exit code 3 when a perplexity differs by more than 0.5 %. Continuations are reported as the number of
-tokens that agree before the first difference, together with the gap between llama.cpp's two largest logits there: llama.cpp
-rounds inputs to eight bits, and where its own two settings part, nobody can follow both. So each model is compared once
+quantize: each file through `cadre convert --dtype q4_k_m` and through llama.cpp's llama_model_quantize, without an importance
+matrix; tensor by tensor, formats must be the same (exit code 3 otherwise), and the share of equal bytes is reported.
+
+real: for each file, logits of PROMPTS, 64 greedy tokens after each, and the perplexity of recipes/data/sample.jsonl (or of
+--text) in windows of 512, by `cadre logits`, `cadre run` and `cadre eval` and by llama.cpp: by its defaults, with f32 keys
+and values, and with those and without repacking weights for its faster kernels, which round otherwise. Exit code 3 when a
+perplexity differs by more than 0.5 %. Continuations are reported as the number of tokens that agree before the first
+difference, together with the gap between llama.cpp's two largest logits there: llama.cpp rounds inputs to eight bits, and
+where its own settings part, nobody can follow both. So each model is compared once
 more with its weights decoded to f32 (f32 keys and values), where nothing is rounded: exit code 3 when those logits differ by
 more than 1e-4 of the largest, or when a continuation differs. --no-decoded leaves that out (it needs eight times the room).
 """
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import gguf
+import llama_cpp
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "golden" / "make"))
 
-from llama_logits import Model, decoded, read_documents  # noqa: E402
+from llama_logits import SILENCE, Model, decoded, read_documents  # noqa: E402
 
 TOLERANCE = 1e-4
 GELU_TOLERANCE = 1e-3
@@ -142,6 +151,48 @@ def convert(args):
     return 1 if not verdicts else 0 if all(verdicts) else 3
 
 
+FILE_TYPES = {"q4_k_m": 15, "q5_k_m": 17}
+
+
+def quantize(args):
+    """Compares quantised files. Returns the exit code."""
+    code = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        ours, theirs = Path(scratch) / "ours.gguf", Path(scratch) / "theirs.gguf"
+        for path in args.models:
+            ours.unlink(missing_ok=True)
+            cadre(args.cadre, "convert", "-m", path, "-o", ours, "--dtype", args.dtype)
+            params = llama_cpp.llama_model_quantize_default_params()
+            params.ftype = FILE_TYPES[args.dtype]
+            params.nthread = args.threads
+            done = llama_cpp.llama_model_quantize(str(path).encode(), str(theirs).encode(), ctypes.byref(params))
+            if done != 0:
+                raise ValueError(f"llama.cpp does not quantise {path}: {' '.join(SILENCE.errors).strip()}")
+            code = max(code, compare_quantized(path, ours, theirs))
+    return code
+
+
+def compare_quantized(path, ours, theirs):
+    """Prints what is the same in two files, format by format. Returns the exit code."""
+    read = lambda file: {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}  # noqa: E731
+    ours, theirs = read(ours), read(theirs)
+    print(f"\n{path.name}\n\n| format | tensors | with equal bytes | equal bytes |\n|---|---|---|---|")
+    other = sorted(set(ours) ^ set(theirs))
+    other += [name for name in ours if name in theirs and ours[name].tensor_type != theirs[name].tensor_type]
+    for name in other:
+        kinds = [file[name].tensor_type.name if name in file else "missing" for file in (ours, theirs)]
+        print(f"| WRONG: {name} | {kinds[0]}, llama.cpp {kinds[1]} | | |")
+    table = {}
+    for name in sorted(set(ours) - set(other)):
+        a, b = ours[name].data.view(np.uint8).ravel(), theirs[name].data.view(np.uint8).ravel()
+        row = table.setdefault(ours[name].tensor_type.name, [0, 0, 0, 0])
+        same = int((a == b).sum())
+        table[ours[name].tensor_type.name] = [row[0] + 1, row[1] + (same == a.size), row[2] + same, row[3] + a.size]
+    for kind, (n, whole, same, total) in table.items():
+        print(f"| {kind} | {n} | {whole} | {same / total:.4%} |", flush=True)
+    return 3 if other else 0
+
+
 def agreement(ours, theirs):
     """Number of leading tokens in common."""
     common = min(len(ours), len(theirs))
@@ -155,19 +206,23 @@ def one_prompt(args, path, text, ways):
     )
     tokens = answer["prompt_tokens"]
     if tokens != (theirs := ways["default"].tokenize(text, special=True)):
-        return f"| {text[:30]!r} | tokens differ: {tokens} and {theirs} | | | |"
+        return f"| {text[:30]!r} | tokens differ: {tokens} and {theirs} | | | | | |"
     listed = ",".join(map(str, tokens))
     logits = json.loads(cadre(args.cadre, "logits", "-m", path, "--tokens", listed, "-o", "json"))["logits"]
-    cells = [f"{difference(logits, way.logits(tokens))[0]:.1e}" for way in ways.values()]
+    rows = {name: way.logits(tokens) for name, way in ways.items()}
+    far = [f"{difference(logits, row)[0]:.1e}" for row in rows.values()]
+    own = max(difference(row, rows["default"])[0] for row in rows.values())
     found = {name: way.greedy(tokens, COUNT)[0] for name, way in ways.items()}
     gap = "-"
-    common = agreement(answer["tokens"], found["default"])
+    best = max(found, key=lambda name: agreement(answer["tokens"], found[name]))
+    common = agreement(answer["tokens"], found[best])
     if common < len(answer["tokens"]):
-        row = ways["default"].logits(tokens + found["default"][:common])[-1]
+        row = ways[best].logits(tokens + found[best][:common])[-1]
         second, first = np.partition(row, -2)[-2:]
         gap = f"{first - second:.3f}"
-    cells += [str(agreement(answer["tokens"], ids)) for ids in found.values()]
-    cells += [str(agreement(found["default"], found["f32 cache"])), gap]
+    same = [str(agreement(answer["tokens"], ids)) for ids in found.values()]
+    apart = min(agreement(ids, found["default"]) for ids in found.values())
+    cells = [", ".join(far), f"{own:.1e}", ", ".join(same), str(apart), f"{len(answer['tokens'])}", gap]
     return f"| {text[:30]!r} | {' | '.join(cells)} |"
 
 
@@ -201,15 +256,16 @@ def real(args):
     for path in args.models:
         ways = {"default": Model(path, WINDOW, default_cache=True, threads=args.threads)}
         ways["f32 cache"] = Model(path, WINDOW, threads=args.threads)
-        print(f"\n{path.name}\n")
-        print("| prompt | logits, default | logits, f32 cache | tokens, default | tokens, f32 cache | llama.cpp's own two "
-              "| gap there |\n|---|---|---|---|---|---|---|")  # fmt: skip
+        ways["f32 cache, not repacked"] = Model(path, WINDOW, threads=args.threads, repack=False)
+        print(f"\n{path.name}, by llama.cpp: {'; '.join(ways)}\n")
+        print("| prompt | logits | llama.cpp from itself | tokens in common | llama.cpp with itself | of | gap there |\n"
+              "|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
         for text in PROMPTS:
             print(one_prompt(args, path, text, ways), flush=True)
         ours = json.loads(
-            cadre(args.cadre, "eval", "perplexity", "-m", path, "--data", TEXT, "-c", WINDOW, "-o", "json")
+            cadre(args.cadre, "eval", "perplexity", "-m", path, "--data", args.text, "-c", WINDOW, "-o", "json")
         )["perplexity"]
-        documents = [ways["default"].tokenize(text, special=True) for text in read_documents(TEXT)]
+        documents = [ways["default"].tokenize(text, special=True) for text in read_documents(args.text)]
         for name, way in ways.items():
             theirs, count = way.perplexity(documents, WINDOW)
             off = abs(ours / theirs - 1)
@@ -229,8 +285,14 @@ def main():
     one = commands.add_parser("convert", help="every folder of golden/ through `cadre convert`")
     one.add_argument("--only", help="only folders whose name contains this")
     one.set_defaults(run=convert)
+    three = commands.add_parser("quantize", help="files quantised by both")
+    three.add_argument("models", type=Path, nargs="+")
+    three.add_argument("--dtype", choices=FILE_TYPES, default="q4_k_m")
+    three.add_argument("--threads", type=int, default=2)
+    three.set_defaults(run=quantize)
     two = commands.add_parser("real", help="real models")
     two.add_argument("models", type=Path, nargs="+")
+    two.add_argument("--text", type=Path, default=TEXT, help="what to measure the perplexity of")
     two.add_argument("--threads", type=int, default=2)
     two.add_argument("--no-decoded", action="store_true", help="not with weights decoded to f32 as well")
     two.set_defaults(run=real)

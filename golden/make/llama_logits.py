@@ -46,10 +46,12 @@ SILENCE = Silence()
 class Model:
     """One GGUF file with one sequence."""
 
-    def __init__(self, path, n_ctx=512, default_cache=False, threads=1):
+    def __init__(self, path, n_ctx=512, default_cache=False, threads=1, repack=True):
         SILENCE.errors.clear()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
+        # Repacked blocks are multiplied by other kernels, which round otherwise.
+        params.use_extra_bufts = repack
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
             raise ValueError(f"llama.cpp does not load {path}: {' '.join(SILENCE.errors).strip()}")

@@ -40,12 +40,12 @@ pub use config::{
     Activation, AttentionConfig, MlaConfig, ModelConfig, MoeConfig, NormKind, QkNorm, RouterConfig,
     Scales, Score, SharedExpert,
 };
-pub use convert::{Conversion, ConvertOptions, ConvertTo, TargetDtype};
+pub use convert::{Conversion, ConvertOptions, ConvertTo, Mixture, TargetDtype};
 pub use error::{CheckpointError, Result};
 pub use rope::{RopeConfig, RopeScaling};
 pub use safetensors_file::{StoredTensor, read_safetensors};
 pub use sizes::{
-    FormatSize, Holding, LayerSize, Mixture, ModelSizes, Sizes, held_sizes, kv_bytes_per_token,
+    FormatSize, Holding, LayerSize, ModelSizes, Sizes, held_sizes, kv_bytes_per_token,
     kv_bytes_read, model_sizes, scratch_bytes,
 };
 pub use specs::tensor_specs;

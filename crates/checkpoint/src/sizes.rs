@@ -9,6 +9,11 @@ use std::collections::BTreeMap;
 use crate::Dtype;
 use crate::checkpoint::Checkpoint;
 use crate::config::{MlaConfig, ModelConfig};
+use crate::convert::TargetDtype;
+use crate::convert::formats::{for_gguf, stays_f32};
+use crate::convert::forms::gguf_form;
+use crate::gguf_models;
+use crate::specs::tensor_specs;
 
 /// Bytes of an f32.
 const F32: u64 = 4;
@@ -76,32 +81,8 @@ pub enum Holding {
     Loaded,
     /// In memory, with the matrices that are not quantised yet as Q8_0 where their rows are whole blocks of 32.
     LoadedQ8_0,
-    /// As a file that is quantised by this mixture would hold them.
-    File(Mixture),
-}
-
-/// Common ways to quantise a file. What does not split into the blocks of the wanted format takes Q8_0, and F16 where
-/// that does not either; norms, biases and routers stay F32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mixture {
-    /// Q8_0 throughout.
-    Q8_0,
-    /// Q6_K throughout.
-    Q6K,
-    /// Q4_K, and Q6_K for the head and for the more sensitive half of the values and down projections.
-    Q4KM,
-}
-
-impl Mixture {
-    /// Its usual name.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Q8_0 => "q8_0",
-            Self::Q6K => "q6_k",
-            Self::Q4KM => "q4_k_m",
-        }
-    }
+    /// As a GGUF file that is converted to this would hold them.
+    File(TargetDtype),
 }
 
 /// Reads the sizes off the header of `checkpoint`; no tensor is touched.
@@ -137,11 +118,33 @@ pub fn model_sizes(checkpoint: &Checkpoint) -> ModelSizes {
 pub fn held_sizes(checkpoint: &Checkpoint, holding: Holding) -> Sizes {
     let config = checkpoint.config();
     let mut sizes = Sizes::default();
+    let quantise = match holding {
+        Holding::File(wanted) => return file_sizes(checkpoint, wanted),
+        Holding::Loaded => false,
+        Holding::LoadedQ8_0 => true,
+    };
     for (name, format, shape) in checkpoint.tensor_infos() {
-        let n_bytes = held_bytes(config, holding, (name, format, shape));
+        let n_bytes = held_bytes(config, quantise, (name, format, shape));
         sizes.add(config, name, n_bytes);
     }
     sizes.finish(config);
+    sizes
+}
+
+/// By the rules of [`crate::Conversion`]. A model that GGUF has no form for is counted in its own.
+fn file_sizes(checkpoint: &Checkpoint, wanted: TargetDtype) -> Sizes {
+    let (origin, config) = (checkpoint.origin(), checkpoint.config());
+    let form = gguf_models::target(origin, config)
+        .and_then(|target| gguf_form(origin, target, config))
+        .unwrap_or_else(|_| config.clone());
+    let mut sizes = Sizes::default();
+    for (name, shape) in tensor_specs(&form) {
+        let stored = checkpoint.tensor_info(&name);
+        let stored = stored.map_or(Dtype::F32, |(format, _)| format);
+        let format = for_gguf(wanted, &form, stored, (&name, &shape)).dtype;
+        sizes.add(&form, &name, stored_bytes(format, &shape));
+    }
+    sizes.finish(&form);
     sizes
 }
 
@@ -233,17 +236,17 @@ fn stored_bytes(format: Dtype, shape: &[usize]) -> u64 {
     n / format.block_len() as u64 * format.block_bytes() as u64 + scales
 }
 
-fn held_bytes(config: &ModelConfig, holding: Holding, (name, format, shape): Tensor<'_>) -> u64 {
-    if is_small(name, shape) {
+fn held_bytes(config: &ModelConfig, quantise: bool, (name, format, shape): Tensor<'_>) -> u64 {
+    if stays_f32(name, shape) {
         return F32 * values(shape);
     }
-    match holding {
-        Holding::File(mixture) => stored_bytes(mixture.format(config, name, shape), shape),
-        Holding::LoadedQ8_0 if !format.is_quantized() && splits(shape, Dtype::Q8_0) => {
-            stored_bytes(Dtype::Q8_0, shape)
-        }
-        Holding::Loaded | Holding::LoadedQ8_0 => loaded_bytes(config, (name, format, shape)),
+    let splits = shape
+        .last()
+        .is_some_and(|cols| cols.is_multiple_of(Dtype::Q8_0.block_len()));
+    if quantise && splits && !format.is_quantized() {
+        return stored_bytes(Dtype::Q8_0, shape);
     }
+    loaded_bytes(config, (name, format, shape))
 }
 
 /// As stored, except that latent attention turns the part of `kv_b_proj` that makes keys around: a copy in f32 unless
@@ -260,51 +263,6 @@ fn loaded_bytes(config: &ModelConfig, (name, format, shape): Tensor<'_>) -> u64 
         }
         _ => stored,
     }
-}
-
-/// Norms, biases, sinks and routers: always f32 in memory, and in quantised files.
-fn is_small(name: &str, shape: &[usize]) -> bool {
-    shape.len() < 2
-        || name.ends_with(".mlp.gate.weight")
-        || name.ends_with("shared_expert_gate.weight")
-}
-
-/// Whether the rows of `shape` are whole blocks of `format`.
-fn splits(shape: &[usize], format: Dtype) -> bool {
-    shape
-        .last()
-        .is_some_and(|cols| cols.is_multiple_of(format.block_len()))
-}
-
-impl Mixture {
-    fn format(self, config: &ModelConfig, name: &str, shape: &[usize]) -> Dtype {
-        let wanted = match self {
-            Self::Q8_0 => Dtype::Q8_0,
-            Self::Q6K => Dtype::Q6K,
-            Self::Q4KM if is_sensitive(config, name) => Dtype::Q6K,
-            Self::Q4KM => Dtype::Q4K,
-        };
-        let choices = [wanted, Dtype::Q8_0];
-        let fitting = choices.into_iter().find(|format| splits(shape, *format));
-        fitting.unwrap_or(Dtype::F16)
-    }
-}
-
-/// Tensors that Q4_K_M gives more bits: the head, and values and down projections of the first and last eighth of the
-/// layers and of every third between.
-fn is_sensitive(config: &ModelConfig, name: &str) -> bool {
-    let head = if config.tie_word_embeddings {
-        "model.embed_tokens.weight"
-    } else {
-        "lm_head.weight"
-    };
-    if name == head {
-        return true;
-    }
-    let (n, eighth) = (config.n_layers, config.n_layers / 8);
-    let favoured = |layer: usize| layer < eighth || layer >= 7 * n / 8 || (layer - eighth) % 3 == 2;
-    let kind = name.ends_with(".v_proj.weight") || name.ends_with(".down_proj.weight");
-    kind && layer_of(name).is_some_and(favoured)
 }
 
 fn is_expert(name: &str) -> bool {
@@ -346,6 +304,7 @@ impl Sizes {
         self.read_per_token += picked;
     }
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -393,53 +352,21 @@ mod tests {
     #[test]
     fn matrices_change_their_format_and_the_rest_stays_f32() {
         let config = config();
-        let held = |holding, name, format, shape: &[usize]| {
-            held_bytes(&config, holding, (name, format, shape))
+        let held = |quantise, name, format, shape: &[usize]| {
+            held_bytes(&config, quantise, (name, format, shape))
         };
         let shape = [256, 32];
+        assert_eq!(held(false, EXPERT, Dtype::Bf16, &shape), 2 * 256 * 32);
+        assert_eq!(held(true, EXPERT, Dtype::Bf16, &shape), 256 * 34);
+        assert_eq!(held(true, EXPERT, Dtype::Q4_0, &shape), 256 * 18);
+        assert_eq!(held(true, EXPERT, Dtype::Bf16, &[256, 33]), 2 * 256 * 33);
         assert_eq!(
-            held(Holding::Loaded, EXPERT, Dtype::Bf16, &shape),
-            2 * 256 * 32
-        );
-        assert_eq!(
-            held(Holding::LoadedQ8_0, EXPERT, Dtype::Bf16, &shape),
-            256 * 34
-        );
-        assert_eq!(
-            held(Holding::LoadedQ8_0, EXPERT, Dtype::Q4_0, &shape),
-            256 * 18
-        );
-        assert_eq!(
-            held(Holding::LoadedQ8_0, EXPERT, Dtype::Bf16, &[256, 33]),
-            2 * 256 * 33
-        );
-        assert_eq!(
-            held(Holding::Loaded, "model.norm.weight", Dtype::Bf16, &[256]),
+            held(false, "model.norm.weight", Dtype::Bf16, &[256]),
             4 * 256
         );
         let router = "model.layers.0.mlp.gate.weight";
-        assert_eq!(
-            held(Holding::LoadedQ8_0, router, Dtype::Bf16, &[4, 256]),
-            4 * 4 * 256
-        );
+        assert_eq!(held(true, router, Dtype::Bf16, &[4, 256]), 4 * 4 * 256);
         assert_eq!(stored_bytes(Dtype::F8E4M3, &[129, 128]), 129 * 128 + 2 * 4);
-    }
-
-    #[test]
-    fn mixtures_fall_back_where_rows_are_not_whole_blocks() {
-        let config = config();
-        let format = |mixture: Mixture, name: &str, cols| mixture.format(&config, name, &[8, cols]);
-        let gate = "model.layers.3.mlp.experts.1.gate_proj.weight";
-        assert_eq!(format(Mixture::Q4KM, gate, 256), Dtype::Q4K);
-        assert_eq!(format(Mixture::Q4KM, gate, 32), Dtype::Q8_0);
-        assert_eq!(format(Mixture::Q6K, gate, 33), Dtype::F16);
-        assert_eq!(format(Mixture::Q4KM, "lm_head.weight", 256), Dtype::Q6K);
-        // One eighth is one layer: 0 and 7, and 3 and 6 of those between.
-        let down = |layer: &usize| format!("model.layers.{layer}.mlp.experts.0.down_proj.weight");
-        let favoured: Vec<usize> = (0..8)
-            .filter(|layer| format(Mixture::Q4KM, &down(layer), 256) == Dtype::Q6K)
-            .collect();
-        assert_eq!(favoured, [0, 3, 6, 7]);
     }
 
     #[test]

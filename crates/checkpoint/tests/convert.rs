@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use cadre_checkpoint::{
-    Checkpoint, CheckpointError, Conversion, ConvertOptions, ConvertTo, Dtype, TargetDtype,
-    tensor_specs,
+    Checkpoint, CheckpointError, Conversion, ConvertOptions, ConvertTo, Dtype, Holding, Mixture,
+    TargetDtype, held_sizes, tensor_specs,
 };
 
 fn golden() -> PathBuf {
@@ -361,4 +361,29 @@ fn a_tokenizer_goes_along() {
     );
     let files = |name| std::fs::exists(scratch.path().join("back").join(name)).unwrap();
     assert!(files("model.safetensors.index.json") && !files(".cadre-conversion"));
+}
+
+#[test]
+fn the_size_of_a_file_is_known_before_it_is_converted() {
+    let formats = [
+        TargetDtype::Is(Dtype::Q8_0),
+        TargetDtype::Is(Dtype::Q6K),
+        TargetDtype::Mix(Mixture::Q4KM),
+        TargetDtype::Mix(Mixture::Q5KM),
+    ];
+    let mut n = 0;
+    for folder in folders() {
+        let source = Checkpoint::open(&folder).unwrap();
+        for dtype in formats {
+            let Ok(conversion) = Conversion::plan(&source, "m", options(GGUF, dtype, true)) else {
+                continue;
+            };
+            let sizes = held_sizes(&source, Holding::File(dtype));
+            // Factors of the rope are no weights.
+            let factors = conversion.n_bytes() - sizes.total;
+            assert!(factors <= 2 * 4 * 64, "{}: {factors}", folder.display());
+            n += 1;
+        }
+    }
+    assert!(n > 150, "{n}");
 }

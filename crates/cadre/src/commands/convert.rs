@@ -22,7 +22,8 @@ pub(crate) struct Args {
     /// exist. An interrupted conversion goes on when the same is run again.
     #[arg(short, long, value_name = "PATH")]
     output: PathBuf,
-    /// Format of the matrices: keep, f32, f16, bf16, and for GGUF the block formats (q8_0, q4_k, ...).
+    /// Format of the matrices: keep, f32, f16, bf16, and for GGUF block formats (q8_0, q4_k, ...) and
+    /// mixtures of them (q4_k_m, q5_k_m).
     #[arg(long, value_name = "FORMAT", default_value = "keep", value_parser = TargetDtype::parse)]
     dtype: TargetDtype,
     /// Largest file of a folder or part of a GGUF file, such as 5GB or 500MB. Folders: 5GB. GGUF: no

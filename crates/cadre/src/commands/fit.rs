@@ -6,7 +6,8 @@ use std::fmt::Write;
 
 use anyhow::Result;
 use cadre_checkpoint::{
-    Checkpoint, Holding, Mixture, Sizes, held_sizes, kv_bytes_read, model_sizes, tensor_specs,
+    Checkpoint, Dtype, Holding, Mixture, Sizes, TargetDtype, held_sizes, kv_bytes_read,
+    model_sizes, tensor_specs,
 };
 use cadre_kernels::ThreadPool;
 use cadre_kernels::doctor::{bandwidth, default_threads};
@@ -26,7 +27,11 @@ const PASS: usize = 256 << 20;
 const N_PASSES: usize = 5;
 
 /// Quantised files to suggest, the most faithful first.
-const MIXTURES: [Mixture; 3] = [Mixture::Q8_0, Mixture::Q6K, Mixture::Q4KM];
+const FILES: [TargetDtype; 3] = [
+    TargetDtype::Is(Dtype::Q8_0),
+    TargetDtype::Is(Dtype::Q6K),
+    TargetDtype::Mix(Mixture::Q4KM),
+];
 
 /// Arguments of `cadre fit`.
 #[derive(Debug, clap::Args)]
@@ -88,7 +93,7 @@ struct Suggestion {
     #[serde(skip_serializing_if = "Option::is_none")]
     n_ctx: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    format: Option<&'static str>,
+    format: Option<String>,
 }
 
 /// Prints the report; an error with exit code 3 when the model does not fit.
@@ -206,11 +211,11 @@ fn suggestions(
     };
     if quant == QuantArg::Stored {
         let advice = "quantising while loading with --quant q8_0".to_owned();
-        smaller("quant", Holding::LoadedQ8_0, "q8_0", advice);
+        smaller("quant", Holding::LoadedQ8_0, "q8_0".to_owned(), advice);
     }
-    for mixture in MIXTURES {
-        let advice = format!("a file quantised to {}", mixture.name());
-        smaller("file", Holding::File(mixture), mixture.name(), advice);
+    for format in FILES {
+        let advice = format!("a file quantised to {}", format.name());
+        smaller("file", Holding::File(format), format.name(), advice);
     }
     let missing = demand.needed_bytes.saturating_sub(budget);
     suggestions.push(Suggestion {

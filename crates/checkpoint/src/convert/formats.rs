@@ -1,6 +1,8 @@
 //! Which number format every tensor gets, and the rules that change it, each with a reason to report.
 
+use super::mixture::Mixture;
 use crate::Dtype;
+use crate::config::ModelConfig;
 use crate::error::{CheckpointError, Result};
 
 /// What the user asks for.
@@ -10,10 +12,12 @@ pub enum TargetDtype {
     Keep,
     /// This format, where a tensor can have it.
     Is(Dtype),
+    /// The formats of this mixture, where tensors can have them.
+    Mix(Mixture),
 }
 
 impl TargetDtype {
-    /// Parses `keep` or the name of a format in any case.
+    /// Parses `keep`, the name of a format or that of a mixture, in any case.
     ///
     /// # Errors
     /// An unknown format, or one that cannot be written; the text lists those that can.
@@ -21,11 +25,17 @@ impl TargetDtype {
         if text.eq_ignore_ascii_case("keep") {
             return Ok(Self::Keep);
         }
-        let writable = Dtype::all().filter(|format| format.can_encode());
+        let mut mixtures = Mixture::ALL.into_iter();
+        if let Some(mixture) = mixtures.find(|known| text.eq_ignore_ascii_case(known.name())) {
+            return Ok(Self::Mix(mixture));
+        }
         match Dtype::from_name(text).filter(|format| format.can_encode()) {
             Some(format) => Ok(Self::Is(format)),
             None => {
-                let names: Vec<String> = writable.map(|f| f.name().to_lowercase()).collect();
+                let writable = Dtype::all().filter(|format| format.can_encode());
+                let names = writable.map(|format| format.name().to_lowercase());
+                let mixtures = Mixture::ALL.map(|mixture| mixture.name().to_owned());
+                let names: Vec<String> = names.chain(mixtures).collect();
                 Err(format!(
                     "`{text}` is no format that is written; known: keep, {}",
                     names.join(", ")
@@ -33,29 +43,53 @@ impl TargetDtype {
             }
         }
     }
+
+    /// Its usual name, in lower case.
+    #[must_use]
+    pub fn name(self) -> String {
+        match self {
+            Self::Keep => "keep".to_owned(),
+            Self::Is(dtype) => dtype.name().to_lowercase(),
+            Self::Mix(mixture) => mixture.name().to_owned(),
+        }
+    }
 }
 
 /// A tensor's format and, where it is not what was asked for, why.
-pub(super) struct Choice {
-    pub(super) dtype: Dtype,
+pub(crate) struct Choice {
+    pub(crate) dtype: Dtype,
     pub(super) reason: Option<&'static str>,
 }
 
-/// The format of a tensor of a GGUF file. `stored` is what it has now; `wide` says that llama.cpp only reads it in f32.
-pub(super) fn for_gguf(wanted: TargetDtype, stored: Dtype, shape: &[usize], wide: bool) -> Choice {
+/// Norms, biases, sinks and routers: llama.cpp reads them in f32 only, and loading makes them f32 in any case.
+/// `name` and `shape` are canonical, those of one expert for experts.
+pub(crate) fn stays_f32(name: &str, shape: &[usize]) -> bool {
+    shape.len() < 2
+        || name.ends_with(".mlp.gate.weight")
+        || name.ends_with("shared_expert_gate.weight")
+}
+
+/// The format of a tensor of a GGUF file. `form` is the model as GGUF holds it, `name` and `shape` are canonical (of
+/// one expert for experts), and `stored` is what the tensor has now.
+pub(crate) fn for_gguf(
+    wanted: TargetDtype,
+    form: &ModelConfig,
+    stored: Dtype,
+    (name, shape): (&str, &[usize]),
+) -> Choice {
     let plain = |dtype| Choice {
         dtype,
         reason: None,
     };
-    if wide {
-        // Norms, biases, routers: everywhere f32, as every converter writes them.
+    if stays_f32(name, shape) {
         return plain(Dtype::F32);
     }
+    let cols = shape.last().copied().unwrap_or(1);
     let asked = match wanted {
         TargetDtype::Keep => stored,
         TargetDtype::Is(dtype) => dtype,
+        TargetDtype::Mix(mixture) => mixture.format(form, name, cols),
     };
-    let cols = shape.last().copied().unwrap_or(1);
     if asked.gguf_id().is_none() {
         return Choice {
             dtype: Dtype::Bf16,
@@ -97,7 +131,7 @@ pub(super) fn for_folder(wanted: TargetDtype, stored: Dtype) -> Choice {
             dtype: stored,
             reason: None,
         },
-        TargetDtype::Keep => Choice {
+        TargetDtype::Keep | TargetDtype::Mix(_) => Choice {
             dtype: Dtype::Bf16,
             reason: Some("folders are written in plain formats"),
         },
@@ -106,17 +140,20 @@ pub(super) fn for_folder(wanted: TargetDtype, stored: Dtype) -> Choice {
 
 /// Refuses block formats for folders.
 pub(super) fn check_folder(origin: &str, wanted: TargetDtype) -> Result<()> {
-    match wanted {
-        TargetDtype::Is(dtype) if dtype.torch_name().is_none() => {
-            Err(CheckpointError::Unsupported {
-                file: origin.to_owned(),
-                key: "dtype".to_owned(),
-                value: dtype.to_string(),
-                reason: "a folder is written as keep, f32, f16 or bf16".to_owned(),
-            })
-        }
-        _ => Ok(()),
+    let is_plain = match wanted {
+        TargetDtype::Keep => true,
+        TargetDtype::Is(dtype) => dtype.torch_name().is_some(),
+        TargetDtype::Mix(_) => false,
+    };
+    if is_plain {
+        return Ok(());
     }
+    Err(CheckpointError::Unsupported {
+        file: origin.to_owned(),
+        key: "dtype".to_owned(),
+        value: wanted.name(),
+        reason: "a folder is written as keep, f32, f16 or bf16".to_owned(),
+    })
 }
 
 #[cfg(test)]
@@ -125,10 +162,16 @@ mod tests {
 
     #[test]
     fn rows_that_do_not_fit_fall_back_with_a_reason() {
-        let of = |dtype, cols| {
-            let choice = for_gguf(TargetDtype::Is(dtype), Dtype::F32, &[4, cols], false);
+        let json = r#"{"model_type": "llama", "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "intermediate_size": 96, "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 64, "rope_theta": 10000.0}"#;
+        let form = ModelConfig::parse("m", json, None).unwrap();
+        let choose = |wanted, name, shape: &[usize]| {
+            let choice = for_gguf(wanted, &form, Dtype::Bf16, (name, shape));
             (choice.dtype, choice.reason.is_some())
         };
+        let up = "model.layers.0.mlp.up_proj.weight";
+        let of = |dtype, cols| choose(TargetDtype::Is(dtype), up, &[4, cols]);
         assert_eq!(of(Dtype::Q4K, 512), (Dtype::Q4K, false));
         assert_eq!(of(Dtype::Q4K, 96), (Dtype::Q5_0, true));
         assert_eq!(of(Dtype::Q5K, 96), (Dtype::Q5_1, true));
@@ -136,17 +179,35 @@ mod tests {
         assert_eq!(of(Dtype::Q6K, 40), (Dtype::F16, true));
         assert_eq!(of(Dtype::Q8_0, 40), (Dtype::F16, true));
         assert_eq!(of(Dtype::Bf16, 7), (Dtype::Bf16, false));
-        let wide = for_gguf(TargetDtype::Is(Dtype::Q8_0), Dtype::Bf16, &[64], true);
-        assert_eq!(wide.dtype, Dtype::F32);
+        let (q8, mix) = (
+            TargetDtype::Is(Dtype::Q8_0),
+            TargetDtype::Mix(Mixture::Q4KM),
+        );
+        assert_eq!(choose(q8, "model.norm.weight", &[64]), (Dtype::F32, false));
+        let router = "model.layers.0.mlp.gate.weight";
+        assert_eq!(choose(q8, router, &[4, 64]), (Dtype::F32, false));
+        assert_eq!(choose(mix, up, &[4, 512]), (Dtype::Q4K, false));
+        assert_eq!(choose(mix, up, &[4, 96]), (Dtype::Q5_0, true));
+        // The head does not fall back: llama-quantize gives it Q8_0 at once.
+        assert_eq!(
+            choose(mix, "lm_head.weight", &[4, 64]),
+            (Dtype::Q8_0, false)
+        );
     }
 
     #[test]
     fn names_are_parsed_and_unknown_ones_list_the_known() {
         assert_eq!(TargetDtype::parse("keep"), Ok(TargetDtype::Keep));
         assert_eq!(TargetDtype::parse("q4_k"), Ok(TargetDtype::Is(Dtype::Q4K)));
+        let mixed = TargetDtype::parse("Q4_K_M").unwrap();
+        assert_eq!(mixed, TargetDtype::Mix(Mixture::Q4KM));
+        assert_eq!(mixed.name(), "q4_k_m");
         for bad in ["q9", "u8", "q2_k"] {
             let error = TargetDtype::parse(bad).unwrap_err();
-            assert!(error.contains("q8_0") && error.contains("bf16"), "{error}");
+            assert!(
+                error.contains("q8_0") && error.contains("q4_k_m"),
+                "{error}"
+            );
         }
     }
 }

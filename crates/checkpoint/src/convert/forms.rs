@@ -12,7 +12,7 @@ const TOLERANCE: f64 = 1e-6;
 ///
 /// # Errors
 /// Latent attention whose rope pairs would have to be permuted.
-pub(super) fn gguf_form(
+pub(crate) fn gguf_form(
     origin: &str,
     target: &Target,
     config: &ModelConfig,

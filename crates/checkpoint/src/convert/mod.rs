@@ -5,8 +5,9 @@
 //! a hidden name until it is complete, and goes on where it was killed.
 
 mod folder;
-mod formats;
-mod forms;
+pub(crate) mod formats;
+pub(crate) mod forms;
+mod mixture;
 mod recipe;
 mod to_folder;
 mod to_gguf;
@@ -19,6 +20,7 @@ use crate::config::ModelConfig;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::{GgufPlan, GgufWriter, TensorPlan, WriteOptions};
 pub use formats::TargetDtype;
+pub use mixture::Mixture;
 use recipe::Recipe;
 
 /// What a conversion makes.
@@ -277,4 +279,10 @@ fn note_formats(notes: &mut Vec<String>, changed: &[(crate::Dtype, &'static str,
 fn permuted_head(from: &ModelConfig, to: &ModelConfig) -> Option<usize> {
     let differ = from.rope.interleaved != to.rope.interleaved;
     (differ && from.attention.mla.is_none()).then_some(from.head_dim)
+}
+
+/// `model.layers.3.mlp.gate.weight` is `mlp.gate.weight` of layer 3.
+pub(super) fn in_layer(name: &str) -> Option<(usize, &str)> {
+    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    Some((layer.parse().ok()?, rest))
 }

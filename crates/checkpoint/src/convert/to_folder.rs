@@ -3,8 +3,10 @@
 use super::formats::{self, TargetDtype};
 use super::forms::{differences, folder_form};
 use super::recipe::{Order, Recipe, Rows};
-use super::to_gguf::{in_layer, is_rotated};
-use super::{Conversion, ConvertOptions, Output, Planned, note_formats, permuted_head, vocab};
+use super::to_gguf::is_rotated;
+use super::{
+    Conversion, ConvertOptions, Output, Planned, in_layer, note_formats, permuted_head, vocab,
+};
 use crate::Dtype;
 use crate::checkpoint::Checkpoint;
 use crate::config::{ModelConfig, NormKind};

@@ -5,7 +5,9 @@ use bytes::Bytes;
 use super::formats::{self, TargetDtype};
 use super::forms::{differences, gguf_form};
 use super::recipe::{Order, Recipe, Rows};
-use super::{Conversion, ConvertOptions, Output, Planned, note_formats, permuted_head, vocab};
+use super::{
+    Conversion, ConvertOptions, Output, Planned, in_layer, note_formats, permuted_head, vocab,
+};
 use crate::Dtype;
 use crate::checkpoint::Checkpoint;
 use crate::config::{ModelConfig, NormKind};
@@ -44,7 +46,7 @@ pub(super) fn plan<'a>(
                 .to_owned(),
         );
     }
-    general(&mut entries, source, name, &tensors);
+    general(&mut entries, source, (name, options.dtype), &tensors);
     entries.extend(vocab::entries(source, &mut notes)?);
     Ok(Conversion {
         source,
@@ -69,26 +71,27 @@ impl Planner<'_> {
     fn all(&mut self) -> Result<()> {
         for (name, values) in gguf_models::rope_tensors(self.form) {
             let shape = vec![values.len()];
-            self.add(name.to_owned(), shape, true, Recipe::Values(values));
+            self.add(
+                name,
+                &shape,
+                (name.to_owned(), shape.clone()),
+                Recipe::Values(values),
+            );
         }
         for (name, shape) in tensor_specs(self.form) {
-            let Some((layer, rest)) = in_layer(&name) else {
-                let gguf = gguf_models::outside_gguf(&name).map(str::to_owned);
-                let wide = shape.len() == 1;
-                let recipe = self.recipe(&name);
-                self.add(self.known(gguf, &name)?, shape, wide, recipe);
-                continue;
+            let gguf = match in_layer(&name) {
+                None => gguf_models::outside_gguf(&name).map(str::to_owned),
+                Some((layer, rest)) => {
+                    if let Some(expert) = rest.strip_prefix("mlp.experts.") {
+                        self.stack(layer, expert, &shape);
+                        continue;
+                    }
+                    self.target.norms.gguf(layer, rest)
+                }
             };
-            if let Some(expert) = rest.strip_prefix("mlp.experts.") {
-                self.stack(layer, expert, &shape);
-                continue;
-            }
-            let gguf = self.target.norms.gguf(layer, rest);
-            let wide = shape.len() == 1
-                || rest.starts_with("mlp.gate.")
-                || rest.starts_with("mlp.shared_expert_gate.");
             let recipe = self.recipe(&name);
-            self.add(self.known(gguf, &name)?, shape, wide, recipe);
+            let written = (self.known(gguf, &name)?, shape.clone());
+            self.add(&name, &shape, written, recipe);
         }
         Ok(())
     }
@@ -117,9 +120,9 @@ impl Planner<'_> {
         for (gguf, canonical) in PROJECTIONS {
             name = name.replace(canonical, &format!("{gguf}_exps"));
         }
-        let shape = [&[n_experts], shape].concat();
-        let is_bias = part.ends_with(".bias");
-        self.add(name, shape, is_bias, recipe);
+        let first = format!("model.layers.{layer}.mlp.experts.{expert}");
+        let written = (name, [&[n_experts], shape].concat());
+        self.add(&first, shape, written, recipe);
     }
 
     /// How a canonical tensor of the GGUF form is made of those of the source.
@@ -160,12 +163,15 @@ impl Planner<'_> {
         }
     }
 
-    fn add(&mut self, name: String, shape: Vec<usize>, wide: bool, recipe: Recipe) {
+    /// Plans the tensor `written` (name and shape), which is `name` of `one` shape here, or all experts of which that is
+    /// the first.
+    fn add(&mut self, name: &str, one: &[usize], written: (String, Vec<usize>), recipe: Recipe) {
         let info = recipe
             .source()
             .and_then(|name| self.source.tensor_info(name));
         let stored = info.map_or(Dtype::F32, |(dtype, _)| dtype);
-        let choice = formats::for_gguf(self.dtype, stored, &shape, wide);
+        let choice = formats::for_gguf(self.dtype, self.form, stored, (name, one));
+        let (name, shape) = written;
         if let Some(reason) = choice.reason {
             self.changed.push((choice.dtype, reason, name.clone()));
         }
@@ -180,12 +186,6 @@ impl Planner<'_> {
 /// Whether rope acts on the rows of a tensor.
 pub(super) fn is_rotated(name: &str) -> bool {
     name.contains(".self_attn.q_proj.") || name.contains(".self_attn.k_proj.")
-}
-
-/// `model.layers.3.mlp.gate.weight` is `mlp.gate.weight` of layer 3.
-pub(super) fn in_layer(name: &str) -> Option<(usize, &str)> {
-    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    Some((layer.parse().ok()?, rest))
 }
 
 /// Reads the planned metadata as llama.cpp would and lists what it says otherwise than `form`.
@@ -229,7 +229,7 @@ fn check(
 fn general(
     entries: &mut Vec<(String, Value)>,
     source: &Checkpoint,
-    name: &str,
+    (name, wanted): (&str, TargetDtype),
     tensors: &[Planned],
 ) {
     let mut put = |key: &str, value: Value| entries.push((format!("general.{key}"), value));
@@ -268,7 +268,11 @@ fn general(
         .iter()
         .max_by_key(|(_, n)| *n)
         .map_or(Dtype::F32, |(dtype, _)| *dtype);
-    if let Some(file_type) = file_type(most) {
+    let file_type = match wanted {
+        TargetDtype::Mix(mixture) => Some(mixture.file_type()),
+        TargetDtype::Keep | TargetDtype::Is(_) => file_type(most),
+    };
+    if let Some(file_type) = file_type {
         put("file_type", file_type.into());
     }
     if sizes.iter().any(|(dtype, _)| dtype.is_quantized()) {
