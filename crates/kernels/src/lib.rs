@@ -12,6 +12,7 @@
 //! Shapes: activations are `[n_tokens, n_in]`, weights `[n_out, n_in]`, both row-major.
 
 mod arch;
+mod attention;
 mod blocks;
 mod compute;
 pub mod doctor;
@@ -26,6 +27,9 @@ mod quantize;
 mod samples;
 mod table;
 
+pub use attention::{
+    Attend, AttendScratch, Heads, HeadsMut, KvFormat, KvFormats, KvLayer, KvSizes, Span,
+};
 pub use blocks::{ActQ8, ActQ8K, BlockQ8_0, Q8_BLOCK, SUPER_BLOCK, dequantize_q8_0, quantize_q8_0};
 pub use bytes::Bytes;
 pub use compute::{Compute, MatmulScratch};

@@ -21,6 +21,7 @@ pub(super) static TABLE: Table = Table {
     rows_bf16,
     rows_q8_0: avx2_quants::rows_q8_0,
     quants: avx2_quants::QUANTS,
+    attention: &super::attention::avx2::TABLE,
     add_weighted_rows,
     max,
     exp_sum,
@@ -162,7 +163,7 @@ pub(super) fn reduce<const R: usize, const N: usize>(acc: [[__m256; N]; R]) -> [
 
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn sum_lanes(v: __m256) -> f32 {
+pub(super) fn sum_lanes(v: __m256) -> f32 {
     let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
     let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
     _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
@@ -215,7 +216,7 @@ fn max(x: &[f32]) -> f32 {
 /// `exp(x)`; NaN stays NaN, overflow gives infinity, underflow gives 0.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn exp(x: __m256) -> __m256 {
+pub(super) fn exp(x: __m256) -> __m256 {
     // Min and max return their second operand when either is NaN.
     let x = _mm256_max_ps(_mm256_set1_ps(-104.0), x);
     let x = _mm256_min_ps(_mm256_set1_ps(89.0), x);

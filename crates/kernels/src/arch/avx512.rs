@@ -21,6 +21,7 @@ pub(super) static TABLE: Table = Table {
     rows_bf16,
     rows_q8_0,
     quants: avx2_quants::QUANTS,
+    attention: &super::attention::avx512::TABLE,
     add_weighted_rows,
     max,
     exp_sum,
@@ -225,7 +226,7 @@ fn max(x: &[f32]) -> f32 {
 /// `exp(x)`; NaN stays NaN, overflow gives infinity, underflow gives 0.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
 #[inline]
-fn exp(x: __m512) -> __m512 {
+pub(super) fn exp(x: __m512) -> __m512 {
     // Min and max return their second operand when either is NaN.
     let x = _mm512_max_ps(_mm512_set1_ps(-104.0), x);
     let x = _mm512_min_ps(_mm512_set1_ps(89.0), x);

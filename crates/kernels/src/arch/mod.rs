@@ -3,6 +3,7 @@
 //! Nothing here is called except through a table, and a table is only handed out when the CPU has its
 //! instruction set (`crate::Kernels`).
 
+pub(crate) mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -47,6 +48,7 @@ pub(crate) struct Table {
     pub(crate) rows_bf16: RowsFn<bf16, f32>,
     pub(crate) rows_q8_0: RowsFn<BlockQ8_0, ActQ8>,
     pub(crate) quants: Quants,
+    pub(crate) attention: &'static attention::AttentionTable,
     /// `y += sum over j of weights[j] * rows[j]`, with `rows: [weights.len(), y.len()]`.
     pub(crate) add_weighted_rows: unsafe fn(weights: &[f32], rows: &[f32], y: &mut [f32]),
     /// The largest value; any NaN gives an unspecified value. An empty slice gives minus infinity.

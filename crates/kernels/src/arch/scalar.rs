@@ -31,6 +31,7 @@ pub(super) static TABLE: Table = Table {
         rows_q8_k: rows_256,
         rows_iq4_xs: rows_256,
     },
+    attention: &super::attention::scalar::TABLE,
     add_weighted_rows,
     max,
     exp_sum,
