@@ -276,7 +276,12 @@ impl Model for Decoder {
     }
 
     fn session(&self, options: &SessionOptions) -> Result<Session> {
-        Session::new(&self.info, self.shape.clone(), options)
+        Session::new(
+            self.compute.kernels(),
+            &self.info,
+            self.shape.clone(),
+            options,
+        )
     }
 
     fn forward<'s>(

@@ -23,6 +23,7 @@ mod sampling;
 mod session;
 mod weights;
 
+pub use cadre_kernels::{KvFormat, KvFormats};
 pub use error::{EngineError, Result};
 pub use generate::{Finish, GenerateOptions, Generated, Hooks, generate};
 pub use load::{LoadOptions, Quant, known_model_types, load};

@@ -1,6 +1,6 @@
 //! A session: everything that changes while one sequence is read and written.
 
-use cadre_kernels::MatmulScratch;
+use cadre_kernels::{Kernels, KvFormats, MatmulScratch};
 
 use cadre_checkpoint::MlaConfig;
 
@@ -19,6 +19,8 @@ pub struct SessionOptions {
     pub n_ctx: Option<usize>,
     /// Tokens that are processed together. More are faster and need more scratch memory.
     pub chunk: usize,
+    /// How keys and values are stored. Anything but f32, the default, changes results a little.
+    pub kv: KvFormats,
 }
 
 impl Default for SessionOptions {
@@ -26,6 +28,7 @@ impl Default for SessionOptions {
         Self {
             n_ctx: None,
             chunk: 256,
+            kv: KvFormats::default(),
         }
     }
 }
@@ -100,6 +103,7 @@ impl SessionShape {
 
 impl Session {
     pub(crate) fn new(
+        kernels: Kernels,
         info: &ModelInfo,
         shape: SessionShape,
         options: &SessionOptions,
@@ -140,7 +144,7 @@ impl Session {
             logits: Vec::new(),
         };
         Ok(Self {
-            kv: KvCache::new(&shape.kv, n_ctx),
+            kv: KvCache::new(kernels, &shape.kv, options.kv, n_ctx),
             shape,
             position: 0,
             n_ctx,

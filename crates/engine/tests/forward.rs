@@ -20,7 +20,10 @@ fn model(folder: &TinyFolder, options: &LoadOptions) -> Arc<dyn Model> {
 
 fn session(model: &dyn Model, chunk: usize) -> Session {
     model
-        .session(&SessionOptions { n_ctx: None, chunk })
+        .session(&SessionOptions {
+            chunk,
+            ..SessionOptions::default()
+        })
         .unwrap()
 }
 
@@ -258,6 +261,7 @@ fn misuse_is_an_error_that_names_it() {
         .session(&SessionOptions {
             n_ctx: Some(5),
             chunk: 3,
+            ..SessionOptions::default()
         })
         .unwrap();
     let forward = |session: &mut Session, tokens: &[u32]| {
@@ -288,14 +292,17 @@ fn misuse_is_an_error_that_names_it() {
         SessionOptions {
             n_ctx: Some(129),
             chunk: 8,
+            ..SessionOptions::default()
         },
         SessionOptions {
             n_ctx: Some(0),
             chunk: 8,
+            ..SessionOptions::default()
         },
         SessionOptions {
             n_ctx: None,
             chunk: 0,
+            ..SessionOptions::default()
         },
     ] {
         assert!(matches!(

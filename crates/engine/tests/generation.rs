@@ -40,6 +40,7 @@ fn run(model: &dyn Model, prompt: &[u32], chunk: usize, options: &GenerateOption
         .session(&SessionOptions {
             n_ctx: Some(64),
             chunk,
+            ..SessionOptions::default()
         })
         .unwrap();
     generate(model, &mut session, prompt, options, &mut NoObserver).unwrap()
@@ -198,6 +199,7 @@ fn hooks_hear_of_everything_and_can_stop() {
         .session(&SessionOptions {
             n_ctx: None,
             chunk: 4,
+            ..SessionOptions::default()
         })
         .unwrap();
     let mut hooks = stopper(3, usize::MAX);
@@ -217,6 +219,7 @@ fn hooks_hear_of_everything_and_can_stop() {
         .session(&SessionOptions {
             n_ctx: None,
             chunk: 4,
+            ..SessionOptions::default()
         })
         .unwrap();
     let mut hooks = stopper(3, 8);
@@ -235,6 +238,7 @@ fn prompts_that_cannot_be_read_are_refused() {
         .session(&SessionOptions {
             n_ctx: Some(8),
             chunk: 4,
+            ..SessionOptions::default()
         })
         .unwrap();
     let greedy = options(1, SamplingOptions::default());

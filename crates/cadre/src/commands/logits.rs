@@ -80,6 +80,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let mut session = model.session(&SessionOptions {
         n_ctx: Some(n_ctx),
         chunk: CHUNK,
+        ..SessionOptions::default()
     })?;
     let mut collector = Collector {
         wanted: args.routing,

@@ -1,9 +1,8 @@
 //! Causal self-attention with grouped queries, in all the variants of the models: biases, norms on queries and keys,
 //! sliding windows, sinks, clamps.
 
-use cadre_kernels::{Compute, MatmulScratch};
+use cadre_kernels::{Attend, AttendScratch, Compute, Heads, HeadsMut, MatmulScratch, Span};
 
-use super::softmax_values::{Query, attend};
 use super::{LayerKv, Linear, Norm, RopeAngles, Step};
 
 /// The weights of one layer's attention.
@@ -39,6 +38,7 @@ pub(crate) struct AttentionScratch {
     v: Vec<f32>,
     /// Attended values, `[chunk, n_heads * head_dim]`.
     mixed: Vec<f32>,
+    attend: AttendScratch,
 }
 
 impl AttentionScratch {
@@ -49,6 +49,7 @@ impl AttentionScratch {
             k: rows(n_kv_heads),
             v: rows(n_kv_heads),
             mixed: rows(n_heads),
+            attend: AttendScratch::default(),
         }
     }
 }
@@ -70,7 +71,13 @@ impl Attention {
         (scratch, matmul): (&mut AttentionScratch, &mut MatmulScratch),
     ) {
         let compute = step.compute;
-        let AttentionScratch { q, k, v, mixed } = scratch;
+        let AttentionScratch {
+            q,
+            k,
+            v,
+            mixed,
+            attend,
+        } = scratch;
         let q = &mut q[..step.n_tokens * self.n_heads * self.head_dim];
         let k = &mut k[..step.n_tokens * self.n_kv_heads * self.head_dim];
         let v = &mut v[..step.n_tokens * self.n_kv_heads * self.head_dim];
@@ -87,7 +94,7 @@ impl Attention {
         self.place(compute, self.n_heads, angles, q);
         self.place(compute, self.n_kv_heads, angles, k);
         self.store(step, k, v, kv);
-        self.attend(step, q, kv, mixed);
+        self.attend(step, q, kv, mixed, attend);
         self.o_proj.forward(compute, mixed, out_td, matmul);
     }
 
@@ -115,24 +122,38 @@ impl Attention {
         }
     }
 
-    fn attend(&self, step: Step<'_>, q: &[f32], kv: &LayerKv, mixed: &mut [f32]) {
-        let group = self.n_heads / self.n_kv_heads;
-        let work = 2 * (step.position + step.n_tokens) * self.head_dim;
-        let kernels = step.compute.kernels();
-        step.compute
-            .for_each_chunk(mixed, self.head_dim, work, |i, out| {
-                let (t, head) = (i / self.n_heads, i % self.n_heads);
-                let to = step.position + t + 1;
-                let query = Query {
-                    on_keys: &q[i * self.head_dim..][..self.head_dim],
-                    on_values: None,
-                    scale: self.scale,
-                    sink: self.sinks.as_ref().map(|sinks| sinks[head]),
-                    head: head / group,
-                    from: self.window.map_or(0, |window| to.saturating_sub(window)),
-                    to,
-                };
-                attend(kernels, &query, kv, out);
-            });
+    fn attend(
+        &self,
+        step: Step<'_>,
+        q: &[f32],
+        kv: &LayerKv,
+        mixed: &mut [f32],
+        scratch: &mut AttendScratch,
+    ) {
+        let (per_token, per_head) = (self.n_heads * self.head_dim, self.head_dim);
+        let attend = Attend {
+            n_heads: self.n_heads,
+            on_keys: Heads {
+                values: q,
+                per_token,
+                per_head,
+            },
+            on_values: None,
+            scale: self.scale,
+            sinks: self.sinks.as_deref(),
+            window: self.window,
+        };
+        let span = |_| Span {
+            kv,
+            position: step.position,
+            first: 0,
+            n_tokens: step.n_tokens,
+        };
+        let out = HeadsMut {
+            values: mixed,
+            per_token,
+            per_head,
+        };
+        step.compute.attend(&attend, 1, &span, out, scratch);
     }
 }

@@ -1,4 +1,9 @@
-//! What attention remembers of the tokens that a session holds, in f32.
+//! What attention remembers of the tokens that a session holds, in every layer.
+
+use cadre_kernels::{Kernels, KvFormats, KvLayer, KvSizes};
+
+/// Keys and values of one layer.
+pub(crate) type LayerKv = KvLayer;
 
 /// Sizes of a cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,83 +23,45 @@ pub(crate) struct KvCache {
     pub(crate) layers: Vec<LayerKv>,
 }
 
-/// Keys and values of one layer, `[n_kv_heads, n_ctx, dim]` each, so that the keys of a head are
-/// contiguous. Which positions are valid is the session's business.
-#[derive(Debug)]
-pub(crate) struct LayerKv {
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    n_ctx: usize,
-    key_dim: usize,
-    value_dim: usize,
-}
-
 impl KvCache {
-    pub(crate) fn new(shape: &KvShape, n_ctx: usize) -> Self {
+    pub(crate) fn new(kernels: Kernels, shape: &KvShape, formats: KvFormats, n_ctx: usize) -> Self {
+        let sizes = KvSizes {
+            n_heads: shape.n_kv_heads,
+            key_dim: shape.key_dim,
+            value_dim: shape.value_dim,
+        };
+        let layer = || LayerKv::new(kernels, sizes, formats, n_ctx);
         Self {
-            layers: (0..shape.n_layers)
-                .map(|_| LayerKv::new(shape, n_ctx))
-                .collect(),
+            layers: std::iter::repeat_with(layer).take(shape.n_layers).collect(),
         }
     }
 
     pub(crate) fn n_bytes(&self) -> usize {
-        let bytes = |layer: &LayerKv| size_of::<f32>() * (layer.keys.len() + layer.values.len());
-        self.layers.iter().map(bytes).sum()
-    }
-}
-
-impl LayerKv {
-    pub(crate) fn new(shape: &KvShape, n_ctx: usize) -> Self {
-        // Zeroed memory that the system hands out page by page as the context fills.
-        let rows = shape.n_kv_heads * n_ctx;
-        Self {
-            keys: vec![0.0; rows * shape.key_dim],
-            values: vec![0.0; rows * shape.value_dim],
-            n_ctx,
-            key_dim: shape.key_dim,
-            value_dim: shape.value_dim,
-        }
-    }
-
-    /// Stores the key and value of `head` at `position`.
-    pub(crate) fn store(&mut self, head: usize, position: usize, key: &[f32], value: &[f32]) {
-        let row = head * self.n_ctx + position;
-        self.keys[row * self.key_dim..][..self.key_dim].copy_from_slice(key);
-        self.values[row * self.value_dim..][..self.value_dim].copy_from_slice(value);
-    }
-
-    /// Keys and values of `head` at positions `from..to`, `[to - from, dim]` each.
-    pub(crate) fn rows(&self, head: usize, from: usize, to: usize) -> (&[f32], &[f32]) {
-        let (row, n) = (head * self.n_ctx + from, to - from);
-        (
-            &self.keys[row * self.key_dim..][..n * self.key_dim],
-            &self.values[row * self.value_dim..][..n * self.value_dim],
-        )
+        self.layers.iter().map(LayerKv::n_bytes).sum()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use cadre_kernels::KvFormat;
+
     use super::*;
 
     #[test]
-    fn rows_come_back_by_head_and_position() {
+    fn a_cache_is_as_large_as_its_formats() {
         let shape = KvShape {
-            n_layers: 1,
+            n_layers: 3,
             n_kv_heads: 2,
-            key_dim: 2,
-            value_dim: 1,
+            key_dim: 48,
+            value_dim: 32,
         };
-        let mut kv = LayerKv::new(&shape, 3);
-        kv.store(1, 1, &[1.0, 2.0], &[3.0]);
-        kv.store(1, 2, &[5.0, 6.0], &[7.0]);
-        assert_eq!(
-            kv.rows(1, 1, 3),
-            (&[1.0, 2.0, 5.0, 6.0][..], &[3.0, 7.0][..])
-        );
-        assert_eq!(kv.rows(0, 0, 3).0, [0.0; 6]);
-        assert_eq!(kv.rows(1, 0, 0), (&[][..], &[][..]));
-        assert_eq!(KvCache::new(&shape, 3).n_bytes(), 2 * 3 * 3 * 4);
+        let bytes = |keys, values| {
+            let formats = KvFormats { keys, values };
+            KvCache::new(Kernels::detect(), &shape, formats, 128).n_bytes()
+        };
+        let n = 3 * 2 * 128;
+        assert_eq!(bytes(KvFormat::F32, KvFormat::F32), n * 80 * 4);
+        assert_eq!(bytes(KvFormat::F16, KvFormat::Q8_0), n * (96 + 34));
+        assert_eq!(bytes(KvFormat::Q8_0, KvFormat::F16), n * (52 + 64));
     }
 }

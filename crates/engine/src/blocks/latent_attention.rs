@@ -5,9 +5,8 @@
 //! cache holds the latent and one rotary key per token, whatever the number of heads.
 
 use cadre_checkpoint::MlaConfig;
-use cadre_kernels::{Compute, MatmulScratch, Matrix};
+use cadre_kernels::{Attend, AttendScratch, Compute, Heads, HeadsMut, MatmulScratch, Matrix, Span};
 
-use super::softmax_values::{Query, attend};
 use super::{LayerKv, Linear, Norm, RopeAngles, Step};
 
 /// The weights of one layer's attention.
@@ -62,6 +61,7 @@ pub(crate) struct LatentScratch {
     /// `[chunk, n_heads * v]`.
     joined: Vec<f32>,
     offsets: Vec<usize>,
+    attend: AttendScratch,
 }
 
 impl LatentScratch {
@@ -79,6 +79,7 @@ impl LatentScratch {
             values: per_head(mla.v_head_dim),
             joined: per_head(mla.v_head_dim),
             offsets: Vec::with_capacity(n_heads + 1),
+            attend: AttendScratch::default(),
         }
     }
 }
@@ -202,23 +203,33 @@ impl LatentAttention {
             q_rope,
             q_latent,
             mixed,
+            attend: scratch,
             ..
         } = scratch;
-        let mixed = &mut mixed[..self.n_heads * n * latent];
-        let work = (step.position + n) * (2 * latent + rope);
-        let kernels = step.compute.kernels();
-        step.compute
-            .for_each_chunk(mixed, latent, work, |row, out| {
-                let query = Query {
-                    on_keys: &q_rope[row * rope..][..rope],
-                    on_values: Some(&q_latent[row * latent..][..latent]),
-                    scale: self.scale,
-                    sink: None,
-                    head: 0,
-                    from: 0,
-                    to: step.position + row % n + 1,
-                };
-                attend(kernels, &query, kv, out);
-            });
+        let by_head = |values, width| Heads {
+            values,
+            per_token: width,
+            per_head: n * width,
+        };
+        let attend = Attend {
+            n_heads: self.n_heads,
+            on_keys: by_head(q_rope, rope),
+            on_values: Some(by_head(q_latent, latent)),
+            scale: self.scale,
+            sinks: None,
+            window: None,
+        };
+        let span = |_| Span {
+            kv,
+            position: step.position,
+            first: 0,
+            n_tokens: n,
+        };
+        let out = HeadsMut {
+            values: mixed,
+            per_token: latent,
+            per_head: n * latent,
+        };
+        step.compute.attend(&attend, 1, &span, out, scratch);
     }
 }

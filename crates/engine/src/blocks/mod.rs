@@ -12,7 +12,6 @@ mod linear;
 mod moe;
 mod norm;
 mod rope;
-mod softmax_values;
 
 pub(crate) use attention::{Attention, AttentionScratch};
 pub(crate) use experts::Experts;
