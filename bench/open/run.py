@@ -16,7 +16,6 @@ Needs Python 3.9 or newer, nothing else; Linux (sparse files, wait4).
 """
 
 import argparse
-import datetime
 import json
 import os
 import pathlib
@@ -29,6 +28,10 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+from common import append_record, now, revision  # noqa: E402
+
 ROUNDS = 5
 LAYERS, EXPERTS, HIDDEN, WIDTH, HEADS, KV, HEAD, VOCAB = 48, 128, 1024, 256, 32, 4, 128, 151_936
 SHARDS = 4
@@ -226,10 +229,6 @@ def bench(cadre, kind, path):
     return line
 
 
-def git(*args):
-    return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True).stdout.strip()
-
-
 def main():
     parser = argparse.ArgumentParser(description="Opening large checkpoints.")
     parser.add_argument("--cadre", default=ROOT / "target/release/cadre", type=pathlib.Path)
@@ -243,9 +242,8 @@ def main():
     load = os.getloadavg()[0]
     if load > 0.5:
         print(f"the load is {load:.1f}: times are worthless", file=sys.stderr)
-    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     about = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": commit,
+        "date": now(), "commit": revision(),
         "machine": platform.machine(), "cpus": os.cpu_count(), "load": round(load, 2),
         "profile": args.cadre.resolve().parent.name, "rounds": ROUNDS,
     }
@@ -254,11 +252,10 @@ def main():
         # In a process of its own: the peak that the system reports for a child includes that of its parent at the fork.
         subprocess.run([sys.executable, __file__, "--make", scratch], check=True)
         for kind, path in [("safetensors", scratch / "folder"), ("gguf", scratch / "model.gguf")]:
-            line = json.dumps(about | bench(args.cadre, kind, path))
-            print(line)
+            line = about | bench(args.cadre, kind, path)
+            print(json.dumps(line))
             if not args.no_record:
-                with open(ROOT / "bench/record/open.jsonl", "a", encoding="utf-8") as record:
-                    record.write(line + "\n")
+                append_record("open", line)
 
 
 if __name__ == "__main__":

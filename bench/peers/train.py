@@ -17,11 +17,9 @@ Prints a Markdown table and appends one line to bench/record/train-65m.jsonl.
 """
 
 import argparse
-import datetime
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,7 +28,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORD = ROOT / "bench" / "record" / "train-65m.jsonl"
+sys.path.insert(0, str(ROOT / "bench"))
+
+from common import append_record, fail, latest_record, machine, now, pin, revision, versions, warn_if_busy  # noqa: E402
+
+RECORD = "train-65m"
 RECIPE = ROOT / "recipes" / "bench-65m.toml"
 
 CONFIG = {
@@ -53,10 +55,6 @@ CLIP_NORM = 1.0
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 SIDES = ["cadre", "torch-grouped_mm", "torch-eager", "torch-grouped_mm-bf16", "torch-eager-bf16"]
 DEFAULT_SIDES = "cadre,torch-grouped_mm,torch-eager"
-
-
-def fail(message):
-    sys.exit(f"train.py: {message}")
 
 
 # One side of the comparison, in a process of its own.
@@ -163,41 +161,6 @@ def check_work(side, result):
 # Around the measurement.
 
 
-def machine(threads, cpus):
-    """What the numbers depend on; no host name."""
-    facts = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        facts.setdefault(key.strip(), value.strip())
-    flags = set(facts.get("flags", "").split())
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": facts.get("model name", platform.processor() or platform.machine()),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "pinned_to": cpus,
-        "isa": [flag for flag in wanted if flag in flags],
-        "memory_gib": round(memory / 2**30, 1),
-        "load_before": round(os.getloadavg()[0], 2),
-    }
-
-
-def revision():
-    """The commit that was measured, with a mark when the tree differs from it."""
-
-    def git(*words):
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout.strip()
-
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-
-
-def peer_versions():
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers")}
-
-
 def summarise(rounds):
     """Median over all samples, and the medians of the rounds, per side."""
     sides = {}
@@ -255,13 +218,8 @@ def table(record):
 
 def measure(args):
     """All rounds, alternating; returns the record."""
-    cpus = sorted(os.sched_getaffinity(0))[: args.threads]
-    if len(cpus) < args.threads:
-        fail(f"--threads {args.threads}, but only {len(cpus)} CPUs may be used")
-    os.sched_setaffinity(0, cpus)
-    host = machine(args.threads, cpus)
-    if host["load_before"] > 0.5:
-        print(f"train.py: the machine is busy (load {host['load_before']}): these timings are not worth keeping", file=sys.stderr)
+    host = machine(args.threads, pin(args.threads))
+    warn_if_busy(host)
     rounds = []
     for index in range(args.rounds):
         turn = index % len(args.sides)
@@ -273,11 +231,11 @@ def measure(args):
         rounds.append({side: found[side] for side in args.sides})
     sides = summarise(rounds)
     return {
-        "bench": "train-65m",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "bench": RECORD,
+        "date": now(),
         "commit": revision(),
         "machine": host,
-        "versions": peer_versions(),
+        "versions": versions("torch", "transformers"),
         "config": CONFIG | {"batch": BATCH, "length": LENGTH, "dtype": "float32"},
         "warmup": args.warmup,
         "steps": args.steps,
@@ -320,15 +278,11 @@ def main():
         torch_worker(args.worker, args.steps, args.threads)
         return
     if args.table:
-        if not RECORD.is_file():
-            fail(f"{RECORD.relative_to(ROOT)} does not exist yet; run without --table first")
-        print(table(json.loads(RECORD.read_text(encoding="utf-8").splitlines()[-1])))
+        print(table(latest_record(RECORD)))
         return
     record = measure(args)
     if not args.no_record:
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        with RECORD.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_record(RECORD, record)
     print(table(record))
 
 

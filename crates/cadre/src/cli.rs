@@ -9,7 +9,7 @@ use tracing_subscriber::EnvFilter;
 #[cfg(feature = "train")]
 use crate::commands::train;
 use crate::commands::{
-    chat, completions, convert, doctor, eval, fit, inspect, logits, pull, run, trace,
+    bench, chat, completions, convert, doctor, eval, fit, inspect, logits, pull, run, trace,
 };
 use crate::env::Env;
 use crate::interrupt::Interrupt;
@@ -47,6 +47,8 @@ enum Command {
     Train(train::Args),
     /// Print raw logits of token ids, for checking against other engines.
     Logits(logits::Args),
+    /// Measure how fast a model reads prompts and generates.
+    Bench(bench::Args),
     /// Measure a model on data.
     Eval(eval::Args),
     /// Show what is in a checkpoint.
@@ -90,6 +92,7 @@ pub(crate) fn run() -> Result<()> {
         Command::Train(args) => train::run(&app, &args),
         Command::Trace(args) => trace::run(&app, &args),
         Command::Logits(args) => logits::run(&app, &args),
+        Command::Bench(args) => bench::run(&app, &args),
         Command::Eval(args) => eval::run(&app, &args),
         Command::Inspect(args) => inspect::run(&app, &args),
         Command::Fit(args) => fit::run(&app, &args),

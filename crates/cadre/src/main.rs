@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 called wrongly, 3 a check failed, 130 interrupted.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod chat;
 mod cli;
 mod commands;

@@ -68,6 +68,14 @@ impl QuantArg {
             Self::Q8_0 => Holding::LoadedQ8_0,
         }
     }
+
+    /// The same, for loading.
+    pub(crate) fn quant(self) -> Quant {
+        match self {
+            Self::Stored => Quant::AsStored,
+            Self::Q8_0 => Quant::Q8_0,
+        }
+    }
 }
 
 /// How a model is loaded.
@@ -108,10 +116,7 @@ impl ModelArgs {
         let checkpoint = self.checkpoint.open(app)?;
         let progress = spinner(&app.env, format!("loading {}", checkpoint.origin()));
         let options = LoadOptions {
-            quant: match self.quant {
-                QuantArg::Stored => Quant::AsStored,
-                QuantArg::Q8_0 => Quant::Q8_0,
-            },
+            quant: self.quant.quant(),
             n_threads: (self.threads > 0).then_some(self.threads),
             ..LoadOptions::default()
         };

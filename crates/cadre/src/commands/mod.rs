@@ -1,5 +1,6 @@
 //! One file per command: its arguments, and a thin `run` that calls the libraries and prints.
 
+pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod convert;

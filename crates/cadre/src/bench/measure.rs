@@ -1,0 +1,221 @@
+//! One test on one model: sessions at the right depth, the clock, and the bytes that decoding had to read.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use cadre_checkpoint::{ModelConfig, Sizes, kv_bytes_read};
+use cadre_engine::{Logits, Model, NoObserver, Observer, RoutingEvent, Session, SessionOptions};
+
+use super::plan::Test;
+
+/// Seed of the tokens; every run reads the same ones.
+const SEED: u64 = 4;
+
+/// What one repetition took.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sample {
+    /// Wall time.
+    pub(crate) ns: u64,
+    /// Bytes of weights and cache that decoding cannot do without; 0 for prompts.
+    pub(crate) bytes: u64,
+}
+
+/// A test that is ready to be repeated.
+pub(crate) struct Runner<'a> {
+    model: &'a dyn Model,
+    config: &'a ModelConfig,
+    test: Test,
+    session: Session,
+    tokens: Tokens,
+    touched: Touched,
+    /// Bytes that every token reads, experts not among them.
+    shared_bytes: u64,
+    one_expert: u64,
+}
+
+impl<'a> Runner<'a> {
+    /// Makes the session and reads the tokens of depth. `held` are the bytes of the weights as they are in memory.
+    pub(crate) fn new(
+        model: &'a dyn Model,
+        config: &'a ModelConfig,
+        held: Sizes,
+        (test, chunk): (Test, usize),
+    ) -> Result<Self> {
+        let info = model.info();
+        let mut tokens = Tokens::new(info.vocab_size);
+        let mut session = model.session(&SessionOptions {
+            n_ctx: Some(test.n_ctx()),
+            chunk,
+        })?;
+        let before = tokens.take(test.n_depth);
+        model.forward(&mut session, &before, Logits::None, &mut NoObserver)?;
+        let picked = held.experts / (info.n_experts as u64).max(1) * info.top_k as u64;
+        Ok(Self {
+            model,
+            config,
+            test,
+            session,
+            tokens,
+            touched: Touched::new(info.n_layers, info.n_experts),
+            shared_bytes: held.read_per_token.saturating_sub(picked),
+            one_expert: held.one_expert,
+        })
+    }
+
+    /// Does the test once.
+    pub(crate) fn sample(&mut self) -> Result<Sample> {
+        self.session.rewind(self.test.n_depth);
+        if self.test.n_prompt > 0 {
+            self.prompt()
+        } else {
+            self.generate()
+        }
+    }
+
+    fn prompt(&mut self) -> Result<Sample> {
+        let tokens = self.tokens.take(self.test.n_prompt);
+        let start = Instant::now();
+        self.model
+            .forward(&mut self.session, &tokens, Logits::Last, &mut NoObserver)?;
+        Ok(Sample {
+            ns: nanoseconds(start),
+            bytes: 0,
+        })
+    }
+
+    fn generate(&mut self) -> Result<Sample> {
+        let tokens = self.tokens.take(self.test.n_gen);
+        let (mut ns, mut bytes) = (0, 0);
+        for token in &tokens {
+            let position = self.session.position();
+            self.touched.clear();
+            let start = Instant::now();
+            self.model.forward(
+                &mut self.session,
+                std::slice::from_ref(token),
+                Logits::Last,
+                &mut self.touched,
+            )?;
+            ns += nanoseconds(start);
+            bytes += self.shared_bytes
+                + self.touched.count() * self.one_expert
+                + kv_bytes_read(self.config, position);
+        }
+        Ok(Sample { ns, bytes })
+    }
+}
+
+fn nanoseconds(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Random token ids: SplitMix64, scaled to the vocabulary.
+struct Tokens {
+    state: u64,
+    n_vocab: u64,
+}
+
+impl Tokens {
+    fn new(n_vocab: usize) -> Self {
+        Self {
+            state: SEED,
+            n_vocab: n_vocab as u64,
+        }
+    }
+
+    fn take(&mut self, n: usize) -> Vec<u32> {
+        (0..n).map(|_| self.next()).collect()
+    }
+
+    fn next(&mut self) -> u32 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.state;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^= mixed >> 31;
+        // The upper half of a 32-bit number times the size is below the size.
+        (((mixed >> 32) * self.n_vocab) >> 32) as u32
+    }
+}
+
+/// Counts the different experts that a pass reads.
+struct Touched {
+    /// One flag per layer and expert.
+    seen: Vec<bool>,
+    n_experts: usize,
+}
+
+impl Touched {
+    fn new(n_layers: usize, n_experts: usize) -> Self {
+        Self {
+            seen: vec![false; n_layers * n_experts],
+            n_experts,
+        }
+    }
+
+    fn clear(&mut self) {
+        self.seen.fill(false);
+    }
+
+    fn count(&self) -> u64 {
+        self.seen.iter().filter(|seen| **seen).count() as u64
+    }
+}
+
+impl Observer for Touched {
+    fn routed(&mut self, event: &RoutingEvent<'_>) {
+        let layer = event.layer * self.n_experts;
+        for token in 0..event.routing.n_tokens() {
+            for expert in event.routing.token(token).0 {
+                self.seen[layer + usize::from(*expert)] = true;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cadre_checkpoint::{Holding, held_sizes};
+    use cadre_engine::{LoadOptions, load};
+
+    use super::*;
+    use crate::embedded;
+
+    #[test]
+    fn tokens_are_in_the_vocabulary_and_repeat_with_the_seed() {
+        let few = Tokens::new(3).take(1000);
+        assert!((0..3).all(|id| few.contains(&id)) && few.iter().all(|id| *id < 3));
+        assert_eq!(few, Tokens::new(3).take(1000));
+    }
+
+    #[test]
+    fn a_token_reads_what_the_header_says() {
+        let checkpoint = embedded::open().unwrap();
+        let model = load(&checkpoint, &LoadOptions::default()).unwrap();
+        let held = held_sizes(&checkpoint, Holding::Loaded);
+        let config = checkpoint.config();
+        let test = |n_prompt, n_gen, n_depth| Test {
+            n_prompt,
+            n_gen,
+            n_depth,
+            n_seqs: 1,
+        };
+        let runner = |test| Runner::new(&*model, config, held, (test, 64)).unwrap();
+        let sample = runner(test(0, 2, 0)).sample().unwrap();
+        assert!(sample.ns > 0);
+        // Two tokens; the second also reads the keys and values of the first.
+        let cache = kv_bytes_read(config, 1);
+        // Rounding in the mean size of an expert.
+        let slack = 2 * (model.info().n_layers * model.info().top_k) as u64;
+        assert!(sample.bytes.abs_diff(2 * held.read_per_token + cache) <= slack);
+        let mut deep = runner(test(0, 1, 10));
+        let first = deep.sample().unwrap().bytes;
+        assert!(first.abs_diff(held.read_per_token + 10 * cache) <= slack);
+        assert_eq!(
+            deep.sample().unwrap().bytes,
+            first,
+            "it starts from the depth again"
+        );
+        assert_eq!(runner(test(5, 0, 3)).sample().unwrap().bytes, 0);
+    }
+}

@@ -1,0 +1,9 @@
+//! Measuring the speed of a model: which tests there are, how one is timed, and the record that comes out.
+
+mod measure;
+mod plan;
+mod record;
+
+pub(crate) use measure::Runner;
+pub(crate) use plan::{Lists, Test};
+pub(crate) use record::{Machine, Record, csv, markdown};

@@ -1,0 +1,208 @@
+//! `cadre bench`: speed of reading prompts and of generating, with llama-bench's flags and keys.
+
+use anyhow::{Context, Result};
+use cadre_checkpoint::{Checkpoint, held_sizes, model_sizes};
+use cadre_engine::{LoadOptions, Model, SessionOptions, load};
+use cadre_kernels::doctor::bandwidth;
+use clap::ValueEnum;
+
+use crate::bench::{Lists, Machine, Record, Runner, Test, csv, markdown};
+use crate::cli::App;
+use crate::failure::Failure;
+use crate::model::{CheckpointArg, QuantArg};
+use crate::output::{Out, spinner};
+
+/// Bytes read per pass: several times the last-level cache of common machines.
+const PASS: usize = 256 << 20;
+const N_PASSES: usize = 5;
+/// Tokens of the first warm-up: enough for every expert of most models to be met, so that its pages are there.
+const WARM_UP: usize = 512;
+
+/// Arguments of `cadre bench`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    checkpoint: CheckpointArg,
+    /// Tokens of a prompt; 0 for no such test. Several values make several tests, here and below.
+    #[arg(
+        short = 'p',
+        long,
+        value_name = "N",
+        value_delimiter = ',',
+        default_value = "512"
+    )]
+    n_prompt: Vec<usize>,
+    /// Tokens to generate; 0 for no such test.
+    #[arg(
+        short = 'n',
+        long,
+        value_name = "N",
+        value_delimiter = ',',
+        default_value = "128"
+    )]
+    n_gen: Vec<usize>,
+    /// Tokens that the context holds before, which are not measured.
+    #[arg(
+        short = 'd',
+        long,
+        value_name = "N",
+        value_delimiter = ',',
+        default_value = "0"
+    )]
+    n_depth: Vec<usize>,
+    /// Repetitions of each test.
+    #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    repetitions: u32,
+    /// Threads; 0 means all that the system grants.
+    #[arg(
+        short,
+        long,
+        value_name = "N",
+        value_delimiter = ',',
+        default_value = "0"
+    )]
+    threads: Vec<usize>,
+    /// Tokens of a prompt that are processed together.
+    #[arg(short, long, value_name = "N", default_value_t = SessionOptions::default().chunk)]
+    batch_size: usize,
+    /// Quantise the weights while loading.
+    #[arg(long, value_name = "FORMAT", default_value = "none")]
+    quant: QuantArg,
+    /// Start measuring at once.
+    #[arg(long)]
+    no_warmup: bool,
+    /// Form of the result.
+    #[arg(short, long, value_name = "FORM", default_value = "md")]
+    output: Form,
+}
+
+/// Form of the result on standard output, as llama-bench calls it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Form {
+    /// A Markdown table.
+    Md,
+    /// One list of records.
+    Json,
+    /// One record a line.
+    Jsonl,
+    /// Comma separated, without samples.
+    Csv,
+}
+
+/// Measures and prints.
+pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
+    let lists = Lists {
+        prompts: &args.n_prompt,
+        generated: &args.n_gen,
+        depths: &args.n_depth,
+        seqs: &[1],
+    };
+    let tests = lists.tests();
+    if tests.is_empty() {
+        return Err(Failure::usage("there is nothing to measure")
+            .hint("give -p or -n a number above 0")
+            .into());
+    }
+    let checkpoint = args.checkpoint.open(app)?;
+    let limit = checkpoint.config().max_position_embeddings;
+    if let Some(test) = tests.iter().find(|test| test.n_ctx() > limit) {
+        let message = format!(
+            "{test} takes {} tokens of context, and the model has {limit}",
+            test.n_ctx()
+        );
+        return Err(Failure::usage(message)
+            .hint("give -p, -n and -d smaller numbers")
+            .into());
+    }
+    let mut records = Vec::new();
+    for &threads in &args.threads {
+        records.extend(measure(app, args, &checkpoint, (threads, &tests))?);
+    }
+    print(&records, args.output)
+}
+
+/// All tests with one number of threads.
+fn measure(
+    app: &App,
+    args: &Args,
+    checkpoint: &Checkpoint,
+    (threads, tests): (usize, &[Test]),
+) -> Result<Vec<Record>> {
+    let progress = spinner(&app.env, format!("loading {}", checkpoint.origin()));
+    let options = LoadOptions {
+        quant: args.quant.quant(),
+        n_threads: (threads > 0).then_some(threads),
+        ..LoadOptions::default()
+    };
+    let model = load(checkpoint, &options)
+        .with_context(|| format!("cannot load {}", checkpoint.origin()))?;
+    let pool = model.compute().pool();
+    let held = held_sizes(checkpoint, args.quant.holding());
+    let machine = Machine {
+        n_batch: args.batch_size,
+        n_ubatch: args.batch_size,
+        n_threads: pool.n_threads(),
+        ..Machine::new(checkpoint, model.info(), held.total)
+    };
+    let weights = weights_per_token(checkpoint, &*model);
+    let runner = |test| Runner::new(&*model, checkpoint.config(), held, (test, args.batch_size));
+    if !args.no_warmup {
+        progress.set_message("warming up");
+        let n_prompt = WARM_UP.min(checkpoint.config().max_position_embeddings);
+        let lists = Lists {
+            prompts: &[n_prompt],
+            generated: &[],
+            depths: &[0],
+            seqs: &[],
+        };
+        for test in lists.tests() {
+            runner(test)?.sample()?;
+        }
+    }
+    let mut records = Vec::new();
+    for (at, &test) in tests.iter().enumerate() {
+        let mut runner = runner(test)?;
+        let before = bandwidth(pool, PASS, N_PASSES).median;
+        let mut samples = Vec::new();
+        for repetition in 0..args.repetitions {
+            app.interrupt.check()?;
+            progress.set_message(format!(
+                "{test} ({} of {}), {} of {} times",
+                at + 1,
+                tests.len(),
+                repetition + 1,
+                args.repetitions
+            ));
+            samples.push(runner.sample()?);
+        }
+        let rate = f64::midpoint(before, bandwidth(pool, PASS, N_PASSES).median);
+        records.push(Record::new(&machine, test, &samples, rate, weights));
+    }
+    progress.finish_and_clear();
+    Ok(records)
+}
+
+/// Weights that a token is multiplied by, and of them those of the head.
+fn weights_per_token(checkpoint: &Checkpoint, model: &dyn Model) -> (u64, u64) {
+    let info = model.info();
+    let head = (info.vocab_size * info.d_model) as u64;
+    (
+        model_sizes(checkpoint).parameters.read_per_token.max(head),
+        head,
+    )
+}
+
+fn print(records: &[Record], form: Form) -> Result<()> {
+    let mut out = Out::new();
+    match form {
+        Form::Md => out.write(&markdown(records))?,
+        Form::Json => out.json(&records)?,
+        Form::Jsonl => {
+            for record in records {
+                out.json(record)?;
+            }
+        }
+        Form::Csv => out.write(&csv(records)?)?,
+    }
+    out.finish()
+}
