@@ -6,4 +6,4 @@ mod record;
 
 pub(crate) use measure::Runner;
 pub(crate) use plan::{Lists, Test};
-pub(crate) use record::{Machine, Record, csv, markdown};
+pub(crate) use record::{Around, Machine, Record, csv, markdown, rss_bytes};

@@ -61,10 +61,22 @@ pub(crate) struct Record {
     bound_share: Option<f64>,
     /// Two operations per weight and token of a prompt, without attention.
     gflops: Option<f64>,
-    /// Of the whole process so far.
+    /// The most memory that was resident after loading or after a repetition so far.
     peak_rss_bytes: Option<u64>,
     #[serde(skip)]
     test: Test,
+}
+
+/// What a test is held against.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Around {
+    /// Bytes per second that memory was read with.
+    pub(crate) bandwidth: f64,
+    /// Weights that one token is multiplied by, and of them those of the head, which only the last token of a prompt
+    /// meets.
+    pub(crate) weights: (u64, u64),
+    /// The most memory seen.
+    pub(crate) peak_rss_bytes: Option<u64>,
 }
 
 impl Machine {
@@ -91,15 +103,13 @@ impl Machine {
 }
 
 impl Record {
-    /// From the samples of `test`, at least one. `weights` counts those that one token is multiplied by, and of them
-    /// those of the head, which only the last token of a prompt meets.
-    pub(crate) fn new(
-        machine: &Machine,
-        test: Test,
-        samples: &[Sample],
-        bandwidth: f64,
-        weights: (u64, u64),
-    ) -> Self {
+    /// From the samples of `test`, at least one.
+    pub(crate) fn new(machine: &Machine, test: Test, samples: &[Sample], around: Around) -> Self {
+        let Around {
+            bandwidth,
+            weights: (all, head),
+            peak_rss_bytes,
+        } = around;
         let ns: Vec<f64> = samples.iter().map(|sample| sample.ns as f64).collect();
         let n_tokens = test.n_tokens() as f64;
         let ts: Vec<f64> = ns.iter().map(|ns| 1e9 * n_tokens / ns.max(1.0)).collect();
@@ -108,7 +118,6 @@ impl Record {
         let bytes_per_token = (test.n_gen > 0).then_some(per_token);
         let bound_ts = bytes_per_token.map(|bytes| bandwidth / bytes.max(1.0));
         let median_ts = median(&ts);
-        let (all, head) = weights;
         let operations = 2.0 * ((all - head) as f64 * n_tokens + head as f64);
         Self {
             machine: machine.clone(),
@@ -127,7 +136,7 @@ impl Record {
             bound_ts,
             bound_share: bound_ts.map(|bound| median_ts / bound),
             gflops: (test.n_prompt > 0).then(|| operations / median(&ns).max(1.0)),
-            peak_rss_bytes: peak_rss_bytes(),
+            peak_rss_bytes,
             median_ts,
             samples_ts: ts,
             test,
@@ -226,10 +235,10 @@ fn cpu_info() -> String {
         .to_owned()
 }
 
-/// The most memory that this process ever held, where the system says it in a file.
-fn peak_rss_bytes() -> Option<u64> {
+/// The memory that this process holds now, where the system says it in a file.
+pub(crate) fn rss_bytes() -> Option<u64> {
     let text = fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kilobytes.checked_mul(1024)
 }
@@ -239,7 +248,9 @@ fn utc(time: SystemTime) -> String {
     let since = time.duration_since(SystemTime::UNIX_EPOCH);
     let seconds = since.map_or(0, |since| since.as_secs());
     let (mut days, of_day) = (seconds / 86_400, seconds % 86_400);
-    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
     let mut year = 1970;
     while days >= 365 + u64::from(leap(year)) {
         days -= 365 + u64::from(leap(year));
@@ -299,7 +310,12 @@ mod tests {
             .iter()
             .map(|&(ns, bytes)| Sample { ns, bytes })
             .collect();
-        Record::new(&machine(), test, &samples, 1e9, (3_000, 1_000))
+        let around = Around {
+            bandwidth: 1e9,
+            weights: (3_000, 1_000),
+            peak_rss_bytes: None,
+        };
+        Record::new(&machine(), test, &samples, around)
     }
 
     #[test]

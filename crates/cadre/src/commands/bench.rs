@@ -6,7 +6,7 @@ use cadre_engine::{LoadOptions, Model, SessionOptions, load};
 use cadre_kernels::doctor::bandwidth;
 use clap::ValueEnum;
 
-use crate::bench::{Lists, Machine, Record, Runner, Test, csv, markdown};
+use crate::bench::{Around, Lists, Machine, Record, Runner, Test, csv, markdown, rss_bytes};
 use crate::cli::App;
 use crate::failure::Failure;
 use crate::model::{CheckpointArg, QuantArg};
@@ -14,7 +14,7 @@ use crate::output::{Out, spinner};
 
 /// Bytes read per pass: several times the last-level cache of common machines.
 const PASS: usize = 256 << 20;
-const N_PASSES: usize = 5;
+const N_PASSES: usize = 3;
 /// Tokens of the first warm-up: enough for every expert of most models to be met, so that its pages are there.
 const WARM_UP: usize = 512;
 
@@ -159,6 +159,8 @@ fn measure(
             runner(test)?.sample()?;
         }
     }
+    // The buffer that bandwidth is measured with is never among these.
+    let mut peak_rss_bytes = rss_bytes();
     let mut records = Vec::new();
     for (at, &test) in tests.iter().enumerate() {
         let mut runner = runner(test)?;
@@ -174,9 +176,15 @@ fn measure(
                 args.repetitions
             ));
             samples.push(runner.sample()?);
+            peak_rss_bytes = peak_rss_bytes.max(rss_bytes());
         }
-        let rate = f64::midpoint(before, bandwidth(pool, PASS, N_PASSES).median);
-        records.push(Record::new(&machine, test, &samples, rate, weights));
+        let after = bandwidth(pool, PASS, N_PASSES).median;
+        let around = Around {
+            bandwidth: f64::midpoint(before, after),
+            weights,
+            peak_rss_bytes,
+        };
+        records.push(Record::new(&machine, test, &samples, around));
     }
     progress.finish_and_clear();
     Ok(records)

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests")]
 
 mod bad_input;
+mod bench;
 mod chat;
 mod commands;
 mod common;
