@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use anyhow::Result;
 use cadre_checkpoint::{ModelConfig, Sizes, kv_bytes_read};
-use cadre_engine::{Logits, Model, NoObserver, Observer, RoutingEvent, Session, SessionOptions};
+use cadre_engine::{
+    KvFormat, KvFormats, Logits, Model, NoObserver, Observer, RoutingEvent, Session, SessionOptions,
+};
 
 use super::plan::Test;
 
@@ -20,11 +22,21 @@ pub(crate) struct Sample {
     pub(crate) bytes: u64,
 }
 
+/// How a test is computed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Setting {
+    /// Tokens of a prompt that are processed together.
+    pub(crate) chunk: usize,
+    /// How keys and values are stored.
+    pub(crate) kv: KvFormats,
+}
+
 /// A test that is ready to be repeated.
 pub(crate) struct Runner<'a> {
     model: &'a dyn Model,
     config: &'a ModelConfig,
     test: Test,
+    setting: Setting,
     session: Session,
     tokens: Tokens,
     touched: Touched,
@@ -39,13 +51,14 @@ impl<'a> Runner<'a> {
         model: &'a dyn Model,
         config: &'a ModelConfig,
         held: Sizes,
-        (test, chunk): (Test, usize),
+        (test, setting): (Test, Setting),
     ) -> Result<Self> {
         let info = model.info();
         let mut tokens = Tokens::new(info.vocab_size);
         let mut session = model.session(&SessionOptions {
             n_ctx: Some(test.n_ctx()),
-            chunk,
+            chunk: setting.chunk,
+            kv: setting.kv,
         })?;
         let before = tokens.take(test.n_depth);
         model.forward(&mut session, &before, Logits::None, &mut NoObserver)?;
@@ -54,6 +67,7 @@ impl<'a> Runner<'a> {
             model,
             config,
             test,
+            setting,
             session,
             tokens,
             touched: Touched::new(info.n_layers, info.n_experts),
@@ -99,9 +113,19 @@ impl<'a> Runner<'a> {
             ns += nanoseconds(start);
             bytes += self.shared_bytes
                 + self.touched.count() * self.one_expert
-                + kv_bytes_read(self.config, position);
+                + self.setting.cache_bytes(self.config, position);
         }
         Ok(Sample { ns, bytes })
+    }
+}
+
+impl Setting {
+    /// Bytes of the cache that a token reads after `position` others.
+    fn cache_bytes(&self, config: &ModelConfig, position: usize) -> u64 {
+        const WIDTH: usize = 1024;
+        let stored = self.kv.keys.n_bytes(WIDTH) + self.kv.values.n_bytes(WIDTH);
+        let in_f32 = 2 * KvFormat::F32.n_bytes(WIDTH);
+        kv_bytes_read(config, position) * stored as u64 / in_f32 as u64
     }
 }
 
@@ -189,6 +213,18 @@ mod tests {
     }
 
     #[test]
+    fn a_cache_of_16_bits_is_half_as_large() {
+        let checkpoint = embedded::open().unwrap();
+        let kv = KvFormats {
+            keys: KvFormat::F16,
+            values: KvFormat::F16,
+        };
+        let setting = Setting { chunk: 64, kv };
+        let config = checkpoint.config();
+        assert_eq!(2 * setting.cache_bytes(config, 7), kv_bytes_read(config, 7));
+    }
+
+    #[test]
     fn a_token_reads_what_the_header_says() {
         let checkpoint = embedded::open().unwrap();
         let model = load(&checkpoint, &LoadOptions::default()).unwrap();
@@ -200,7 +236,11 @@ mod tests {
             n_depth,
             n_seqs: 1,
         };
-        let runner = |test| Runner::new(&*model, config, held, (test, 64)).unwrap();
+        let setting = Setting {
+            chunk: 64,
+            kv: KvFormats::default(),
+        };
+        let runner = |test| Runner::new(&*model, config, held, (test, setting)).unwrap();
         let sample = runner(test(0, 2, 0)).sample().unwrap();
         assert!(sample.ns > 0);
         // Two tokens; the second also reads the keys and values of the first.

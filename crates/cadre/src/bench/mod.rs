@@ -4,6 +4,6 @@ mod measure;
 mod plan;
 mod record;
 
-pub(crate) use measure::Runner;
+pub(crate) use measure::{Runner, Setting};
 pub(crate) use plan::{Lists, Test};
 pub(crate) use record::{Around, Machine, Record, csv, markdown, rss_bytes};

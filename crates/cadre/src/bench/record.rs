@@ -80,7 +80,7 @@ pub(crate) struct Around {
 }
 
 impl Machine {
-    /// What can be said of the build, the processor and the file.
+    /// What can be said of the build, the processor and the file; the rest is empty.
     pub(crate) fn new(checkpoint: &Checkpoint, info: &ModelInfo, model_size: u64) -> Self {
         Self {
             build_commit: concat!("cadre-", env!("CARGO_PKG_VERSION")),
@@ -95,8 +95,8 @@ impl Machine {
             n_batch: 0,
             n_ubatch: 0,
             n_threads: 0,
-            type_k: "f32",
-            type_v: "f32",
+            type_k: "",
+            type_v: "",
             n_gpu_layers: 0,
         }
     }
