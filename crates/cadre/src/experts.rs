@@ -30,14 +30,14 @@ impl ExpertView {
     /// Chooses colours and the layer whose experts give them.
     pub(crate) fn new(app: &App, loaded: &Loaded, layer: Option<usize>) -> Result<Self> {
         let info = loaded.model.info();
-        let profile = profile(&loaded.checkpoint, &info.digest)?;
+        let profile = profile(&loaded.checkpoint)?;
         let layer = choose_layer(info, layer, profile.as_ref())?;
         let painter = Painter::new(info.n_experts, colour_mode(app));
         let width = app.env.width;
         Ok(Self {
             painter,
             profile,
-            meta: meta(info),
+            meta: meta(loaded),
             layer,
             width,
         })
@@ -83,9 +83,10 @@ impl ExpertView {
 }
 
 /// Identity of a model for traces.
-pub(crate) fn meta(info: &ModelInfo) -> TraceMeta {
+pub(crate) fn meta(loaded: &Loaded) -> TraceMeta {
+    let info = loaded.model.info();
     TraceMeta {
-        digest: info.digest.clone(),
+        digest: loaded.checkpoint.digest().to_owned(),
         architecture: info.model_type.clone(),
         n_layers: info.n_layers,
         n_experts: info.n_experts,
@@ -94,13 +95,13 @@ pub(crate) fn meta(info: &ModelInfo) -> TraceMeta {
 }
 
 /// The profile of the checkpoint, if it has one that was made for these weights.
-fn profile(checkpoint: &Checkpoint, digest: &str) -> Result<Option<Profile>> {
+fn profile(checkpoint: &Checkpoint) -> Result<Option<Profile>> {
     let Some(text) = checkpoint.file_text(PROFILE)? else {
         return Ok(None);
     };
     let profile = Profile::from_json(&text)
         .with_context(|| format!("{}/{PROFILE} cannot be used", checkpoint.origin()))?;
-    if let Err(error) = profile.check(digest) {
+    if let Err(error) = profile.check(checkpoint.digest()) {
         tracing::warn!("{}/{PROFILE} is ignored: {error}", checkpoint.origin());
         return Ok(None);
     }

@@ -185,6 +185,10 @@ impl Observer for Live<'_> {
             self.error.get_or_insert(error);
         }
     }
+
+    fn watches(&self) -> bool {
+        self.experts.is_some()
+    }
 }
 
 impl Hooks for Live<'_> {

@@ -181,9 +181,9 @@ pub fn scratch_bytes(config: &ModelConfig, n_ctx: usize, chunk: usize) -> u64 {
     let picks = moe.top_k as u64;
     let inner = (picks * moe.intermediate_size as u64).max(dense.max(shared) as u64);
     let (attention, attention_input) = attention_widths(config);
-    // Per token: the stream, its norm and a block's output; attention; the router; the rows of the picked experts and
-    // their outputs; the shared expert's output; gate and up.
-    let mut width = 3 * hidden + attention + moe.n_experts as u64 + 2 * picks * hidden + 2 * inner;
+    // Per token: the stream, its norm and a block's output; attention; the router; the rows of the picked experts; gate
+    // and up; the shared expert's output.
+    let mut width = 3 * hidden + attention + moe.n_experts as u64 + picks * hidden + 2 * inner;
     if shared > 0 {
         width += hidden;
     }
@@ -336,7 +336,7 @@ mod tests {
         let config = config();
         // Per token: stream 3 x 256, attention 2 x (4 + 2) x 64, router 4, two rows of 256 per pick, gate and up of
         // both picks 2 x 64, in f32; 32 bytes per pick; products over 512 values.
-        let values = 3 * 256 + 768 + 4 + 4 * 256 + 128;
+        let values = 3 * 256 + 768 + 4 + 2 * 256 + 128;
         let products = (512.0 * PRODUCT_BYTES) as u64;
         assert_eq!(
             scratch_bytes(&config, 1, 256),

@@ -16,7 +16,6 @@ use crate::weights::{Weights, weight_error};
 
 /// Builds blocks from the tensors of one checkpoint.
 pub(crate) struct Builder<'a> {
-    pub(crate) checkpoint: &'a Checkpoint,
     pub(crate) config: &'a ModelConfig,
     pub(crate) weights: Weights<'a>,
     pub(crate) compute: Compute,
@@ -25,7 +24,6 @@ pub(crate) struct Builder<'a> {
 impl<'a> Builder<'a> {
     pub(crate) fn new(checkpoint: &'a Checkpoint, options: &LoadOptions, compute: Compute) -> Self {
         Self {
-            checkpoint,
             config: checkpoint.config(),
             weights: Weights::new(checkpoint, options.quant),
             compute,

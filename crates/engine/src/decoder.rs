@@ -1,36 +1,38 @@
 //! The decoder that all architectures are: an embedding, layers of attention and feed-forward, a head.
 //!
-//! An architecture (a file of `models/`) says which blocks its layers are made of; what runs is here.
+//! An architecture (a file of `models/`) says which blocks its layers are made of. What it holds is here, what runs is
+//! in `pass.rs`.
 
-use cadre_kernels::Compute;
+use cadre_checkpoint::{ModelConfig, tensor_specs};
+use cadre_kernels::{Compute, MatmulScratch, Matrix};
 
+use crate::batch::Sequence;
 use crate::blocks::{
-    Attention, AttentionScratch, FeedForward, KvShape, LatentAttention, LatentScratch, LayerKv,
-    Linear, Moe, MoeShape, Norm, Rope, RopeAngles, Step,
+    Attention, FeedForward, KvShape, LatentAttention, Linear, Moe, MoeShape, Norm, Rope,
+    RopeAngles, Step, add_rows,
 };
 use crate::builder::Builder;
-use crate::error::{EngineError, Result};
-use crate::model::{Logits, Model, ModelInfo, Observer};
-use crate::session::{Scratch, Session, SessionOptions, SessionShape};
-use cadre_checkpoint::{ModelConfig, tensor_specs};
-use cadre_kernels::{MatmulScratch, Matrix};
+use crate::error::Result;
+use crate::model::ModelInfo;
+use crate::session::SessionShape;
+use crate::workspace::AnyAttentionScratch;
 
 /// A decoder-only transformer.
 #[derive(Debug)]
 pub(crate) struct Decoder {
-    info: ModelInfo,
-    shape: SessionShape,
-    compute: Compute,
+    pub(crate) info: ModelInfo,
+    pub(crate) shape: SessionShape,
+    pub(crate) compute: Compute,
     /// `[vocab, d]`.
-    embed_tokens: Matrix,
-    embedding_scale: f32,
-    layers: Vec<Layer>,
+    pub(crate) embed_tokens: Matrix,
+    pub(crate) embedding_scale: f32,
+    pub(crate) layers: Vec<Layer>,
     /// Factor on the output of every block.
-    residual_scale: f32,
-    norm: Norm,
-    head: Head,
+    pub(crate) residual_scale: f32,
+    pub(crate) norm: Norm,
+    pub(crate) head: Head,
     /// Rotations; a layer says which one is its own.
-    ropes: Vec<Rope>,
+    pub(crate) ropes: Vec<Rope>,
 }
 
 /// One decoder layer.
@@ -61,30 +63,51 @@ pub(crate) enum AnyFeedForward {
 }
 
 #[derive(Debug)]
-struct Head {
+pub(crate) struct Head {
     /// `None`: the embedding.
     linear: Option<Linear>,
     bias: Option<Vec<f32>>,
     logits_divisor: f32,
 }
 
-/// Buffers of whichever attention the model has.
-#[derive(Debug)]
-pub(crate) enum AnyAttentionScratch {
-    Grouped(AttentionScratch),
-    Latent(LatentScratch),
-}
+impl AnyAttention {
+    /// Stores keys and values of every row.
+    pub(crate) fn remember(
+        &self,
+        step: Step<'_>,
+        angles: &RopeAngles,
+        x_td: &[f32],
+        batch: &mut [Sequence<'_>],
+        (scratch, matmul): (&mut AnyAttentionScratch, &mut MatmulScratch),
+    ) {
+        match (self, scratch) {
+            (Self::Grouped(block), AnyAttentionScratch::Grouped(scratch)) => {
+                block.remember(step, angles, x_td, batch, (scratch, matmul));
+            }
+            (Self::Latent(block), AnyAttentionScratch::Latent(scratch)) => {
+                block.remember(step, angles, x_td, batch, (scratch, matmul));
+            }
+            _ => unreachable!("a workspace is made for its model's attention"),
+        }
+    }
 
-impl AnyAttentionScratch {
-    pub(crate) fn new(shape: &SessionShape, chunk: usize) -> Self {
-        match &shape.mla {
-            Some(mla) => Self::Latent(LatentScratch::new(shape.n_heads, mla, chunk)),
-            None => Self::Grouped(AttentionScratch::new(
-                shape.n_heads,
-                shape.kv.n_kv_heads,
-                shape.kv.key_dim,
-                chunk,
-            )),
+    /// `out_td = attention(x_td)`, for rows whose keys and values are stored.
+    pub(crate) fn forward(
+        &self,
+        step: Step<'_>,
+        angles: &RopeAngles,
+        rows: (&[f32], &mut [f32]),
+        batch: &[Sequence<'_>],
+        (scratch, matmul): (&mut AnyAttentionScratch, &mut MatmulScratch),
+    ) {
+        match (self, scratch) {
+            (Self::Grouped(block), AnyAttentionScratch::Grouped(scratch)) => {
+                block.forward(step, angles, rows, batch, (scratch, matmul));
+            }
+            (Self::Latent(block), AnyAttentionScratch::Latent(scratch)) => {
+                block.forward(step, angles, rows, batch, (scratch, matmul));
+            }
+            _ => unreachable!("a workspace is made for its model's attention"),
         }
     }
 }
@@ -251,7 +274,6 @@ fn info(b: &Builder<'_>) -> ModelInfo {
     let n_unused = (moe.layers.len() * (moe.n_experts - moe.top_k)) as u64;
     ModelInfo {
         model_type: config.model_type.clone(),
-        digest: b.checkpoint.digest().to_owned(),
         vocab_size: config.vocab_size,
         d_model: config.hidden_size,
         n_layers: config.n_layers,
@@ -266,229 +288,7 @@ fn info(b: &Builder<'_>) -> ModelInfo {
     }
 }
 
-impl Model for Decoder {
-    fn info(&self) -> &ModelInfo {
-        &self.info
-    }
-
-    fn compute(&self) -> &Compute {
-        &self.compute
-    }
-
-    fn session(&self, options: &SessionOptions) -> Result<Session> {
-        Session::new(
-            self.compute.kernels(),
-            &self.info,
-            self.shape.clone(),
-            options,
-        )
-    }
-
-    fn forward<'s>(
-        &self,
-        session: &'s mut Session,
-        tokens: &[u32],
-        want: Logits,
-        observer: &mut dyn Observer,
-    ) -> Result<&'s mut [f32]> {
-        self.check(session, tokens)?;
-        let vocab = self.info.vocab_size;
-        let n_rows = match want {
-            Logits::None => 0,
-            Logits::Last => tokens.len().min(1),
-            Logits::All => tokens.len(),
-        };
-        if session.scratch.logits.len() < n_rows * vocab {
-            session.scratch.logits.resize(n_rows * vocab, 0.0);
-        }
-        let mut n_done = 0;
-        for chunk in tokens.chunks(session.chunk) {
-            self.layers(session, chunk, observer)?;
-            n_done += chunk.len();
-            // Rows of this chunk that are wanted: its last ones.
-            let wanted = match want {
-                Logits::Last if n_done < tokens.len() => 0,
-                Logits::None => 0,
-                Logits::Last => 1,
-                Logits::All => chunk.len(),
-            };
-            let first_row = if want == Logits::All {
-                n_done - chunk.len()
-            } else {
-                0
-            };
-            self.head(session, chunk.len(), wanted, first_row)?;
-            session.position += chunk.len();
-        }
-        Ok(&mut session.scratch.logits[..n_rows * vocab])
-    }
-}
-
 impl Decoder {
-    fn check(&self, session: &Session, tokens: &[u32]) -> Result<()> {
-        if session.shape != self.shape {
-            return Err(EngineError::ForeignSession);
-        }
-        let vocab_size = self.info.vocab_size;
-        if let Some(token) = tokens
-            .iter()
-            .copied()
-            .find(|token| *token as usize >= vocab_size)
-        {
-            return Err(EngineError::UnknownToken { token, vocab_size });
-        }
-        session.check_room(tokens.len())
-    }
-
-    /// Runs one chunk through the layers, leaving the residual stream in the session's scratch.
-    fn layers(
-        &self,
-        session: &mut Session,
-        tokens: &[u32],
-        observer: &mut dyn Observer,
-    ) -> Result<()> {
-        let d = self.info.d_model;
-        let n = tokens.len() * d;
-        let (position, n_ctx) = (session.position, session.n_ctx);
-        let scratch = &mut session.scratch;
-        for (row, token) in scratch.hidden.chunks_exact_mut(d).zip(tokens) {
-            self.embed_tokens.row(*token as usize, row);
-            if self.embedding_scale != 1.0 {
-                row.iter_mut()
-                    .for_each(|value| *value *= self.embedding_scale);
-            }
-        }
-        for (rope, angles) in self.ropes.iter().zip(&mut scratch.angles) {
-            rope.angles(position, tokens.len(), n_ctx, angles);
-        }
-        for (index, (layer, kv)) in self.layers.iter().zip(&mut session.kv.layers).enumerate() {
-            let step = Step {
-                compute: &self.compute,
-                layer: index,
-                position,
-                n_tokens: tokens.len(),
-            };
-            self.attention(step, layer, kv, scratch, n);
-            self.feed_forward(step, layer, scratch, n, observer)?;
-        }
-        Ok(())
-    }
-
-    /// `hidden += attention(norm(hidden))`.
-    fn attention(
-        &self,
-        step: Step<'_>,
-        layer: &Layer,
-        kv: &mut LayerKv,
-        scratch: &mut Scratch,
-        n: usize,
-    ) {
-        let Scratch {
-            hidden,
-            normed,
-            block_out,
-            angles,
-            attention,
-            matmul,
-            ..
-        } = scratch;
-        let angles: &RopeAngles = &angles[layer.rope];
-        let (hidden, normed, out) = (&mut hidden[..n], &mut normed[..n], &mut block_out[..n]);
-        layer.attention_norm.forward(step.compute, hidden, normed);
-        match (&layer.attention, attention) {
-            (AnyAttention::Grouped(block), AnyAttentionScratch::Grouped(scratch)) => {
-                block.forward(step, angles, (normed, out), kv, (scratch, matmul));
-            }
-            (AnyAttention::Latent(block), AnyAttentionScratch::Latent(scratch)) => {
-                block.forward(step, angles, (normed, out), kv, (scratch, matmul));
-            }
-            _ => unreachable!("a session's scratch is made for its model's attention"),
-        }
-        self.join(step, layer.attention_post_norm.as_ref(), out, hidden);
-    }
-
-    /// `hidden += feed_forward(norm(hidden))`.
-    fn feed_forward(
-        &self,
-        step: Step<'_>,
-        layer: &Layer,
-        scratch: &mut Scratch,
-        n: usize,
-        observer: &mut dyn Observer,
-    ) -> Result<()> {
-        let Scratch {
-            hidden,
-            normed,
-            block_out,
-            moe,
-            matmul,
-            ..
-        } = scratch;
-        let (hidden, normed, out) = (&mut hidden[..n], &mut normed[..n], &mut block_out[..n]);
-        layer.ffn_norm.forward(step.compute, hidden, normed);
-        match &layer.ffn {
-            AnyFeedForward::Moe(block) => block
-                .forward(step, normed, out, (moe, matmul), observer)
-                .map_err(|source| EngineError::Routing {
-                    layer: step.layer,
-                    position: step.position,
-                    source,
-                })?,
-            AnyFeedForward::Dense(block) => {
-                block.forward(step.compute, normed, out, (&mut moe.ffn, matmul));
-            }
-        }
-        self.join(step, layer.ffn_post_norm.as_ref(), out, hidden);
-        Ok(())
-    }
-
-    /// Adds a block's output to the stream.
-    fn join(&self, step: Step<'_>, post_norm: Option<&Norm>, out: &mut [f32], hidden: &mut [f32]) {
-        if let Some(norm) = post_norm {
-            norm.forward_in_place(step.compute, out);
-        }
-        step.compute
-            .kernels()
-            .axpy(self.residual_scale, out, hidden);
-    }
-
-    /// Logits of the last `n_wanted` of the chunk's `n_tokens`, into rows from `first_row`.
-    fn head(
-        &self,
-        session: &mut Session,
-        n_tokens: usize,
-        n_wanted: usize,
-        first_row: usize,
-    ) -> Result<()> {
-        let (d, vocab) = (self.info.d_model, self.info.vocab_size);
-        let Scratch {
-            hidden,
-            normed,
-            matmul,
-            logits,
-            ..
-        } = &mut session.scratch;
-        let hidden = &hidden[(n_tokens - n_wanted) * d..n_tokens * d];
-        let normed = &mut normed[..n_wanted * d];
-        let logits = &mut logits[first_row * vocab..][..n_wanted * vocab];
-        self.norm.forward(&self.compute, hidden, normed);
-        self.head.forward(
-            &self.compute,
-            &self.embed_tokens,
-            (normed, &mut *logits),
-            matmul,
-        );
-        match logits.iter().position(|value| !value.is_finite()) {
-            None => Ok(()),
-            Some(at) => Err(EngineError::NonFiniteLogits {
-                position: session.position + n_tokens - n_wanted + at / vocab,
-                token: at % vocab,
-                value: logits[at],
-                n_layers: self.info.n_layers,
-            }),
-        }
-    }
-
     fn weight_bytes(&self) -> u64 {
         let head = self.head.linear.as_ref().map_or(0, Linear::n_bytes);
         let layers = self.layers.iter().map(Layer::n_bytes).sum::<usize>();
@@ -497,7 +297,8 @@ impl Decoder {
 }
 
 impl Head {
-    fn forward(
+    /// Logits of normed rows; `embed_tokens` is the head where it has no matrix of its own.
+    pub(crate) fn forward(
         &self,
         compute: &Compute,
         embed_tokens: &Matrix,
@@ -507,7 +308,7 @@ impl Head {
         let weight = self.linear.as_ref().map_or(embed_tokens, |l| &l.weight);
         compute.matmul(weight, x, logits, matmul);
         if let Some(bias) = &self.bias {
-            crate::blocks::add_rows(logits, bias);
+            add_rows(compute, logits, bias);
         }
         if self.logits_divisor != 1.0 {
             logits

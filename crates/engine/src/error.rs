@@ -105,12 +105,38 @@ pub enum EngineError {
         "the session was made for a model of another shape; make it with this model's `session`"
     )]
     ForeignSession,
+    /// A workspace is used with a model that it was not made for.
+    #[error(
+        "the workspace was made for a model of another shape; make it with this model's `workspace`"
+    )]
+    ForeignWorkspace,
+    /// A batch has more tokens than its workspace can take.
+    #[error(
+        "the batch has {n_tokens} tokens in all, more than the {capacity} of its workspace; \
+         make a larger one or read long prompts in pieces"
+    )]
+    BatchTooLarge {
+        /// Tokens of all sequences.
+        n_tokens: usize,
+        /// Capacity of the workspace.
+        capacity: usize,
+    },
+    /// One sequence of a batch cannot be computed.
+    #[error(
+        "sequence {sequence} of the batch cannot be computed; leave it out to compute the rest"
+    )]
+    InBatch {
+        /// Its index in the batch.
+        sequence: usize,
+        /// The reason.
+        source: Box<EngineError>,
+    },
     /// A layer could not route.
     #[error("layer {layer}, tokens from position {position}: routing failed")]
     Routing {
         /// The layer.
         layer: usize,
-        /// Position of the first token of the call, to which the source's token index adds.
+        /// Position of the first token that the layer routed, to which the source's token index adds.
         position: usize,
         /// The reason.
         source: RoutingError,

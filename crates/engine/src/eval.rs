@@ -16,6 +16,9 @@ use crate::error::{EngineError, Result};
 use crate::model::{Logits, Model, NoObserver};
 use crate::session::SessionOptions;
 
+/// Logits that are in memory at once, 128 MiB of them: they limit the chunk where the vocabulary is large.
+const MAX_LOGITS: usize = 32 << 20;
+
 /// A tokenised text and the domain that its score counts for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
@@ -81,14 +84,16 @@ pub fn perplexity(
     progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<Perplexity> {
     check(windows)?;
+    let vocab = model.info().vocab_size;
+    let defaults = SessionOptions::default();
     let options = SessionOptions {
         n_ctx: Some(windows.window),
-        ..SessionOptions::default()
+        chunk: defaults.chunk.min((MAX_LOGITS / vocab.max(1)).max(1)),
+        ..defaults
     };
     let mut session = model.session(&options)?;
     let chunk = session.chunk();
     let kernels = model.compute().kernels();
-    let vocab = model.info().vocab_size;
     let n_total = documents
         .iter()
         .map(|d| d.tokens.len().saturating_sub(1) as u64)

@@ -77,7 +77,8 @@ pub fn generate(
     let mut sampler = Sampler::new(options.sampling)?;
     check_prompt(model, session, prompt)?;
     sampler.observe(prompt);
-    let mut tokens = Vec::new();
+    // Room for all of them, so that the loop does not allocate.
+    let mut tokens = Vec::with_capacity(options.max_new_tokens.min(session.free() + 1));
     let finished = |tokens, finish| Ok(Generated { tokens, finish });
 
     // By chunks, so that the caller hears of progress and may stop in between.

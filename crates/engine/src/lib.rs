@@ -1,14 +1,16 @@
 //! The engine: token in, token out. Models, sessions, sampling, generation and evaluation.
 //!
 //! - [`load`] turns a checkpoint into a [`Model`]: immutable, shared, the same for every caller.
-//! - [`Session`] is everything that changes while one sequence is read and written.
+//! - [`Session`] is what one sequence remembers.
 //! - [`Model::forward`] reads tokens and gives logits; an [`Observer`] sees the routing of every layer.
+//! - [`Model::forward_batch`] does so for several [`Sequence`]s together, in the memory of a [`Workspace`].
 //! - [`generate()`] runs the loop of prompt, sampling and stopping; [`eval`] measures.
 //!
 //! There is no text, clock, file format or printing here. The same tokens, seed and instruction set
-//! give the same result whatever the chunk size or the number of threads.
+//! give the same result whatever the chunk size, the number of threads, or the other sequences of a batch.
 #![forbid(unsafe_code)]
 
+mod batch;
 mod blocks;
 mod builder;
 mod decoder;
@@ -18,11 +20,14 @@ mod generate;
 mod load;
 mod model;
 mod models;
+mod pass;
 mod rng;
 mod sampling;
 mod session;
 mod weights;
+mod workspace;
 
+pub use batch::Sequence;
 pub use cadre_kernels::{KvFormat, KvFormats};
 pub use error::{EngineError, Result};
 pub use generate::{Finish, GenerateOptions, Generated, Hooks, generate};
@@ -30,3 +35,4 @@ pub use load::{LoadOptions, Quant, known_model_types, load};
 pub use model::{Logits, Model, ModelInfo, NoObserver, Observer, RoutingEvent};
 pub use sampling::{Sampler, SamplingOptions};
 pub use session::{Session, SessionOptions};
+pub use workspace::Workspace;

@@ -3,8 +3,10 @@
 use cadre_kernels::Compute;
 use cadre_routing::Routing;
 
+use crate::batch::Sequence;
 use crate::error::Result;
 use crate::session::{Session, SessionOptions};
+use crate::workspace::Workspace;
 
 /// A causal language model: immutable, shared among threads and sessions.
 pub trait Model: Send + Sync + std::fmt::Debug {
@@ -20,11 +22,19 @@ pub trait Model: Send + Sync + std::fmt::Debug {
     /// A context longer than the model's, or a size of zero.
     fn session(&self, options: &SessionOptions) -> Result<Session>;
 
+    /// Scratch memory for batches of up to `capacity` tokens in one pass, see [`Model::forward_batch`].
+    ///
+    /// # Errors
+    /// A capacity of zero.
+    fn workspace(&self, capacity: usize) -> Result<Workspace>;
+
     /// Reads `tokens` after those that `session` holds, and returns the logits of the positions that
     /// `want` names, `[n_wanted, vocab_size]`, all finite.
     ///
     /// Tokens are processed in chunks of the session's size; the cut changes no bit of the result. No
     /// tokens are fine. The returned buffer belongs to the session and may be changed by the caller.
+    /// The first call makes the session's own [`Workspace`]; later ones allocate nothing, unless they want
+    /// more rows of logits than any before.
     ///
     /// # Errors
     /// Too many tokens, an unknown token, or values that are not finite. The session then holds the
@@ -36,9 +46,26 @@ pub trait Model: Send + Sync + std::fmt::Debug {
         want: Logits,
         observer: &mut dyn Observer,
     ) -> Result<&'s mut [f32]>;
+
+    /// Reads the tokens of several sequences in one pass over the weights, and returns the logits that they want,
+    /// one sequence after the other, `[n_wanted, vocab_size]`, all finite.
+    ///
+    /// A sequence's logits are the same, bit for bit, whatever else is in the batch, and the same as those of
+    /// [`Model::forward`]. The returned buffer belongs to the workspace and may be changed by the caller.
+    ///
+    /// # Errors
+    /// More tokens than the workspace's capacity, or [`crate::EngineError::InBatch`], which names the sequence, for
+    /// what [`Model::forward`] refuses. No session has advanced then.
+    fn forward_batch<'w>(
+        &self,
+        batch: &mut [Sequence<'_>],
+        workspace: &'w mut Workspace,
+        observer: &mut dyn Observer,
+    ) -> Result<&'w mut [f32]>;
 }
 
-/// Positions whose logits a call computes. Rows that are not wanted cost nothing.
+/// Positions whose logits a call computes. Rows that are not wanted cost nothing, also in the last layer, except for
+/// their keys and values, unless an observer watches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Logits {
     /// None: only the session advances.
@@ -49,13 +76,23 @@ pub enum Logits {
     All,
 }
 
-/// Sizes and identity of a loaded model.
+impl Logits {
+    /// Rows that are wanted of `n_tokens`: the last ones.
+    #[must_use]
+    pub fn n_rows(self, n_tokens: usize) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Last => n_tokens.min(1),
+            Self::All => n_tokens,
+        }
+    }
+}
+
+/// Sizes of a loaded model. What identifies its weights is [`cadre_checkpoint::Checkpoint::digest`].
 #[derive(Clone, Debug)]
 pub struct ModelInfo {
     /// Architecture, as the configuration spells it.
     pub model_type: String,
-    /// Identity of the weights, from the checkpoint.
-    pub digest: String,
     /// Rows of the logits.
     pub vocab_size: usize,
     /// Width of the residual stream.
@@ -80,9 +117,11 @@ pub struct ModelInfo {
     pub weight_bytes: u64,
 }
 
-/// The routing of one chunk of tokens in one layer.
+/// The routing of one sequence's tokens of a pass in one layer.
 #[derive(Clone, Copy, Debug)]
 pub struct RoutingEvent<'a> {
+    /// Index of the sequence in the batch; 0 outside of batches.
+    pub sequence: usize,
     /// Layer of the model, dense ones counted.
     pub layer: usize,
     /// Position in the sequence of the first token.
@@ -96,10 +135,16 @@ pub struct RoutingEvent<'a> {
     pub norms: &'a [f32],
 }
 
-/// Watches the routing of a forward pass: once per MoE layer and chunk, layers ascending.
+/// Watches the routing of a forward pass: once per MoE layer, pass and sequence with tokens, layers ascending.
 pub trait Observer {
     /// Called after the layer's experts have been combined.
     fn routed(&mut self, event: &RoutingEvent<'_>);
+
+    /// Whether events are wanted at all. Who does not watch gets none, and saves the last layer the tokens whose logits
+    /// are not wanted. Asked anew in every layer; it must not change during a pass.
+    fn watches(&self) -> bool {
+        true
+    }
 
     /// Whether events should carry the norms of the experts' outputs.
     fn wants_norms(&self) -> bool {
@@ -113,4 +158,8 @@ pub struct NoObserver;
 
 impl Observer for NoObserver {
     fn routed(&mut self, _event: &RoutingEvent<'_>) {}
+
+    fn watches(&self) -> bool {
+        false
+    }
 }

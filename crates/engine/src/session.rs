@@ -1,13 +1,12 @@
-//! A session: everything that changes while one sequence is read and written.
-
-use cadre_kernels::{Kernels, KvFormats, MatmulScratch};
+//! A session: everything that one sequence remembers from one pass to the next.
 
 use cadre_checkpoint::MlaConfig;
+use cadre_kernels::{Kernels, KvFormats};
 
-use crate::blocks::{KvCache, KvShape, MoeScratch, MoeShape, RopeAngles};
-use crate::decoder::AnyAttentionScratch;
+use crate::blocks::{KvCache, KvShape, MoeShape};
 use crate::error::{EngineError, Result};
 use crate::model::ModelInfo;
+use crate::workspace::Workspace;
 
 /// The context that a session gets unless told otherwise, when the model allows more.
 const DEFAULT_CONTEXT: usize = 4096;
@@ -17,7 +16,8 @@ const DEFAULT_CONTEXT: usize = 4096;
 pub struct SessionOptions {
     /// Tokens that the session can hold; the smaller of 4096 and the model's limit when absent.
     pub n_ctx: Option<usize>,
-    /// Tokens that are processed together. More are faster and need more scratch memory.
+    /// Tokens that [`crate::Model::forward`] processes together. More are faster, since every expert then serves more
+    /// of them, and need more scratch memory: see [`Workspace`].
     pub chunk: usize,
     /// How keys and values are stored. Anything but f32, the default, changes results a little.
     pub kv: KvFormats,
@@ -27,7 +27,7 @@ impl Default for SessionOptions {
     fn default() -> Self {
         Self {
             n_ctx: None,
-            chunk: 256,
+            chunk: 512,
             kv: KvFormats::default(),
         }
     }
@@ -41,7 +41,7 @@ impl SessionOptions {
     }
 }
 
-/// The sizes that a session is made for. A session fits every model of the same sizes.
+/// The sizes that a session and a workspace are made for. They fit every model of the same sizes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SessionShape {
     pub(crate) d_model: usize,
@@ -56,38 +56,21 @@ pub(crate) struct SessionShape {
     pub(crate) d_dense: usize,
 }
 
-/// The state of one sequence: keys and values, scratch memory, the position.
+/// The state of one sequence: keys and values, and the position.
 #[derive(Debug)]
 pub struct Session {
     pub(crate) shape: SessionShape,
     pub(crate) kv: KvCache,
     pub(crate) position: usize,
     pub(crate) n_ctx: usize,
-    pub(crate) chunk: usize,
-    pub(crate) scratch: Scratch,
-}
-
-/// Memory that a forward pass writes and forgets, allocated once.
-#[derive(Debug)]
-pub(crate) struct Scratch {
-    /// Residual stream, `[chunk, d_model]`.
-    pub(crate) hidden: Vec<f32>,
-    /// Input of a block, `[chunk, d_model]`.
-    pub(crate) normed: Vec<f32>,
-    /// Output of a block, `[chunk, d_model]`.
-    pub(crate) block_out: Vec<f32>,
-    /// Rotary angles of the chunk, one per rotation of the model.
-    pub(crate) angles: Vec<RopeAngles>,
-    pub(crate) attention: AnyAttentionScratch,
-    pub(crate) moe: MoeScratch,
-    pub(crate) matmul: MatmulScratch,
-    /// Grows to the rows that are asked for.
-    pub(crate) logits: Vec<f32>,
+    chunk: usize,
+    /// Made when the session is first computed alone; batches bring their own.
+    workspace: Option<Box<Workspace>>,
 }
 
 impl SessionShape {
     /// Widest product input inside of attention, per token.
-    fn attention_width(&self) -> usize {
+    pub(crate) fn attention_width(&self) -> usize {
         match &self.mla {
             Some(mla) => {
                 let per_head = mla
@@ -126,30 +109,13 @@ impl Session {
         if options.chunk == 0 {
             return bad("chunk", 0, "at least 1".to_owned());
         }
-        let chunk = options.chunk.min(n_ctx);
-        let rows = |width: usize| vec![0.0; chunk * width];
-        let widest = shape
-            .d_model
-            .max(shape.attention_width())
-            .max(shape.d_dense);
-        let moe = MoeScratch::new(&shape.moe, shape.d_dense, chunk);
-        let scratch = Scratch {
-            hidden: rows(shape.d_model),
-            normed: rows(shape.d_model),
-            block_out: rows(shape.d_model),
-            angles: (0..shape.n_ropes).map(|_| RopeAngles::default()).collect(),
-            attention: AnyAttentionScratch::new(&shape, chunk),
-            matmul: MatmulScratch::with_capacity((chunk * widest).max(moe.largest_input())),
-            moe,
-            logits: Vec::new(),
-        };
         Ok(Self {
             kv: KvCache::new(kernels, &shape.kv, options.kv, n_ctx),
             shape,
             position: 0,
             n_ctx,
-            chunk,
-            scratch,
+            chunk: options.chunk.min(n_ctx),
+            workspace: None,
         })
     }
 
@@ -168,7 +134,7 @@ impl Session {
         self.n_ctx - self.position
     }
 
-    /// Tokens that are processed together.
+    /// Tokens that are processed together when the session is computed alone.
     pub fn chunk(&self) -> usize {
         self.chunk
     }
@@ -181,6 +147,18 @@ impl Session {
     /// Bytes of the key and value cache.
     pub fn kv_bytes(&self) -> usize {
         self.kv.n_bytes()
+    }
+
+    /// The session's own workspace, for a chunk of its tokens. [`Session::give_back`] keeps it for the next call.
+    pub(crate) fn take_workspace(&mut self) -> Result<Box<Workspace>> {
+        match self.workspace.take() {
+            Some(workspace) => Ok(workspace),
+            None => Ok(Box::new(Workspace::new(self.shape.clone(), self.chunk)?)),
+        }
+    }
+
+    pub(crate) fn give_back(&mut self, workspace: Box<Workspace>) -> &mut Workspace {
+        self.workspace.insert(workspace)
     }
 
     /// The error of `n_tokens` more, if they do not fit.

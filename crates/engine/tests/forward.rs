@@ -321,6 +321,7 @@ struct Log {
 impl Observer for Log {
     fn routed(&mut self, event: &RoutingEvent<'_>) {
         let n_tokens = event.routing.n_tokens();
+        assert_eq!(event.sequence, 0);
         assert_eq!(event.logits.len(), n_tokens * 8);
         assert!(event.norms.is_empty());
         for (experts, weights) in event.routing.iter() {
@@ -391,7 +392,8 @@ fn overflowing_activations_are_an_error_with_the_layer() {
             error,
             EngineError::Routing {
                 layer: 1,
-                position: 0,
+                // The last layer routes only the token whose logits are wanted.
+                position: 1,
                 ..
             }
         ),

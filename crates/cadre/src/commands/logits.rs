@@ -52,9 +52,6 @@ struct Collector {
 
 impl Observer for Collector {
     fn routed(&mut self, event: &RoutingEvent<'_>) {
-        if !self.wanted {
-            return;
-        }
         let at = self.layers.iter().position(|one| one.layer == event.layer);
         let at = at.unwrap_or_else(|| {
             self.layers.push(LayerRouting {
@@ -68,6 +65,10 @@ impl Observer for Collector {
             self.layers[at].experts.push(experts.to_vec());
             self.layers[at].weights.push(weights.to_vec());
         }
+    }
+
+    fn watches(&self) -> bool {
+        self.wanted
     }
 }
 

@@ -109,7 +109,7 @@ fn record(app: &App, args: &RecordArgs, output: &Path) -> Result<()> {
         logits: args.logits,
         norms: args.norms,
     };
-    let writer = TraceWriter::create(output, &experts::meta(info), columns)?;
+    let writer = TraceWriter::create(output, &experts::meta(&loaded), columns)?;
     let mut recorder = Recorder {
         writer,
         columns,

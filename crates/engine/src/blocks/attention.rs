@@ -1,9 +1,10 @@
 //! Causal self-attention with grouped queries, in all the variants of the models: biases, norms on queries and keys,
 //! sliding windows, sinks, clamps.
 
-use cadre_kernels::{Attend, AttendScratch, Compute, Heads, HeadsMut, MatmulScratch, Span};
+use cadre_kernels::{Attend, AttendScratch, Compute, Heads, HeadsMut, MatmulScratch};
 
 use super::{LayerKv, Linear, Norm, RopeAngles, Step};
+use crate::batch::Sequence;
 
 /// The weights of one layer's attention.
 #[derive(Debug)]
@@ -28,22 +29,22 @@ pub(crate) struct Attention {
     pub(crate) window: Option<usize>,
 }
 
-/// Buffers of [`Attention::forward`], for a chunk of tokens.
+/// Buffers of [`Attention`], for the rows of a pass.
 #[derive(Debug)]
 pub(crate) struct AttentionScratch {
-    /// `[chunk, n_heads * head_dim]`.
+    /// `[rows, n_heads * head_dim]`.
     q: Vec<f32>,
-    /// `[chunk, n_kv_heads * head_dim]`.
+    /// `[rows, n_kv_heads * head_dim]`.
     k: Vec<f32>,
     v: Vec<f32>,
-    /// Attended values, `[chunk, n_heads * head_dim]`.
+    /// Attended values, `[rows, n_heads * head_dim]`.
     mixed: Vec<f32>,
     attend: AttendScratch,
 }
 
 impl AttentionScratch {
-    pub(crate) fn new(n_heads: usize, n_kv_heads: usize, head_dim: usize, chunk: usize) -> Self {
-        let rows = |n_heads: usize| vec![0.0; chunk * n_heads * head_dim];
+    pub(crate) fn new(n_heads: usize, n_kv_heads: usize, head_dim: usize, capacity: usize) -> Self {
+        let rows = |n_heads: usize| vec![0.0; capacity * n_heads * head_dim];
         Self {
             q: rows(n_heads),
             k: rows(n_kv_heads),
@@ -61,73 +62,94 @@ impl Attention {
         linears.iter().map(|linear| linear.n_bytes()).sum()
     }
 
-    /// `out_td = attention(x_td)`; stores the chunk's keys and values in `kv`.
+    /// Stores keys and values of every row of `x_td`.
+    pub(crate) fn remember(
+        &self,
+        step: Step<'_>,
+        angles: &RopeAngles,
+        x_td: &[f32],
+        batch: &mut [Sequence<'_>],
+        (scratch, matmul): (&mut AttentionScratch, &mut MatmulScratch),
+    ) {
+        let compute = step.compute;
+        let width = self.n_kv_heads * self.head_dim;
+        let k = &mut scratch.k[..step.n_rows() * width];
+        let v = &mut scratch.v[..step.n_rows() * width];
+        self.k_proj.forward(compute, x_td, k, matmul);
+        self.v_proj.forward(compute, x_td, v, matmul);
+        self.place(compute, self.k_norm.as_ref(), angles, (k, width));
+        self.clamp(v);
+        for (span, sequence) in step.spans.iter().zip(batch) {
+            let rows = span.first_row * width..span.end() * width;
+            let kv = &mut sequence.session.kv.layers[step.layer];
+            self.store(span.position, &k[rows.clone()], &v[rows], kv);
+        }
+    }
+
+    /// `out_td = attention(x_td)`, for rows whose keys and values are stored.
     pub(crate) fn forward(
         &self,
         step: Step<'_>,
         angles: &RopeAngles,
         (x_td, out_td): (&[f32], &mut [f32]),
-        kv: &mut LayerKv,
+        batch: &[Sequence<'_>],
         (scratch, matmul): (&mut AttentionScratch, &mut MatmulScratch),
     ) {
-        let compute = step.compute;
-        let AttentionScratch {
-            q,
-            k,
-            v,
-            mixed,
-            attend,
-        } = scratch;
-        let q = &mut q[..step.n_tokens * self.n_heads * self.head_dim];
-        let k = &mut k[..step.n_tokens * self.n_kv_heads * self.head_dim];
-        let v = &mut v[..step.n_tokens * self.n_kv_heads * self.head_dim];
-        let mixed = &mut mixed[..q.len()];
-        self.q_proj.forward(compute, x_td, q, matmul);
-        self.k_proj.forward(compute, x_td, k, matmul);
-        self.v_proj.forward(compute, x_td, v, matmul);
-        self.norm(compute, q, k);
-        if let Some(clip) = self.clip {
-            for value in q.iter_mut().chain(k.iter_mut()).chain(v.iter_mut()) {
-                *value = value.clamp(-clip, clip);
+        let width = self.n_heads * self.head_dim;
+        let q = &mut scratch.q[..step.n_rows() * width];
+        self.q_proj.forward(step.compute, x_td, q, matmul);
+        self.place(step.compute, self.q_norm.as_ref(), angles, (q, width));
+        let mixed = &mut scratch.mixed[..q.len()];
+        self.attend(step, batch, (q, mixed), &mut scratch.attend);
+        self.o_proj.forward(step.compute, mixed, out_td, matmul);
+    }
+
+    /// Norms, clamps and rotates the heads of every row of `x`, whose rows are `width` wide.
+    fn place(
+        &self,
+        compute: &Compute,
+        norm: Option<&Norm>,
+        angles: &RopeAngles,
+        (x, width): (&mut [f32], usize),
+    ) {
+        compute.for_each_chunk(x, width, 8 * width, |row, x| {
+            if let Some(norm) = norm {
+                for part in x.chunks_exact_mut(norm.width()) {
+                    norm.row(compute, part);
+                }
             }
-        }
-        self.place(compute, self.n_heads, angles, q);
-        self.place(compute, self.n_kv_heads, angles, k);
-        self.store(step, k, v, kv);
-        self.attend(step, q, kv, mixed, attend);
-        self.o_proj.forward(compute, mixed, out_td, matmul);
-    }
-
-    fn norm(&self, compute: &Compute, q: &mut [f32], k: &mut [f32]) {
-        if let (Some(q_norm), Some(k_norm)) = (&self.q_norm, &self.k_norm) {
-            q_norm.forward_in_place(compute, q);
-            k_norm.forward_in_place(compute, k);
-        }
-    }
-
-    /// Rotates every head of every token.
-    fn place(&self, compute: &Compute, n_heads: usize, angles: &RopeAngles, x: &mut [f32]) {
-        compute.for_each_chunk(x, self.head_dim, 4 * self.head_dim, |i, head| {
-            angles.rotate(i / n_heads, head);
+            self.clamp(x);
+            for head in x.chunks_exact_mut(self.head_dim) {
+                angles.rotate(row, head);
+            }
         });
     }
 
-    fn store(&self, step: Step<'_>, k: &[f32], v: &[f32], kv: &mut LayerKv) {
+    fn clamp(&self, values: &mut [f32]) {
+        if let Some(clip) = self.clip {
+            for value in values {
+                *value = value.clamp(-clip, clip);
+            }
+        }
+    }
+
+    /// Stores the rows of one sequence, from `position` on.
+    fn store(&self, position: usize, k: &[f32], v: &[f32], kv: &mut LayerKv) {
         let heads = k
             .chunks_exact(self.head_dim)
             .zip(v.chunks_exact(self.head_dim));
         for (i, (key, value)) in heads.enumerate() {
             let (t, head) = (i / self.n_kv_heads, i % self.n_kv_heads);
-            kv.store(head, step.position + t, key, value);
+            kv.store(head, position + t, key, value);
         }
     }
 
+    /// Every row over what its own sequence holds; the rows of all sequences share the threads.
     fn attend(
         &self,
         step: Step<'_>,
-        q: &[f32],
-        kv: &LayerKv,
-        mixed: &mut [f32],
+        batch: &[Sequence<'_>],
+        (q, mixed): (&[f32], &mut [f32]),
         scratch: &mut AttendScratch,
     ) {
         let (per_token, per_head) = (self.n_heads * self.head_dim, self.head_dim);
@@ -143,17 +165,13 @@ impl Attention {
             sinks: self.sinks.as_deref(),
             window: self.window,
         };
-        let span = |_| Span {
-            kv,
-            position: step.position,
-            first: 0,
-            n_tokens: step.n_tokens,
-        };
         let out = HeadsMut {
             values: mixed,
             per_token,
             per_head,
         };
-        step.compute.attend(&attend, 1, &span, out, scratch);
+        let span = |i| step.stored(batch, i);
+        step.compute
+            .attend(&attend, step.spans.len(), &span, out, scratch);
     }
 }

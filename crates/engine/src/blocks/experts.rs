@@ -17,8 +17,8 @@ pub(crate) struct ExpertRows<'a> {
     pub(crate) active: &'a [u16],
     /// Expert `active[i]` owns rows `offsets[i]..offsets[i + 1]`.
     pub(crate) offsets: &'a [usize],
-    /// Their inputs, `[offsets.last(), d]`.
-    pub(crate) x_pd: &'a [f32],
+    /// The token that each row comes from.
+    pub(crate) token_of_row: &'a [u32],
 }
 
 impl Experts {
@@ -36,15 +36,24 @@ impl Experts {
         self.experts.iter().map(FeedForward::n_bytes).sum()
     }
 
-    /// Computes every row by its expert into `out_pd`, in the same order.
+    /// Computes every row by its expert, from the tokens' `x_td` into `y_pd`, `[rows, d]`.
     pub(crate) fn forward(
         &self,
         compute: &Compute,
         rows: ExpertRows<'_>,
-        out_pd: &mut [f32],
+        (x_td, y_pd): (&[f32], &mut [f32]),
         scratch: (&mut FeedForwardScratch, &mut MatmulScratch),
     ) {
+        if rows.token_of_row.is_empty() {
+            return;
+        }
+        let d = y_pd.len() / rows.token_of_row.len();
+        // The inputs lie where the outputs will be: they are not needed once gate and up are computed.
+        compute.for_each_chunk(y_pd, d, d, |row, x| {
+            let token = rows.token_of_row[row] as usize;
+            x.copy_from_slice(&x_td[token * d..][..d]);
+        });
         let expert = |g: usize| &self.experts[usize::from(rows.active[g])];
-        FeedForward::forward_groups(compute, rows.offsets, &expert, (rows.x_pd, out_pd), scratch);
+        FeedForward::forward_groups(compute, rows.offsets, &expert, y_pd, scratch);
     }
 }

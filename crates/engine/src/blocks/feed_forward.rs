@@ -1,10 +1,9 @@
 //! The gated feed-forward `down(activation(gate x, up x))`: one of them, or a group of them over sorted rows.
 
 use cadre_checkpoint::Activation;
-use cadre_kernels::{Compute, MatmulScratch, Matrix};
+use cadre_kernels::{Compute, MatmulScratch};
 
-use super::Linear;
-use super::linear::add_rows;
+use super::{Linear, add_rows};
 
 /// The three matrices of a feed-forward.
 #[derive(Debug)]
@@ -45,60 +44,109 @@ impl FeedForward {
         compute: &Compute,
         x_td: &[f32],
         out_td: &mut [f32],
-        scratch: (&mut FeedForwardScratch, &mut MatmulScratch),
+        (scratch, matmul): (&mut FeedForwardScratch, &mut MatmulScratch),
     ) {
         let n_tokens = x_td.len() / self.gate_proj.weight.n_in();
-        Self::forward_groups(compute, &[0, n_tokens], &|_| self, (x_td, out_td), scratch);
+        let groups = Groups {
+            offsets: &[0, n_tokens],
+            of: &|_| self,
+        };
+        groups.widen(compute, x_td, scratch, matmul);
+        groups.narrow(compute, scratch, out_td, matmul);
     }
 
-    /// Rows `offsets[g]..offsets[g + 1]` of `x_pd` through `of(g)`; all of one shape and kind.
+    /// Replaces rows `offsets[g]..offsets[g + 1]` of `rows_pd` by what `of(g)` makes of them; all of one shape and kind.
     pub(crate) fn forward_groups<'w>(
         compute: &Compute,
         offsets: &[usize],
-        of: &(dyn Fn(usize) -> &'w FeedForward + Sync),
-        (x_pd, out_pd): (&[f32], &mut [f32]),
+        of: &(dyn Fn(usize) -> &'w Self + Sync),
+        rows_pd: &mut [f32],
         (scratch, matmul): (&mut FeedForwardScratch, &mut MatmulScratch),
     ) {
-        let n_rows = offsets[offsets.len() - 1];
-        if n_rows == 0 {
+        let groups = Groups { offsets, of };
+        groups.widen(compute, rows_pd, scratch, matmul);
+        groups.narrow(compute, scratch, rows_pd, matmul);
+    }
+}
+
+/// Rows sorted by the feed-forward that they go through.
+struct Groups<'a, 'w> {
+    offsets: &'a [usize],
+    of: &'a (dyn Fn(usize) -> &'w FeedForward + Sync),
+}
+
+impl Groups<'_, '_> {
+    fn n_rows(&self) -> usize {
+        self.offsets[self.offsets.len() - 1]
+    }
+
+    /// From rows of the stream to inner rows, left in `scratch.gate`.
+    fn widen(
+        &self,
+        compute: &Compute,
+        x_pd: &[f32],
+        scratch: &mut FeedForwardScratch,
+        matmul: &mut MatmulScratch,
+    ) {
+        if self.n_rows() == 0 {
             return;
         }
-        let d_ff = of(0).gate_proj.n_out();
-        let gate = &mut scratch.gate[..n_rows * d_ff];
-        let up = &mut scratch.up[..n_rows * d_ff];
-        let product = |part: Part, x: &[f32], y: &mut [f32], matmul: &mut MatmulScratch| {
-            let weight = |g: usize| &part(of(g)).weight;
-            grouped(compute, offsets, &weight, (x, &mut *y), matmul);
-            for (g, rows) in offsets.windows(2).enumerate() {
-                let linear = part(of(g));
-                if let Some(bias) = &linear.bias {
-                    let n_out = linear.n_out();
-                    add_rows(&mut y[rows[0] * n_out..rows[1] * n_out], bias);
-                }
-            }
-        };
-        product(|ffn| &ffn.gate_proj, x_pd, gate, matmul);
-        product(|ffn| &ffn.up_proj, x_pd, up, matmul);
-        let activation = of(0).activation;
+        let first = (self.of)(0);
+        let d_ff = first.gate_proj.n_out();
+        let gate = &mut scratch.gate[..self.n_rows() * d_ff];
+        let up = &mut scratch.up[..self.n_rows() * d_ff];
+        self.product(compute, |ffn| &ffn.gate_proj, (x_pd, gate), matmul);
+        self.product(compute, |ffn| &ffn.up_proj, (x_pd, up), matmul);
+        let activation = first.activation;
         // An exponential and a division, about sixteen multiplications.
         compute.for_each_chunk(gate, d_ff, 16 * d_ff, |row, gate| {
             activate(compute, activation, gate, &up[row * d_ff..][..d_ff]);
         });
-        product(|ffn| &ffn.down_proj, gate, out_pd, matmul);
+    }
+
+    /// From the inner rows in `scratch.gate` back to rows of the stream.
+    fn narrow(
+        &self,
+        compute: &Compute,
+        scratch: &FeedForwardScratch,
+        out_pd: &mut [f32],
+        matmul: &mut MatmulScratch,
+    ) {
+        if self.n_rows() == 0 {
+            return;
+        }
+        let d_ff = (self.of)(0).gate_proj.n_out();
+        let inner = &scratch.gate[..self.n_rows() * d_ff];
+        self.product(compute, |ffn| &ffn.down_proj, (inner, out_pd), matmul);
+    }
+
+    fn product(
+        &self,
+        compute: &Compute,
+        part: Part,
+        (x, y): (&[f32], &mut [f32]),
+        matmul: &mut MatmulScratch,
+    ) {
+        let weight = |g: usize| &part((self.of)(g)).weight;
+        compute.grouped_matmul(
+            self.offsets.len() - 1,
+            &weight,
+            self.offsets,
+            x,
+            &mut *y,
+            matmul,
+        );
+        for (g, rows) in self.offsets.windows(2).enumerate() {
+            let linear = part((self.of)(g));
+            if let Some(bias) = &linear.bias {
+                let n_out = linear.n_out();
+                add_rows(compute, &mut y[rows[0] * n_out..rows[1] * n_out], bias);
+            }
+        }
     }
 }
 
 type Part = for<'a> fn(&'a FeedForward) -> &'a Linear;
-
-fn grouped<'w>(
-    compute: &Compute,
-    offsets: &[usize],
-    weight: &(dyn Fn(usize) -> &'w Matrix + Sync),
-    (x, y): (&[f32], &mut [f32]),
-    matmul: &mut MatmulScratch,
-) {
-    compute.grouped_matmul(offsets.len() - 1, weight, offsets, x, y, matmul);
-}
 
 /// `gate = activation(gate, up)`, in place.
 fn activate(compute: &Compute, activation: Activation, gate: &mut [f32], up: &[f32]) {

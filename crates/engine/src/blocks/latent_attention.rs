@@ -5,9 +5,10 @@
 //! cache holds the latent and one rotary key per token, whatever the number of heads.
 
 use cadre_checkpoint::MlaConfig;
-use cadre_kernels::{Attend, AttendScratch, Compute, Heads, HeadsMut, MatmulScratch, Matrix, Span};
+use cadre_kernels::{Attend, AttendScratch, Heads, HeadsMut, MatmulScratch, Matrix};
 
-use super::{LayerKv, Linear, Norm, RopeAngles, Step};
+use super::{Linear, Norm, RopeAngles, Step};
+use crate::batch::Sequence;
 
 /// The weights of one layer's attention.
 #[derive(Debug)]
@@ -40,38 +41,38 @@ pub(crate) enum QueryProjection {
     },
 }
 
-/// Buffers of [`LatentAttention::forward`], for a chunk of tokens.
+/// Buffers of [`LatentAttention`], for the rows of a pass.
 #[derive(Debug)]
 pub(crate) struct LatentScratch {
-    /// `[chunk, q_lora_rank]`.
+    /// `[rows, q_lora_rank]`.
     q_a: Vec<f32>,
-    /// `[chunk, n_heads * (nope + rope)]`.
+    /// `[rows, n_heads * (nope + rope)]`.
     q: Vec<f32>,
-    /// `[chunk, latent + rope]`.
+    /// `[rows, latent + rope]`.
     kv_a: Vec<f32>,
-    /// Position-free parts by head, `[n_heads, chunk, nope]`.
+    /// Position-free parts by head, `[n_heads, rows, nope]`.
     q_nope: Vec<f32>,
-    /// Rotary parts by head, `[n_heads, chunk, rope]`.
+    /// Rotary parts by head, `[n_heads, rows, rope]`.
     q_rope: Vec<f32>,
-    /// Queries on the latent, and attended latents, `[n_heads, chunk, latent]` each.
+    /// Queries on the latent, and attended latents, `[n_heads, rows, latent]` each.
     q_latent: Vec<f32>,
     mixed: Vec<f32>,
-    /// `[n_heads, chunk, v]`.
+    /// `[n_heads, rows, v]`.
     values: Vec<f32>,
-    /// `[chunk, n_heads * v]`.
+    /// `[rows, n_heads * v]`.
     joined: Vec<f32>,
     offsets: Vec<usize>,
     attend: AttendScratch,
 }
 
 impl LatentScratch {
-    pub(crate) fn new(n_heads: usize, mla: &MlaConfig, chunk: usize) -> Self {
+    pub(crate) fn new(n_heads: usize, mla: &MlaConfig, capacity: usize) -> Self {
         let (nope, rope) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim);
-        let per_head = |width: usize| vec![0.0; n_heads * chunk * width];
+        let per_head = |width: usize| vec![0.0; n_heads * capacity * width];
         Self {
-            q_a: vec![0.0; chunk * mla.q_lora_rank.unwrap_or(0)],
+            q_a: vec![0.0; capacity * mla.q_lora_rank.unwrap_or(0)],
             q: per_head(nope + rope),
-            kv_a: vec![0.0; chunk * (mla.kv_lora_rank + rope)],
+            kv_a: vec![0.0; capacity * (mla.kv_lora_rank + rope)],
             q_nope: per_head(nope),
             q_rope: per_head(rope),
             q_latent: per_head(mla.kv_lora_rank),
@@ -97,19 +98,46 @@ impl LatentAttention {
         q + self.kv_a_proj.n_bytes() + self.o_proj.n_bytes() + per_head.sum::<usize>()
     }
 
-    /// `out_td = attention(x_td)`; stores the chunk's latents and rotary keys in `kv`.
+    /// Stores latent and rotary key of every row of `x_td`.
+    pub(crate) fn remember(
+        &self,
+        step: Step<'_>,
+        angles: &RopeAngles,
+        x_td: &[f32],
+        batch: &mut [Sequence<'_>],
+        (scratch, matmul): (&mut LatentScratch, &mut MatmulScratch),
+    ) {
+        let (compute, width) = (step.compute, self.kv_a_proj.n_out());
+        let latent = self.mla.kv_lora_rank;
+        let kv_a = &mut scratch.kv_a[..step.n_rows() * width];
+        self.kv_a_proj.forward(compute, x_td, kv_a, matmul);
+        compute.for_each_chunk(kv_a, width, 4 * width, |row, kv_a| {
+            let (latent, key) = kv_a.split_at_mut(latent);
+            self.kv_a_norm.row(compute, latent);
+            angles.rotate(row, key);
+        });
+        for (span, sequence) in step.spans.iter().zip(batch) {
+            let kv = &mut sequence.session.kv.layers[step.layer];
+            let rows = &kv_a[span.first_row * width..span.end() * width];
+            for (t, row) in rows.chunks_exact(width).enumerate() {
+                let (latent, key) = row.split_at(latent);
+                kv.store(0, span.position + t, key, latent);
+            }
+        }
+    }
+
+    /// `out_td = attention(x_td)`, for rows whose latents and rotary keys are stored.
     pub(crate) fn forward(
         &self,
         step: Step<'_>,
         angles: &RopeAngles,
         (x_td, out_td): (&[f32], &mut [f32]),
-        kv: &mut LayerKv,
+        batch: &[Sequence<'_>],
         (scratch, matmul): (&mut LatentScratch, &mut MatmulScratch),
     ) {
-        let (n, compute) = (step.n_tokens, step.compute);
+        let (n, compute) = (step.n_rows(), step.compute);
         let (latent, v_dim) = (self.mla.kv_lora_rank, self.mla.v_head_dim);
         self.queries(step, angles, x_td, (scratch, matmul));
-        self.store(step, angles, x_td, kv, (scratch, matmul));
         scratch.offsets.clear();
         scratch
             .offsets
@@ -123,7 +151,7 @@ impl LatentAttention {
             &mut scratch.q_latent[..rows * latent],
             matmul,
         );
-        self.attend(step, kv, scratch);
+        self.attend(step, batch, scratch);
         compute.grouped_matmul(
             self.n_heads,
             &|head| &self.v_b[head],
@@ -132,11 +160,14 @@ impl LatentAttention {
             &mut scratch.values[..rows * v_dim],
             matmul,
         );
-        let joined = &mut scratch.joined[..rows * v_dim];
-        for (i, out) in joined.chunks_exact_mut(v_dim).enumerate() {
-            let (t, head) = (i / self.n_heads, i % self.n_heads);
-            out.copy_from_slice(&scratch.values[(head * n + t) * v_dim..][..v_dim]);
-        }
+        let LatentScratch { values, joined, .. } = scratch;
+        let joined = &mut joined[..rows * v_dim];
+        let width = self.n_heads * v_dim;
+        compute.for_each_chunk(joined, width, width, |row, out| {
+            for (head, out) in out.chunks_exact_mut(v_dim).enumerate() {
+                out.copy_from_slice(&values[(head * n + row) * v_dim..][..v_dim]);
+            }
+        });
         self.o_proj.forward(compute, joined, out_td, matmul);
     }
 
@@ -148,10 +179,11 @@ impl LatentAttention {
         x_td: &[f32],
         (scratch, matmul): (&mut LatentScratch, &mut MatmulScratch),
     ) {
-        let (n, compute) = (step.n_tokens, step.compute);
+        let (n, compute) = (step.n_rows(), step.compute);
         let (nope, rope) = (self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim);
         let width = nope + rope;
-        let q = &mut scratch.q[..n * self.n_heads * width];
+        let rows = n * self.n_heads;
+        let q = &mut scratch.q[..rows * width];
         match &self.q {
             QueryProjection::Direct(linear) => linear.forward(compute, x_td, q, matmul),
             QueryProjection::LowRank {
@@ -165,39 +197,31 @@ impl LatentAttention {
                 q_b_proj.forward(compute, q_a, q, matmul);
             }
         }
-        for (i, head_q) in q.chunks_exact(width).enumerate() {
-            let (t, head) = (i / self.n_heads, i % self.n_heads);
-            let row = head * n + t;
-            let (plain, placed) = head_q.split_at(nope);
-            scratch.q_nope[row * nope..][..nope].copy_from_slice(plain);
-            let rotated = &mut scratch.q_rope[row * rope..][..rope];
-            rotated.copy_from_slice(placed);
-            angles.rotate(t, rotated);
-        }
+        // Row `head * n + t` of the parts is head `head` of row `t`.
+        let q = &*q;
+        let head_of = |row: usize| &q[(row % n * self.n_heads + row / n) * width..][..width];
+        compute.for_each_chunk(
+            &mut scratch.q_nope[..rows * nope],
+            nope,
+            nope,
+            |row, plain| {
+                plain.copy_from_slice(&head_of(row)[..nope]);
+            },
+        );
+        compute.for_each_chunk(
+            &mut scratch.q_rope[..rows * rope],
+            rope,
+            4 * rope,
+            |row, placed| {
+                placed.copy_from_slice(&head_of(row)[nope..]);
+                angles.rotate(row % n, placed);
+            },
+        );
     }
 
-    fn store(
-        &self,
-        step: Step<'_>,
-        angles: &RopeAngles,
-        x_td: &[f32],
-        kv: &mut LayerKv,
-        (scratch, matmul): (&mut LatentScratch, &mut MatmulScratch),
-    ) {
-        let compute: &Compute = step.compute;
-        let width = self.kv_a_proj.n_out();
-        let kv_a = &mut scratch.kv_a[..step.n_tokens * width];
-        self.kv_a_proj.forward(compute, x_td, kv_a, matmul);
-        for (t, row) in kv_a.chunks_exact_mut(width).enumerate() {
-            let (latent, key) = row.split_at_mut(self.mla.kv_lora_rank);
-            self.kv_a_norm.row(compute, latent);
-            angles.rotate(t, key);
-            kv.store(0, step.position + t, key, latent);
-        }
-    }
-
-    fn attend(&self, step: Step<'_>, kv: &LayerKv, scratch: &mut LatentScratch) {
-        let n = step.n_tokens;
+    /// Every row over what its own sequence holds; the rows of all sequences share the threads.
+    fn attend(&self, step: Step<'_>, batch: &[Sequence<'_>], scratch: &mut LatentScratch) {
+        let n = step.n_rows();
         let (latent, rope) = (self.mla.kv_lora_rank, self.mla.qk_rope_head_dim);
         let LatentScratch {
             q_rope,
@@ -219,17 +243,13 @@ impl LatentAttention {
             sinks: None,
             window: None,
         };
-        let span = |_| Span {
-            kv,
-            position: step.position,
-            first: 0,
-            n_tokens: n,
-        };
         let out = HeadsMut {
             values: mixed,
             per_token: latent,
             per_head: n * latent,
         };
-        step.compute.attend(&attend, 1, &span, out, scratch);
+        let span = |i| step.stored(batch, i);
+        step.compute
+            .attend(&attend, step.spans.len(), &span, out, scratch);
     }
 }

@@ -30,16 +30,16 @@ impl Linear {
     ) {
         compute.matmul(&self.weight, x_ti, y_to, matmul);
         if let Some(bias) = &self.bias {
-            add_rows(y_to, bias);
+            add_rows(compute, y_to, bias);
         }
     }
 }
 
 /// Adds `bias` to every row of `rows`.
-pub(crate) fn add_rows(rows: &mut [f32], bias: &[f32]) {
-    for row in rows.chunks_exact_mut(bias.len()) {
+pub(crate) fn add_rows(compute: &Compute, rows: &mut [f32], bias: &[f32]) {
+    compute.for_each_chunk(rows, bias.len(), bias.len(), |_, row| {
         for (value, bias) in row.iter_mut().zip(bias) {
             *value += bias;
         }
-    }
+    });
 }

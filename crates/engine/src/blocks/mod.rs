@@ -1,6 +1,6 @@
 //! The parts that models are built of. A block holds weights, borrows scratch, and knows no model.
 //!
-//! Legend of shape suffixes: `t` tokens of the chunk, `d` width of the residual stream, `e` experts,
+//! Legend of shape suffixes: `t` tokens of the pass, `d` width of the residual stream, `e` experts,
 //! `p` (token, expert) pairs, `f` width of a feed-forward.
 
 mod attention;
@@ -25,13 +25,35 @@ pub(crate) use rope::{Rope, RopeAngles};
 
 use cadre_kernels::Compute;
 
-/// What a block needs to know about the call it is part of.
+use crate::batch::{Sequence, Span, n_rows};
+
+/// What a block needs to know about the pass it is part of.
 #[derive(Clone, Copy)]
 pub(crate) struct Step<'a> {
     pub(crate) compute: &'a Compute,
     pub(crate) layer: usize,
-    /// Position of the chunk's first token.
-    pub(crate) position: usize,
-    /// Tokens of the chunk.
-    pub(crate) n_tokens: usize,
+    /// The rows of each sequence, one after the other.
+    pub(crate) spans: &'a [Span],
+}
+
+impl Step<'_> {
+    /// Rows of all sequences.
+    pub(crate) fn n_rows(&self) -> usize {
+        n_rows(self.spans)
+    }
+
+    /// The rows of sequence `i` beside what it holds, for [`Compute::attend`].
+    pub(crate) fn stored<'k>(
+        &self,
+        batch: &'k [Sequence<'_>],
+        i: usize,
+    ) -> cadre_kernels::Span<'k> {
+        let span = self.spans[i];
+        cadre_kernels::Span {
+            kv: &batch[i].session.kv.layers[self.layer],
+            position: span.position,
+            first: span.first_row,
+            n_tokens: span.n_rows,
+        }
+    }
 }

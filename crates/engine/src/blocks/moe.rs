@@ -1,7 +1,7 @@
 //! The mixture-of-experts block: router logits, policy, grouping by expert, experts, combination.
 //!
 //! The order of the stages is the order of the functions below. A token's output adds its experts in the
-//! order of its routing, so it does not depend on the other tokens of the chunk.
+//! order of its routing, so it does not depend on the other tokens of the pass.
 
 use cadre_kernels::{Compute, MatmulScratch};
 use cadre_routing::{Policy, Routing, RoutingError};
@@ -41,17 +41,18 @@ pub(crate) struct MoeShape {
     pub(crate) d_shared: usize,
 }
 
-/// Buffers of [`Moe::forward`] for a chunk of tokens; the feed-forward's serve dense layers too.
+/// Buffers of [`Moe::forward`] for the rows of a pass; the feed-forward's serve dense layers too.
 #[derive(Debug)]
 pub(crate) struct MoeScratch {
-    /// `[chunk, n_experts]`.
+    /// `[rows, n_experts]`.
     logits: Vec<f32>,
     routing: Routing,
+    /// The routing of one sequence of a batch, for an observer.
+    part: Routing,
     groups: Groups,
-    /// Inputs and outputs of the pairs, sorted by expert: `[chunk * max_picks, d_model]`.
-    x_pd: Vec<f32>,
+    /// Outputs of the pairs, and before them their inputs, sorted by expert: `[rows * max_picks, d_model]`.
     y_pd: Vec<f32>,
-    /// Output of the shared expert, `[chunk, d_model]`.
+    /// Output of the shared expert, `[rows, d_model]`.
     shared_td: Vec<f32>,
     /// Output norm of each pair in routing order, when an observer wants it.
     norms: Vec<f32>,
@@ -60,24 +61,18 @@ pub(crate) struct MoeScratch {
 }
 
 impl MoeScratch {
-    /// For `chunk` tokens; `d_dense` is the width of dense layers, 0 without.
-    pub(crate) fn new(shape: &MoeShape, d_dense: usize, chunk: usize) -> Self {
-        let n_pairs = chunk * shape.max_picks;
-        let inner = (n_pairs * shape.d_expert).max(chunk * d_dense.max(shape.d_shared));
+    /// For `capacity` rows; `d_dense` is the width of dense layers, 0 without.
+    pub(crate) fn new(shape: &MoeShape, d_dense: usize, capacity: usize) -> Self {
+        let n_pairs = capacity * shape.max_picks;
+        let inner = (n_pairs * shape.d_expert).max(capacity * d_dense.max(shape.d_shared));
+        let n_shared = if shape.d_shared > 0 { capacity } else { 0 };
         Self {
-            logits: vec![0.0; chunk * shape.n_experts],
-            routing: Routing::with_capacity(chunk, shape.max_picks),
+            logits: vec![0.0; capacity * shape.n_experts],
+            routing: Routing::with_capacity(capacity, shape.max_picks),
+            part: Routing::new(),
             groups: Groups::with_capacity(n_pairs, shape.n_experts),
-            x_pd: vec![0.0; n_pairs * shape.d_model],
             y_pd: vec![0.0; n_pairs * shape.d_model],
-            shared_td: vec![
-                0.0;
-                if shape.d_shared > 0 {
-                    chunk * shape.d_model
-                } else {
-                    0
-                }
-            ],
+            shared_td: vec![0.0; n_shared * shape.d_model],
             norms: Vec::new(),
             ffn: FeedForwardScratch::new(inner),
             largest_input: inner.max(n_pairs * shape.d_model),
@@ -100,7 +95,7 @@ impl Moe {
         self.gate.n_bytes() + self.experts.n_bytes() + shared
     }
 
-    /// `out_td = sum over picks of weight * expert(x_td)`; tells `observer` about the routing.
+    /// `out_td = sum over picks of weight * expert(x_td)`; tells `observer` about the routing, if it watches.
     pub(crate) fn forward(
         &self,
         step: Step<'_>,
@@ -113,48 +108,71 @@ impl Moe {
             logits,
             routing,
             groups,
-            x_pd,
             y_pd,
             shared_td,
-            norms,
             ffn,
             ..
         } = scratch;
-        let logits = &mut logits[..step.n_tokens * self.gate.n_out()];
-        self.gate.forward(step.compute, x_td, logits, matmul);
+        let compute = step.compute;
+        let logits = &mut logits[..step.n_rows() * self.gate.n_out()];
+        self.gate.forward(compute, x_td, logits, matmul);
         self.policy.route(logits, routing)?;
 
-        let d = self.gate.weight.n_in();
         groups.sort(routing, self.experts.n_experts());
-        let n_rows = groups.n_rows();
-        let (x_pd, y_pd) = (&mut x_pd[..n_rows * d], &mut y_pd[..n_rows * d]);
-        groups.gather(x_td, d, x_pd);
-        let rows = ExpertRows {
-            active: &groups.active,
-            offsets: &groups.offsets,
-            x_pd,
-        };
+        let y_pd = &mut y_pd[..groups.n_rows() * self.gate.weight.n_in()];
         self.experts
-            .forward(step.compute, rows, y_pd, (ffn, matmul));
-        combine(step.compute, routing, groups, y_pd, out_td);
+            .forward(compute, groups.rows(), (x_td, y_pd), (ffn, matmul));
+        combine(compute, routing, groups, y_pd, out_td);
         if let Some(shared) = &self.shared {
             let shared_td = &mut shared_td[..x_td.len()];
-            shared.add(step.compute, (x_td, shared_td), out_td, (ffn, matmul));
+            shared.add(compute, (x_td, shared_td), out_td, (ffn, matmul));
         }
+        if observer.watches() {
+            self.tell(step, scratch, observer);
+        }
+        Ok(())
+    }
 
+    /// Tells `observer` about the routing of every sequence.
+    fn tell(&self, step: Step<'_>, scratch: &mut MoeScratch, observer: &mut dyn Observer) {
+        let MoeScratch {
+            logits,
+            routing,
+            part,
+            groups,
+            y_pd,
+            norms,
+            ..
+        } = scratch;
+        let (n_experts, d) = (self.gate.n_out(), self.gate.weight.n_in());
         norms.clear();
         if observer.wants_norms() {
             output_norms(step.compute, groups, y_pd, d, norms);
         }
-        let first_position = step.position;
-        observer.routed(&RoutingEvent {
-            layer: step.layer,
-            first_position,
-            logits,
-            routing,
-            norms,
-        });
-        Ok(())
+        for (sequence, span) in step.spans.iter().enumerate() {
+            if span.n_rows == 0 {
+                continue;
+            }
+            let rows = span.first_row..span.end();
+            let whole = rows.len() == routing.n_tokens();
+            if !whole {
+                part.clear();
+                for row in rows.clone() {
+                    let (experts, weights) = routing.token(row);
+                    part.push_token(experts, weights);
+                }
+            }
+            let pairs =
+                routing.offsets()[rows.start] as usize..routing.offsets()[rows.end] as usize;
+            observer.routed(&RoutingEvent {
+                sequence,
+                layer: step.layer,
+                first_position: span.position,
+                logits: &logits[rows.start * n_experts..rows.end * n_experts],
+                routing: if whole { routing } else { part },
+                norms: norms.get(pairs).unwrap_or_default(),
+            });
+        }
     }
 }
 
@@ -170,14 +188,13 @@ impl Shared {
         self.expert.forward(compute, x_td, y_td, scratch);
         let kernels = compute.kernels();
         let d = self.expert.down_proj.n_out();
-        let rows = x_td.chunks_exact(d).zip(y_td.chunks_exact(d));
-        for ((x, y), out) in rows.zip(out_td.chunks_exact_mut(d)) {
+        compute.for_each_chunk(out_td, d, 2 * d, |row, out| {
             let weight = match &self.gate {
                 None => 1.0,
-                Some(gate) => 1.0 / (1.0 + (-kernels.dot(gate, x)).exp()),
+                Some(gate) => 1.0 / (1.0 + (-kernels.dot(gate, &x_td[row * d..][..d])).exp()),
             };
-            kernels.axpy(weight, y, out);
-        }
+            kernels.axpy(weight, &y_td[row * d..][..d], out);
+        });
     }
 }
 
@@ -210,6 +227,14 @@ impl Groups {
 
     fn n_rows(&self) -> usize {
         self.token_of_row.len()
+    }
+
+    fn rows(&self) -> ExpertRows<'_> {
+        ExpertRows {
+            active: &self.active,
+            offsets: &self.offsets,
+            token_of_row: &self.token_of_row,
+        }
     }
 
     /// Counting sort of the pairs. Ids from `n_experts` on are null experts.
@@ -246,13 +271,6 @@ impl Groups {
                 }
                 self.row_of_pair.push(row);
             }
-        }
-    }
-
-    /// Copies each row's input from its token.
-    fn gather(&self, x_td: &[f32], d: usize, x_pd: &mut [f32]) {
-        for (x, t) in x_pd.chunks_exact_mut(d).zip(&self.token_of_row) {
-            x.copy_from_slice(&x_td[*t as usize * d..][..d]);
         }
     }
 }
@@ -302,12 +320,14 @@ mod tests {
     use cadre_testkit::{Random, assert_close};
 
     use super::*;
+    use crate::batch::Span;
     use crate::model::NoObserver;
 
     /// Keeps what it is told.
     #[derive(Default)]
     struct Recorder {
-        places: Vec<(usize, usize)>,
+        /// Sequence, layer, first position.
+        places: Vec<(usize, usize, usize)>,
         logits: Vec<f32>,
         routing: Routing,
         norms: Vec<f32>,
@@ -315,10 +335,13 @@ mod tests {
 
     impl Observer for Recorder {
         fn routed(&mut self, event: &RoutingEvent<'_>) {
-            self.places.push((event.layer, event.first_position));
+            let place = (event.sequence, event.layer, event.first_position);
+            self.places.push(place);
             self.logits.extend_from_slice(event.logits);
             self.norms.extend_from_slice(event.norms);
-            self.routing = event.routing.clone();
+            for (experts, weights) in event.routing.iter() {
+                self.routing.push_token(experts, weights);
+            }
         }
 
         fn wants_norms(&self) -> bool {
@@ -395,10 +418,10 @@ mod tests {
         let rows = ExpertRows {
             active: &active,
             offsets: &[0, 1],
-            x_pd: x,
+            token_of_row: &[0],
         };
         moe.experts
-            .forward(&compute, rows, y, (&mut scratch.0, &mut scratch.1));
+            .forward(&compute, rows, (x, y), (&mut scratch.0, &mut scratch.1));
     }
 
     fn run(moe: &Moe, shape: &MoeShape, x_td: &[f32], observer: &mut dyn Observer) -> Vec<f32> {
@@ -407,11 +430,23 @@ mod tests {
         let mut scratch = MoeScratch::new(shape, 0, n_tokens.max(1));
         let mut matmul = MatmulScratch::default();
         let mut out = vec![f32::NAN; x_td.len()];
+        // The last two tokens, if there are so many, are a sequence of their own.
+        let n_last = if n_tokens > 2 { 2 } else { 0 };
+        let span = |first_row, n_rows, position| Span {
+            first_row,
+            n_rows,
+            position,
+            n_ctx: 100,
+        };
+        let n_first = n_tokens - n_last;
         let step = Step {
             compute: &compute,
             layer: 3,
-            position: 10,
-            n_tokens,
+            spans: &[
+                span(0, n_first, 10),
+                span(n_first, 0, 7),
+                span(n_first, n_last, 20),
+            ],
         };
         moe.forward(step, x_td, &mut out, (&mut scratch, &mut matmul), observer)
             .unwrap();
@@ -474,7 +509,7 @@ mod tests {
             routing,
             norms,
         } = recorder;
-        assert_eq!(places, [(3, 10)]);
+        assert_eq!(places, [(0, 3, 10), (2, 3, 20)]);
         assert_eq!((logits.len(), routing.n_tokens(), norms.len()), (20, 5, 10));
         for (t, x) in x_td.chunks_exact(16).enumerate() {
             assert_close(

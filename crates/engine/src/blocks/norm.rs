@@ -17,7 +17,8 @@ pub(crate) enum Norm {
 }
 
 impl Norm {
-    fn width(&self) -> usize {
+    /// Values of a row.
+    pub(crate) fn width(&self) -> usize {
         match self {
             Self::Rms { weight, .. } | Self::Biased { weight, .. } => weight.len(),
         }

@@ -3,7 +3,12 @@
 //! Frequencies come from `cadre_checkpoint::RopeConfig`. A pair is `(i, i + half)`, or `(2 i, 2 i + 1)` when the
 //! checkpoint interleaves; values beyond the rotated part stay as they are.
 
+use std::ops::Range;
+
 use cadre_checkpoint::RopeConfig;
+use cadre_kernels::Compute;
+
+use crate::batch::{Span, n_rows, span_of};
 
 /// The rotary frequencies of a head.
 #[derive(Debug)]
@@ -23,11 +28,11 @@ struct Frequencies {
     scale: f32,
 }
 
-/// Cosines and sines for the positions of one chunk, `[n_tokens, half]` each.
+/// Cosines and sines for the positions of the rows of a pass.
 #[derive(Debug, Default)]
 pub(crate) struct RopeAngles {
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    /// `[n_rows, 2, half]`: cosines, then sines.
+    values: Vec<f32>,
     half: usize,
     interleaved: bool,
 }
@@ -47,42 +52,45 @@ impl Rope {
         }
     }
 
-    /// Fills `angles` for `n_tokens` positions from `position` of a session that can hold `n_ctx` tokens.
+    /// Fills `angles` for the positions of `spans`.
     ///
-    /// The size of the session, not the tokens seen so far, chooses between usual and long frequencies: keys that are
+    /// The size of a session, not the tokens seen so far, chooses between usual and long frequencies: keys that are
     /// already stored cannot be turned again when a limit is crossed.
-    pub(crate) fn angles(
-        &self,
-        position: usize,
-        n_tokens: usize,
-        n_ctx: usize,
-        angles: &mut RopeAngles,
-    ) {
-        let frequencies = match &self.long {
-            Some((limit, long)) if n_ctx > *limit => long,
-            _ => &self.usual,
-        };
-        angles.half = frequencies.values.len();
+    pub(crate) fn angles(&self, compute: &Compute, spans: &[Span], angles: &mut RopeAngles) {
+        let half = self.usual.values.len();
+        angles.half = half;
         angles.interleaved = self.interleaved;
-        angles.cos.clear();
-        angles.sin.clear();
-        for position in position..position + n_tokens {
-            for frequency in &frequencies.values {
+        angles.values.clear();
+        angles.values.resize(n_rows(spans) * 2 * half, 0.0);
+        if half == 0 {
+            return;
+        }
+        // A sine and a cosine in f64 take about as long as a hundred multiplications.
+        let work = 100 * half;
+        compute.for_each_chunk(&mut angles.values, 2 * half, work, |row, values| {
+            let (_, span) = span_of(spans, row);
+            let frequencies = match &self.long {
+                Some((limit, long)) if span.n_ctx > *limit => long,
+                _ => &self.usual,
+            };
+            let position = span.position_of(row) as f32;
+            let (cos_row, sin_row) = values.split_at_mut(half);
+            let turns = cos_row.iter_mut().zip(sin_row);
+            for ((cos, sin), frequency) in turns.zip(&frequencies.values) {
                 // The product is rounded to f32 like in the reference implementation, which matters at
                 // large positions; sine and cosine are then exact to the last bit of f32.
-                let (sin, cos) = f64::from(position as f32 * frequency).sin_cos();
-                angles.cos.push(cos as f32 * frequencies.scale);
-                angles.sin.push(sin as f32 * frequencies.scale);
+                let (s, c) = f64::from(position * frequency).sin_cos();
+                *cos = c as f32 * frequencies.scale;
+                *sin = s as f32 * frequencies.scale;
             }
-        }
+        });
     }
 }
 
 impl RopeAngles {
-    /// Rotates one head of token `t` of the chunk.
-    pub(crate) fn rotate(&self, t: usize, head: &mut [f32]) {
-        let cos = &self.cos[t * self.half..][..self.half];
-        let sin = &self.sin[t * self.half..][..self.half];
+    /// Rotates one head of row `row`.
+    pub(crate) fn rotate(&self, row: usize, head: &mut [f32]) {
+        let (cos, sin) = self.values[row * 2 * self.half..][..2 * self.half].split_at(self.half);
         let turn = |a: f32, b: f32, cos: f32, sin: f32| (a * cos - b * sin, b * cos + a * sin);
         if self.interleaved {
             let pairs = head.as_chunks_mut::<2>().0.iter_mut();
@@ -96,16 +104,39 @@ impl RopeAngles {
             }
         }
     }
+
+    /// Makes rows from `to` on those that `rows` were.
+    pub(crate) fn move_rows(&mut self, rows: Range<usize>, to: usize) {
+        let width = 2 * self.half;
+        self.values
+            .copy_within(rows.start * width..rows.end * width, to * width);
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use cadre_kernels::Kernels;
+
     use super::*;
 
-    fn rotated(config: &RopeConfig, position: usize, head: &mut [f32]) {
+    fn angles(rope: &Rope, spans: &[Span]) -> RopeAngles {
+        let compute = Compute::new(Kernels::detect(), 1);
         let mut angles = RopeAngles::default();
-        Rope::new(config).angles(position, 1, 16, &mut angles);
-        angles.rotate(0, head);
+        rope.angles(&compute, spans, &mut angles);
+        angles
+    }
+
+    fn span(first_row: usize, n_rows: usize, position: usize, n_ctx: usize) -> Span {
+        Span {
+            first_row,
+            n_rows,
+            position,
+            n_ctx,
+        }
+    }
+
+    fn rotated(config: &RopeConfig, position: usize, head: &mut [f32]) {
+        angles(&Rope::new(config), &[span(0, 1, position, 16)]).rotate(0, head);
     }
 
     fn assert_near(got: &[f32], expected: &[f32]) {
@@ -164,13 +195,17 @@ mod tests {
             },
             ..RopeConfig::plain(100.0, 2)
         };
-        let mut angles = RopeAngles::default();
         let rope = Rope::new(&config);
-        for (n_ctx, angle, scale) in [(8, 2.0f32, 1.0), (9, 0.5, 2.0)] {
-            rope.angles(2, 1, n_ctx, &mut angles);
+        // Sessions of both kinds in one pass.
+        let mut angles = angles(&rope, &[span(0, 1, 2, 8), span(1, 1, 2, 9)]);
+        let check = |angles: &RopeAngles, row, angle: f32, scale: f32| {
             let mut head = [1.0, 0.0];
-            angles.rotate(0, &mut head);
+            angles.rotate(row, &mut head);
             assert_near(&head, &[scale * angle.cos(), scale * angle.sin()]);
-        }
+        };
+        check(&angles, 0, 2.0, 1.0);
+        check(&angles, 1, 0.5, 2.0);
+        angles.move_rows(1..2, 0);
+        check(&angles, 0, 0.5, 2.0);
     }
 }
