@@ -19,21 +19,25 @@ pub(in crate::arch) static TABLE: AttentionTable = AttentionTable {
     soften,
 };
 
-// With two panels and eight rows, sixteen sums hide the latency of the additions, and ten loads feed sixteen of them.
+// As many sums as hide the latency of the additions and, with what they are made of, fit 32 registers.
 products!(
     "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni",
-    4,
-    2
+    [4, 4, 4, 4, 4, 4, 2, 2]
 );
 
 /// How a step of a panel is read.
 trait Load {
+    /// Bytes of an element.
+    const SIZE: usize;
+
     /// # Safety
     /// The CPU has AVX-512; panel and step are inside of `b`.
     unsafe fn load(b: &Panels, panel: usize, step: usize) -> __m512;
 }
 
 impl Load for F32 {
+    const SIZE: usize = 4;
+
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
     #[inline]
     unsafe fn load(b: &Panels, panel: usize, step: usize) -> __m512 {
@@ -43,6 +47,8 @@ impl Load for F32 {
 }
 
 impl Load for F16 {
+    const SIZE: usize = 2;
+
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
     #[inline]
     unsafe fn load(b: &Panels, panel: usize, step: usize) -> __m512 {
@@ -52,6 +58,8 @@ impl Load for F16 {
 }
 
 impl Load for Q8Keys {
+    const SIZE: usize = 1;
+
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
     #[inline]
     unsafe fn load(b: &Panels, panel: usize, step: usize) -> __m512 {
@@ -64,6 +72,8 @@ impl Load for Q8Keys {
 }
 
 impl Load for Q8Values {
+    const SIZE: usize = 1;
+
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
     #[inline]
     unsafe fn load(b: &Panels, panel: usize, step: usize) -> __m512 {
@@ -105,6 +115,9 @@ unsafe fn tile<L: Load, const R: usize, const V: usize>(args: &PanelProduct, pan
         for (v, b) in b.iter_mut().enumerate() {
             // SAFETY: a step of a panel.
             *b = unsafe { L::load(&args.b, panel + v, step) };
+            // The panel that the next pass reads here: the one after those of this pass, or of the next block.
+            let next = args.b.ahead(panel + v + V, step, L::SIZE);
+            _mm_prefetch::<_MM_HINT_T1>(next);
         }
         for (r, sums) in sums.iter_mut().enumerate() {
             // SAFETY: a step of a row.
