@@ -1,0 +1,176 @@
+//! Speed of the products: one token times a matrix beyond the caches (decoding), and many tokens times a set of experts (prompts).
+//!
+//!     cargo bench -p cadre-kernels --bench products
+//!     cargo bench -p cadre-kernels --bench products -- decode    # names that contain it
+//!
+//! Decoding is bound by bytes: the last lines give each format's bytes per second as a share of the bandwidth that is
+//! measured first, with the same threads. Prompts are bound by arithmetic: one item is one operation, two per weight and token.
+#![expect(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a program for people"
+)]
+
+use std::sync::{LazyLock, Mutex};
+use std::time::Instant;
+
+use cadre_kernels::doctor::{bandwidth, default_threads};
+use cadre_kernels::{Compute, Format, Kernels, MatmulScratch, Matrix};
+use divan::Bencher;
+use divan::counter::{BytesCount, ItemsCount};
+
+const FORMATS: [&str; 8] = [
+    "f32", "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "mxfp4",
+];
+const HIDDEN: usize = 2048;
+/// Rows of the decoding matrix: at 4 bits it still is several times the last-level cache of common machines.
+const ROWS: usize = 96 << 10;
+/// Rows that are quantised; the others repeat them, because quantising takes long and values do not matter.
+const DIFFERENT: usize = 64;
+const EXPERTS: usize = 32;
+const WIDTH: usize = 768;
+const PASS: usize = 256 << 20;
+
+/// One figure for the last lines.
+struct Figure {
+    name: String,
+    amount: f64,
+    seconds: Vec<f64>,
+}
+
+static COMPUTE: LazyLock<Compute> =
+    LazyLock::new(|| Compute::new(Kernels::detect(), default_threads()));
+static FIGURES: Mutex<Vec<Figure>> = Mutex::new(Vec::new());
+
+fn main() {
+    let pool = COMPUTE.pool();
+    let rate = bandwidth(pool, PASS, 7).median;
+    println!(
+        "kernels {}, {} threads, reading {:.1} GB/s",
+        COMPUTE.kernels().isa().name(),
+        pool.n_threads(),
+        rate / 1e9
+    );
+    divan::main();
+    let rate = f64::midpoint(rate, bandwidth(pool, PASS, 7).median);
+    for figure in FIGURES.lock().unwrap().iter_mut() {
+        figure.seconds.sort_by(f64::total_cmp);
+        let median = figure.seconds[figure.seconds.len() / 2];
+        let speed = figure.amount / median;
+        if figure.name.starts_with("decode") {
+            println!(
+                "{:<24} {:7.1} GB/s  {:4.0} % of reading",
+                figure.name,
+                speed / 1e9,
+                100.0 * speed / rate
+            );
+        } else {
+            println!("{:<24} {:7.1} GOP/s", figure.name, speed / 1e9);
+        }
+    }
+}
+
+/// Remembers how long a product took, for the last lines.
+fn note(name: &str, amount: f64, seconds: f64) {
+    let mut figures = FIGURES.lock().unwrap();
+    let at = figures.iter().position(|figure| figure.name == name);
+    let at = at.unwrap_or_else(|| {
+        figures.push(Figure {
+            name: name.to_owned(),
+            amount,
+            seconds: Vec::new(),
+        });
+        figures.len() - 1
+    });
+    figures[at].seconds.push(seconds);
+}
+
+/// Numbers between -1 and 1 without a pattern.
+fn numbers(n: usize) -> Vec<f32> {
+    let mut state = 1u64;
+    (0..n)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+fn matrix(format: &str, n_out: usize, n_in: usize) -> Matrix {
+    let format = Format::from_name(format).unwrap();
+    let bytes = format.encode(&numbers(DIFFERENT * n_in)).unwrap();
+    let bytes = bytes.repeat(n_out / DIFFERENT);
+    Matrix::new(format, n_out, n_in, bytes.into()).unwrap()
+}
+
+/// One token.
+#[divan::bench(args = FORMATS, sample_count = 20, sample_size = 1)]
+fn decode(bencher: Bencher<'_, '_>, format: &str) {
+    let weights = matrix(format, ROWS, HIDDEN);
+    let x = numbers(HIDDEN);
+    let mut y = vec![0.0; ROWS];
+    let mut scratch = MatmulScratch::default();
+    let n_bytes = weights.n_bytes();
+    let name = format!("decode {format}");
+    bencher.counter(BytesCount::new(n_bytes)).bench_local(|| {
+        let start = Instant::now();
+        COMPUTE.matmul(&weights, &x, &mut y, &mut scratch);
+        note(&name, n_bytes as f64, start.elapsed().as_secs_f64());
+    });
+}
+
+/// Tokens sorted by expert, the same number for each.
+fn prompt(bencher: Bencher<'_, '_>, format: &str, tokens: usize) {
+    let all = matrix(format, EXPERTS * WIDTH, HIDDEN);
+    let experts: Vec<_> = (0..EXPERTS)
+        .map(|expert| all.rows(expert * WIDTH..(expert + 1) * WIDTH))
+        .collect();
+    let offsets: Vec<_> = (0..=EXPERTS).map(|expert| expert * tokens).collect();
+    let x = numbers(EXPERTS * tokens * HIDDEN);
+    let mut y = vec![0.0; EXPERTS * tokens * WIDTH];
+    let mut scratch = MatmulScratch::default();
+    let operations = 2 * EXPERTS * tokens * HIDDEN * WIDTH;
+    let name = format!("prompt {format} x {tokens}");
+    bencher
+        .counter(ItemsCount::new(operations))
+        .bench_local(|| {
+            let start = Instant::now();
+            COMPUTE.grouped_matmul(
+                EXPERTS,
+                &|g| &experts[g],
+                &offsets,
+                &x,
+                &mut y,
+                &mut scratch,
+            );
+            note(&name, operations as f64, start.elapsed().as_secs_f64());
+        });
+}
+
+#[divan::bench(args = FORMATS, sample_count = 10, sample_size = 1)]
+fn prompt_16(bencher: Bencher<'_, '_>, format: &str) {
+    prompt(bencher, format, 16);
+}
+
+#[divan::bench(args = FORMATS, sample_count = 10, sample_size = 1)]
+fn prompt_32(bencher: Bencher<'_, '_>, format: &str) {
+    prompt(bencher, format, 32);
+}
+
+#[divan::bench(args = FORMATS, sample_count = 10, sample_size = 1)]
+fn prompt_64(bencher: Bencher<'_, '_>, format: &str) {
+    prompt(bencher, format, 64);
+}
+
+/// Weights into blocks, on one thread.
+#[divan::bench(args = &FORMATS[1..], sample_count = 10, sample_size = 1)]
+fn quantise(bencher: Bencher<'_, '_>, format: &str) {
+    let format = Format::from_name(format).unwrap();
+    let values = numbers(64 * HIDDEN);
+    let mut out = vec![0; format.n_bytes(values.len()).unwrap()];
+    bencher
+        .counter(BytesCount::new(size_of_val(values.as_slice())))
+        .bench_local(|| assert!(format.encode_into(&values, &mut out)));
+}
