@@ -5,7 +5,8 @@ use std::time::Instant;
 use anyhow::Result;
 use cadre_checkpoint::{ModelConfig, Sizes, kv_bytes_read};
 use cadre_engine::{
-    KvFormat, KvFormats, Logits, Model, NoObserver, Observer, RoutingEvent, Session, SessionOptions,
+    KvFormat, KvFormats, Logits, Model, NoObserver, Observer, RoutingEvent, Sequence, Session,
+    SessionOptions, Workspace,
 };
 
 use super::plan::Test;
@@ -37,7 +38,10 @@ pub(crate) struct Runner<'a> {
     config: &'a ModelConfig,
     test: Test,
     setting: Setting,
-    session: Session,
+    /// One per sequence.
+    sessions: Vec<Session>,
+    /// For several sequences; a single one brings its own.
+    workspace: Option<Workspace>,
     tokens: Tokens,
     touched: Touched,
     /// Bytes that every token reads, experts not among them.
@@ -55,20 +59,27 @@ impl<'a> Runner<'a> {
     ) -> Result<Self> {
         let info = model.info();
         let mut tokens = Tokens::new(info.vocab_size);
-        let mut session = model.session(&SessionOptions {
-            n_ctx: Some(test.n_ctx()),
-            chunk: setting.chunk,
-            kv: setting.kv,
-        })?;
-        let before = tokens.take(test.n_depth);
-        model.forward(&mut session, &before, Logits::None, &mut NoObserver)?;
+        let mut sessions = Vec::new();
+        for _ in 0..test.n_seqs {
+            let mut session = model.session(&SessionOptions {
+                n_ctx: Some(test.n_ctx()),
+                chunk: setting.chunk,
+                kv: setting.kv,
+            })?;
+            let before = tokens.take(test.n_depth);
+            model.forward(&mut session, &before, Logits::None, &mut NoObserver)?;
+            sessions.push(session);
+        }
+        let several = test.n_seqs > 1;
+        let workspace = several.then(|| model.workspace(test.n_seqs)).transpose()?;
         let picked = held.experts / (info.n_experts as u64).max(1) * info.top_k as u64;
         Ok(Self {
             model,
             config,
             test,
             setting,
-            session,
+            sessions,
+            workspace,
             tokens,
             touched: Touched::new(info.n_layers, info.n_experts),
             shared_bytes: held.read_per_token.saturating_sub(picked),
@@ -78,7 +89,9 @@ impl<'a> Runner<'a> {
 
     /// Does the test once.
     pub(crate) fn sample(&mut self) -> Result<Sample> {
-        self.session.rewind(self.test.n_depth);
+        for session in &mut self.sessions {
+            session.rewind(self.test.n_depth);
+        }
         if self.test.n_prompt > 0 {
             self.prompt()
         } else {
@@ -88,34 +101,53 @@ impl<'a> Runner<'a> {
 
     fn prompt(&mut self) -> Result<Sample> {
         let tokens = self.tokens.take(self.test.n_prompt);
-        let start = Instant::now();
-        self.model
-            .forward(&mut self.session, &tokens, Logits::Last, &mut NoObserver)?;
-        Ok(Sample {
-            ns: nanoseconds(start),
-            bytes: 0,
-        })
+        let mut ns = 0;
+        for session in &mut self.sessions {
+            let start = Instant::now();
+            self.model
+                .forward(session, &tokens, Logits::Last, &mut NoObserver)?;
+            ns += nanoseconds(start);
+        }
+        Ok(Sample { ns, bytes: 0 })
     }
 
     fn generate(&mut self) -> Result<Sample> {
-        let tokens = self.tokens.take(self.test.n_gen);
-        let (mut ns, mut bytes) = (0, 0);
-        for token in &tokens {
-            let position = self.session.position();
+        let mut sample = Sample { ns: 0, bytes: 0 };
+        for step in 0..self.test.n_gen {
+            let tokens = self.tokens.take(self.test.n_seqs);
             self.touched.clear();
-            let start = Instant::now();
-            self.model.forward(
-                &mut self.session,
-                std::slice::from_ref(token),
-                Logits::Last,
-                &mut self.touched,
-            )?;
-            ns += nanoseconds(start);
-            bytes += self.shared_bytes
+            sample.ns += self.step(&tokens)?;
+            let cache = self
+                .setting
+                .cache_bytes(self.config, self.test.n_depth + step);
+            sample.bytes += self.shared_bytes
                 + self.touched.count() * self.one_expert
-                + self.setting.cache_bytes(self.config, position);
+                + self.test.n_seqs as u64 * cache;
         }
-        Ok(Sample { ns, bytes })
+        Ok(sample)
+    }
+
+    /// One token of each sequence; nanoseconds.
+    fn step(&mut self, tokens: &[u32]) -> Result<u64> {
+        let Some(workspace) = &mut self.workspace else {
+            let start = Instant::now();
+            let session = &mut self.sessions[0];
+            self.model
+                .forward(session, tokens, Logits::Last, &mut self.touched)?;
+            return Ok(nanoseconds(start));
+        };
+        let each = self.sessions.iter_mut().zip(tokens.chunks(1));
+        let mut batch: Vec<_> = each
+            .map(|(session, tokens)| Sequence {
+                session,
+                tokens,
+                want: Logits::Last,
+            })
+            .collect();
+        let start = Instant::now();
+        self.model
+            .forward_batch(&mut batch, workspace, &mut self.touched)?;
+        Ok(nanoseconds(start))
     }
 }
 
@@ -257,5 +289,12 @@ mod tests {
             "it starts from the depth again"
         );
         assert_eq!(runner(test(5, 0, 3)).sample().unwrap().bytes, 0);
+        // Eight together read more than one, but what all need only once.
+        let eight = Test {
+            n_seqs: 8,
+            ..test(0, 1, 10)
+        };
+        let together = runner(eight).sample().unwrap().bytes;
+        assert!(first < together && together < 8 * first);
     }
 }

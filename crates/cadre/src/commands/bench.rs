@@ -52,6 +52,9 @@ pub(crate) struct Args {
         default_value = "0"
     )]
     n_depth: Vec<usize>,
+    /// Sequences that generate together, one token of each at a time; rates count the tokens of all.
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1")]
+    seqs: Vec<usize>,
     /// Repetitions of each test.
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repetitions: u32,
@@ -127,7 +130,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         prompts: &args.n_prompt,
         generated: &args.n_gen,
         depths: &args.n_depth,
-        seqs: &[1],
+        seqs: &args.seqs,
     };
     let tests = lists.tests();
     if tests.is_empty() {

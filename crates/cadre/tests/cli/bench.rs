@@ -62,9 +62,11 @@ fn records_have_the_keys_of_llama_bench() {
 
 #[test]
 fn tables_have_a_line_per_test() {
-    let text = stdout(&bench(&["-p", "8,16"]));
-    assert_eq!(text.lines().count(), 2 + 3, "{text}");
-    assert!(text.contains("| pp16 |") && text.contains("| tg4 |"));
+    let text = stdout(&bench(&["-p", "8,16", "--seqs", "1,3"]));
+    assert_eq!(text.lines().count(), 2 + 4, "{text}");
+    for test in ["| pp16 |", "| tg4 |", "| tg4 x 3 |"] {
+        assert!(text.contains(test), "{text}");
+    }
     let lines = stdout(&bench(&["-p", "0", "-o", "jsonl"]));
     for line in lines.lines() {
         serde_json::from_str::<serde_json::Value>(line).unwrap();
