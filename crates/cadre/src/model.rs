@@ -1,5 +1,6 @@
 //! Which model a command works on, and loading it.
 
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -7,6 +8,7 @@ use anyhow::{Context, Result};
 use cadre_checkpoint::{Checkpoint, Holding, Tokenizer};
 use cadre_engine::{LoadOptions, Model, Quant, load};
 use clap::ValueEnum;
+use tempfile::TempDir;
 
 use crate::cli::App;
 use crate::embedded;
@@ -32,12 +34,51 @@ impl CheckpointArg {
             return embedded::open();
         };
         let path = match hub_name(path) {
-            Some(wanted) => hub::fetch(app, &wanted, self.offline).with_context(|| {
-                format!("cannot get `{wanted}`, which is no path here and so a hub model")
-            })?,
+            Some(wanted) => {
+                hub::fetch(app, &wanted, self.offline).with_context(|| not_got(&wanted))?
+            }
             None => path.clone(),
         };
         Ok(Checkpoint::open(&path)?)
+    }
+
+    /// Opens the chosen checkpoint for its headers: of a hub model that is not in the cache, no weights are downloaded.
+    pub(crate) fn open_outline(&self, app: &App) -> Result<Outlined> {
+        let Some(wanted) = self.model.as_deref().and_then(hub_name) else {
+            return Ok(Outlined {
+                checkpoint: self.open(app)?,
+                _folder: None,
+            });
+        };
+        let (folder, path) =
+            hub::fetch_outline(app, &wanted, self.offline).with_context(|| not_got(&wanted))?;
+        let mut checkpoint = Checkpoint::open(&path)?;
+        if folder.is_some() {
+            checkpoint = checkpoint.with_origin(wanted.to_string());
+        }
+        Ok(Outlined {
+            checkpoint,
+            _folder: folder,
+        })
+    }
+}
+
+fn not_got(wanted: &HubRef) -> String {
+    format!("cannot get `{wanted}`, which is no path here and so a hub model")
+}
+
+/// A checkpoint whose weights may be missing: headers, configuration and text are there.
+pub(crate) struct Outlined {
+    checkpoint: Checkpoint,
+    /// Where its files are; must live as long as they are read.
+    _folder: Option<TempDir>,
+}
+
+impl Deref for Outlined {
+    type Target = Checkpoint;
+
+    fn deref(&self) -> &Checkpoint {
+        &self.checkpoint
     }
 }
 

@@ -154,6 +154,13 @@ impl Checkpoint {
         })
     }
 
+    /// The same under another name, for files that lie where nobody looks for them.
+    #[must_use]
+    pub fn with_origin(mut self, origin: String) -> Self {
+        self.origin = origin;
+        self
+    }
+
     /// A checkpoint of an open GGUF file.
     ///
     /// # Errors

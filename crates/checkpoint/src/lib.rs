@@ -43,7 +43,7 @@ pub use config::{
 pub use convert::{Conversion, ConvertOptions, ConvertTo, Mixture, TargetDtype};
 pub use error::{CheckpointError, Result};
 pub use rope::{RopeConfig, RopeScaling};
-pub use safetensors_file::{StoredTensor, read_safetensors};
+pub use safetensors_file::{StoredTensor, read_safetensors, safetensors_outline};
 pub use sizes::{
     FormatSize, Holding, LayerSize, ModelSizes, Sizes, held_sizes, kv_bytes_per_token,
     kv_bytes_read, model_sizes, scratch_bytes,

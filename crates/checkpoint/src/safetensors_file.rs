@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fmt;
+use std::io::{self, Read};
 use std::ops::Range;
 
 use bytes::Bytes;
@@ -64,6 +65,21 @@ pub fn read_safetensors(file: &str, bytes: &Bytes) -> Result<Vec<StoredTensor>> 
         })
     };
     lines.into_iter().map(tensor).collect()
+}
+
+/// Reads a safetensors file up to the end of its header: as much as opening it reads, for files that arrive over a
+/// network. Nothing is judged: of a damaged header what is there is returned, and opening says what is wrong.
+///
+/// # Errors
+/// Only those of `file`.
+pub fn safetensors_outline(file: &mut dyn Read) -> io::Result<Vec<u8>> {
+    let mut header = Vec::new();
+    (&mut *file).take(8).read_to_end(&mut header)?;
+    let length = header.as_slice().try_into().map_or(0, u64::from_le_bytes);
+    if length <= MAX_HEADER {
+        file.take(length).read_to_end(&mut header)?;
+    }
+    Ok(header)
 }
 
 /// A tensor in the header.

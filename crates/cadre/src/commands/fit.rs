@@ -1,4 +1,4 @@
-//! `cadre fit`: does a model fit into memory, and how fast will it decode. Reads headers only.
+//! `cadre fit`: does a model fit into memory, and how fast will it decode. Reads headers only, also of models on the hub.
 //!
 //! The two answers are kept apart: all weights count for fitting, those that one token reads for speed.
 
@@ -98,7 +98,7 @@ struct Suggestion {
 
 /// Prints the report; an error with exit code 3 when the model does not fit.
 pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
-    let checkpoint = args.checkpoint.open(app)?;
+    let checkpoint = args.checkpoint.open_outline(app)?;
     let config = checkpoint.config();
     checkpoint.expect_exactly(&tensor_specs(config))?;
     check_context(args.ctx_size, config.max_position_embeddings)?;

@@ -173,11 +173,18 @@ pub(crate) struct Layer {
 
 /// Prints the report.
 pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
-    let checkpoint = args.checkpoint.open(app)?;
+    if args.digest {
+        // It is over the weights.
+        return print(&args.checkpoint.open(app)?, args);
+    }
+    print(&*args.checkpoint.open_outline(app)?, args)
+}
+
+fn print(checkpoint: &Checkpoint, args: &Args) -> Result<()> {
     checkpoint.expect_exactly(&tensor_specs(checkpoint.config()))?;
     let limit = checkpoint.config().max_position_embeddings;
     check_context(args.ctx_size, limit)?;
-    let report = report(&checkpoint, args)?;
+    let report = report(checkpoint, args)?;
     let mut out = Out::new();
     match args.output {
         Format::Json => out.json(&report)?,

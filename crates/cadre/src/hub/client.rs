@@ -151,18 +151,22 @@ impl Client {
         ))))
     }
 
-    /// Starts to read a file at `from`; says where the answer really starts.
+    /// Starts to read a file at `from`, up to `to` if that is given; says where the answer really starts.
     pub(super) fn read(
         &self,
         wanted: &HubRef,
         commit: &str,
         file: &str,
-        from: u64,
+        (from, to): (u64, Option<u64>),
     ) -> Result<(u64, impl Read + use<>), Fault> {
         let url = self.file_url(wanted, commit, file);
         let mut request = self.agent.get(&url);
-        if from > 0 {
-            request = request.header("Range", format!("bytes={from}-"));
+        let range = match to {
+            Some(to) => Some(format!("bytes={from}-{}", to.saturating_sub(1))),
+            None => (from > 0).then(|| format!("bytes={from}-")),
+        };
+        if let Some(range) = range {
+            request = request.header("Range", range);
         }
         let response = self.call(request)?;
         let start = match response.status().as_u16() {

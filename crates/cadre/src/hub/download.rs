@@ -189,9 +189,9 @@ fn attempt(
     partial: &mut Partial<'_>,
     progress: &mut Progress,
 ) -> Result<(), Stop> {
-    let (start, mut body) = job
-        .client
-        .read(job.wanted, job.commit, file, partial.position)?;
+    let (start, mut body) =
+        job.client
+            .read(job.wanted, job.commit, file, (partial.position, None))?;
     if start != partial.position {
         // The server does not resume.
         partial.restart(progress)?;

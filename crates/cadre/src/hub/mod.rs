@@ -9,18 +9,21 @@ mod cache;
 mod choose;
 mod client;
 mod download;
+mod outline;
 mod progress;
 mod reference;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use tempfile::TempDir;
 
 use cache::RepoCache;
 use choose::{Choice, INDEX, choose, weights};
 use client::{Client, Content, Fault, Listing};
 use download::{Job, begun, bring, is_here};
+use outline::bring_outline;
 use progress::{Progress, say};
 pub(crate) use reference::HubRef;
 
@@ -31,6 +34,14 @@ use crate::output::bytes;
 /// Requests for a listing before a hub counts as out of reach.
 const ATTEMPTS: u32 = 3;
 
+/// A model as far as it was looked for.
+enum Found {
+    /// In the cache, to be used as it is.
+    Here(PathBuf),
+    /// On the hub.
+    There(Client, Listing),
+}
+
 /// The path of a model on the hub: a snapshot folder, or the (first) GGUF file in one. Downloads
 /// what is missing, unless `offline` or the environment forbids it.
 ///
@@ -38,36 +49,10 @@ const ATTEMPTS: u32 = 3;
 /// A model that does not exist, is not accessible, or is not in the cache while offline; a full
 /// disk; damaged content.
 pub(crate) fn fetch(app: &App, wanted: &HubRef, offline: bool) -> Result<PathBuf> {
-    let env = &app.env.hub;
-    let Some(root) = &env.cache else {
-        return Err(Failure::new("no folder for the hub cache is known")
-            .hint("set HF_HOME")
-            .into());
-    };
-    let cache = RepoCache::new(root, &wanted.repo);
-    let here = cached(&cache, wanted);
-    // What a commit contains never changes.
-    let is_settled = cache::is_commit(wanted.revision()) && here.is_ok();
-    if is_settled || offline || env.offline {
-        let (path, note) = here.map_err(|reason| not_cached(&cache, wanted, &reason))?;
-        note.iter().for_each(|note| say(note));
-        return Ok(path);
-    }
-    let client = Client::new(env);
-    // With a copy at hand a hub that is out of reach is not worth waiting for.
-    let attempts = if here.is_ok() { 1 } else { ATTEMPTS };
-    let listing = match list(&client, wanted, attempts) {
-        Ok(listing) => listing,
-        Err(failure) => {
-            let Ok((path, _)) = here else {
-                return Err(failure.into());
-            };
-            say(&format!(
-                "{failure}; using the copy in {}",
-                cache.folder().display()
-            ));
-            return Ok(path);
-        }
+    let cache = cache_of(app, wanted)?;
+    let (client, listing) = match find(app, &cache, wanted, offline)? {
+        Found::Here(path) => return Ok(path),
+        Found::There(client, listing) => (client, listing),
     };
     let job = Job {
         client: &client,
@@ -78,6 +63,76 @@ pub(crate) fn fetch(app: &App, wanted: &HubRef, offline: bool) -> Result<PathBuf
     let path = download(app, &job, &listing)?;
     cache.set_commit(wanted.revision(), &listing.commit)?;
     Ok(path)
+}
+
+/// As [`fetch`], but of a model that is not in the cache only what opening it reads: then the path is in a folder that
+/// goes when the value does, and the weights are zeros.
+///
+/// # Errors
+/// As [`fetch`].
+pub(crate) fn fetch_outline(
+    app: &App,
+    wanted: &HubRef,
+    offline: bool,
+) -> Result<(Option<TempDir>, PathBuf)> {
+    let cache = cache_of(app, wanted)?;
+    let (client, listing) = match find(app, &cache, wanted, offline)? {
+        Found::Here(path) => return Ok((None, path)),
+        Found::There(client, listing) => (client, listing),
+    };
+    if cache.commit(wanted.revision()).as_ref() == Some(&listing.commit)
+        && let Ok((path, note)) = cached(&cache, wanted)
+    {
+        note.iter().for_each(|note| say(note));
+        return Ok((None, path));
+    }
+    let job = Job {
+        client: &client,
+        cache: &cache,
+        wanted,
+        commit: &listing.commit,
+    };
+    let (folder, path) = bring_outline(app, &job, &listing)?;
+    Ok((Some(folder), path))
+}
+
+fn cache_of(app: &App, wanted: &HubRef) -> Result<RepoCache> {
+    match &app.env.hub.cache {
+        Some(root) => Ok(RepoCache::new(root, &wanted.repo)),
+        None => Err(Failure::new("no folder for the hub cache is known")
+            .hint("set HF_HOME")
+            .into()),
+    }
+}
+
+/// Looks in the cache, and then on the hub unless that is forbidden or needless.
+fn find(app: &App, cache: &RepoCache, wanted: &HubRef, offline: bool) -> Result<Found> {
+    let env = &app.env.hub;
+    let here = cached(cache, wanted);
+    // What a commit contains never changes.
+    let is_settled = cache::is_commit(wanted.revision()) && here.is_ok();
+    if is_settled || offline || env.offline {
+        let (path, note) = here.map_err(|reason| not_cached(cache, wanted, &reason))?;
+        note.iter().for_each(|note| say(note));
+        return Ok(Found::Here(path));
+    }
+    let client = Client::new(env);
+    // With a copy at hand a hub that is out of reach is not worth waiting for.
+    let attempts = if here.is_ok() { 1 } else { ATTEMPTS };
+    match list(&client, wanted, attempts) {
+        Ok(listing) => Ok(Found::There(client, listing)),
+        Err(failure) => {
+            let Ok((path, _)) = here else {
+                return Err(failure.into());
+            };
+            let folder = cache.folder();
+            say(&format!(
+                "{failure}; using the copy in {}",
+                folder.display()
+            ));
+            Ok(Found::Here(path))
+        }
+    }
 }
 
 /// The model in the cache, and what to say about it; or why it is not there.
@@ -149,15 +204,20 @@ fn download(app: &App, job: &Job<'_>, listing: &Listing) -> Result<PathBuf> {
         }
         Choice::Folder { small } => {
             bring_all(app, job, listing, &small)?;
-            let index = small.iter().any(|name| name == INDEX).then(|| {
-                let path = snapshot.join(INDEX);
-                fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
-            });
-            let weights = weights(index.transpose()?.as_deref()).map_err(Failure::new)?;
+            let weights = folder_weights(&snapshot, &small)?;
             bring_all(app, job, listing, &weights)?;
             Ok(snapshot)
         }
     }
+}
+
+/// The files with weights of a folder whose other files are in `snapshot`.
+fn folder_weights(snapshot: &Path, small: &[String]) -> Result<Vec<String>> {
+    let index = small.iter().any(|name| name == INDEX).then(|| {
+        let path = snapshot.join(INDEX);
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    });
+    Ok(weights(index.transpose()?.as_deref()).map_err(Failure::new)?)
 }
 
 fn picked(wanted: &HubRef, parts: &[String]) -> String {

@@ -436,6 +436,69 @@ fn quants_choose_a_gguf_file() {
     );
 }
 
+/// `inspect` and `fit` of a model that is not in the cache, compared with those of the files themselves.
+fn headers_are_enough(world: &World, path: &str, name: &str) {
+    let options = ["--mem-budget", "1GiB", "--bandwidth", "10GB/s"];
+    let reports = |model: &str| {
+        [("inspect", &[][..]), ("fit", &options)].map(|(command, more)| {
+            let args = [&[command, "-m", model, "-o", "json"], more].concat();
+            let mut report: serde_json::Value = serde_json::from_str(&world.ok(&args)).unwrap();
+            let report_map = report.as_object_mut().unwrap();
+            let origins = ["model", "origin"].map(|key| report_map.remove(key));
+            assert!(
+                origins.iter().flatten().any(|origin| origin == model),
+                "{origins:?}"
+            );
+            report
+        })
+    };
+    let expected = reports(path);
+    world.hub.take_requests();
+    assert_eq!(reports(name), expected);
+    for request in world.hub.take_requests() {
+        let is_weights = request.path.contains("safetensors") || request.path.contains(".gguf");
+        let is_index = request.path.ends_with(".json");
+        assert!(
+            !is_weights || is_index || request.range.is_some(),
+            "{request:?}"
+        );
+    }
+}
+
+#[test]
+fn inspect_and_fit_read_headers_only() {
+    let (world, folder) = World::tiny();
+    headers_are_enough(&world, arg(folder.path()), MODEL);
+    assert!(!world.snapshot().join("model.safetensors").exists());
+    assert!(!world.partial().exists());
+    // Ranges that are ignored are no obstacle.
+    world.hub.state().no_ranges = true;
+    world.ok(&["inspect", "-m", MODEL]);
+    world.hub.state().no_ranges = false;
+    world.refused(&["inspect", "-m", MODEL, "--offline"], &["not complete"]);
+    // The weights come when they are needed, and are used from then on.
+    world.ok(&["inspect", "-m", MODEL, "--digest"]);
+    world.hub.take_requests();
+    world.ok(&["inspect", "-m", MODEL]);
+    assert_eq!(world.hub.take_requests().len(), 1);
+}
+
+#[test]
+fn headers_of_gguf_files_are_read_with_the_factors_of_the_rope() {
+    let llama3 = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/llama/llama3");
+    let scratch = tempfile::tempdir().unwrap();
+    let file = scratch.path().join("tiny.gguf");
+    let args = ["convert", "-m", arg(&llama3), "-o", arg(&file)];
+    succeeded(&args, cadre(&args).output().unwrap());
+    let bytes = fs::read(&file).unwrap();
+    let world = World::new(Hub::serve(&[("tiny.gguf", &bytes)]));
+    headers_are_enough(&world, arg(&file), "org/tiny:tiny");
+    assert!(!world.snapshot().join("tiny.gguf").exists());
+    let damaged = [&bytes[..40], &[0xff; 40_000]].concat();
+    let world = World::new(Hub::serve(&[("tiny.gguf", &damaged)]));
+    world.refused(&["inspect", "-m", "org/tiny:tiny"], &["tiny.gguf"]);
+}
+
 #[test]
 fn a_full_disk_is_noticed_before_the_download() {
     let (world, _folder) = World::tiny();

@@ -231,16 +231,16 @@ fn send(
         bytes[size / 2] ^= 1;
     }
     let range = request.range.as_deref().filter(|_| !state.no_ranges);
-    let from: usize = match range {
-        Some(range) => range
-            .strip_prefix("bytes=")?
-            .strip_suffix('-')?
-            .parse()
-            .ok()?,
-        None => 0,
+    let (from, to): (usize, usize) = match range {
+        Some(range) => {
+            let (from, last) = range.strip_prefix("bytes=")?.split_once('-')?;
+            let last = last.parse().unwrap_or(size - 1).min(size - 1);
+            (from.parse().ok()?, last + 1)
+        }
+        None => (0, size),
     };
-    let rest = &bytes[from..];
-    let content_range = format!("bytes {from}-{}/{size}", size - 1);
+    let rest = &bytes[from..to];
+    let content_range = format!("bytes {from}-{}/{size}", to - 1);
     match range {
         Some(_) => head(
             &stream,

@@ -8,7 +8,9 @@ use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::{Array, Gguf, Value};
-use crate::text::{ChatTemplates, EncodeOptions, GgufVocab, TokenType, Tokenizer, pretokenizer_of};
+use crate::text::{
+    ChatTemplates, EncodeOptions, GgufVocab, TokenType, Tokenizer, pretokenizer_of, tokenizer_json,
+};
 
 /// The whole `tokenizer.json`, where a GGUF file has it.
 const HUGGING_FACE: &str = "tokenizer.huggingface.json";
@@ -320,14 +322,34 @@ pub(super) fn files(
         Some(text) => {
             files.push(("tokenizer.json".to_owned(), text.to_owned()));
         }
-        None => notes.push(
-            "no tokenizer.json is written: the file holds a vocabulary of GGUF only; copy tokenizer.json of the \
-             original model"
-                .to_owned(),
-        ),
+        None => match made_json(gguf, source) {
+            Ok(text) => files.push(("tokenizer.json".to_owned(), text)),
+            Err(reason) => notes.push(format!(
+                "no tokenizer.json is written ({reason}); copy that of the original model"
+            )),
+        },
     }
     add_chat(gguf, source, config, &mut files);
     Ok(files)
+}
+
+/// A `tokenizer.json` made of the vocabulary, which must cut texts alike.
+fn made_json(gguf: &Gguf, source: &Checkpoint) -> Result<String> {
+    let vocab = source.vocab(gguf)?;
+    let text = tokenizer_json(&vocab)?;
+    let (theirs, ours) = (
+        Tokenizer::from_gguf_vocab(&vocab)?,
+        Tokenizer::from_json(source.origin(), &text)?,
+    );
+    for probe in PROBES {
+        let (theirs, ours) = (theirs.encode(probe)?, ours.encode(probe)?);
+        if ours != theirs {
+            let problem =
+                format!("tokenizer.json would cut {probe:?} into {ours:?}, not {theirs:?}");
+            return Err(fail(source, problem));
+        }
+    }
+    Ok(text)
 }
 
 /// `chat_template.jinja`, and `tokenizer_config.json` with the tokens that bound a text.

@@ -9,6 +9,7 @@ mod encode;
 mod get;
 mod header;
 mod journal;
+mod outline;
 mod partial;
 mod plan;
 mod split;
@@ -26,6 +27,7 @@ use crate::map::map_file;
 
 pub use header::GgufTensor;
 use header::Header;
+pub use outline::{Outline, gguf_outline};
 pub use plan::{GgufPlan, TensorPlan};
 pub use value::{Array, Value, ValueType};
 pub use writer::{GgufWriter, WriteOptions};

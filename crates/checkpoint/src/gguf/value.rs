@@ -8,7 +8,7 @@ use super::cursor::{Cursor, Problem, utf8};
 const MAX_TEXT: usize = 256 << 20;
 
 /// Arrays within arrays are walked this deep; no known writer makes any.
-const MAX_DEPTH: usize = 4;
+pub(super) const MAX_DEPTH: usize = 4;
 
 /// Type of a [`Value`]; the discriminants are the ids in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -47,7 +47,7 @@ const TYPES: &[(ValueType, &str, Option<usize>)] = &[
 ];
 
 impl ValueType {
-    fn from_id(id: u32) -> Result<Self, Problem> {
+    pub(super) fn from_id(id: u32) -> Result<Self, Problem> {
         let row = TYPES.get(id as usize);
         row.map(|row| row.0)
             .ok_or_else(|| format!("has value type {id}; known are 0 to {}", TYPES.len() - 1))
@@ -60,7 +60,7 @@ impl ValueType {
     }
 
     /// Encoded bytes of one value, if all have the same.
-    fn fixed_bytes(self) -> Option<usize> {
+    pub(super) fn fixed_bytes(self) -> Option<usize> {
         TYPES[self as usize].2
     }
 

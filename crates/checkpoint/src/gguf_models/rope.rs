@@ -15,7 +15,7 @@ const SHORT: &str = "rope_factors_short.weight";
 const LONG: &str = "rope_factors_long.weight";
 
 /// Names of the tensors that are part of the rope.
-pub(super) const TENSORS: &[&str] = &[FACTORS, SHORT, LONG];
+pub(crate) const TENSORS: &[&str] = &[FACTORS, SHORT, LONG];
 
 const KNOWN: &str = "known rope scaling types: none, linear, yarn, longrope";
 

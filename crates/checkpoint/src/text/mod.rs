@@ -18,7 +18,7 @@ mod tokenizer;
 pub use bpe::train_bpe;
 pub use chat::{ChatFiles, ChatTemplate, ChatTemplates, DateTime, RenderInput};
 pub(crate) use ends::special_token;
-pub(crate) use gguf::{GPT2_SPLIT, pretokenizer_of};
+pub(crate) use gguf::{GPT2_SPLIT, pretokenizer_of, tokenizer_json};
 pub use gguf::{GgufVocab, TokenType};
 pub use stop::{StopFiles, StopToken, stop_token_ids};
 pub use stream::TokenStream;

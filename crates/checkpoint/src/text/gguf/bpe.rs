@@ -55,7 +55,7 @@ pub(crate) fn build(vocab: &GgufVocab, ids: &HashMap<&str, u32>) -> Result<(Json
 }
 
 /// Merges as pairs. Of a merge that is listed twice the first counts.
-fn merges(vocab: &GgufVocab) -> Result<Vec<(String, String)>> {
+pub(super) fn merges(vocab: &GgufVocab) -> Result<Vec<(String, String)>> {
     let mut seen = HashSet::with_capacity(vocab.merges.len());
     let mut pairs = Vec::with_capacity(vocab.merges.len());
     for merge in &vocab.merges {

@@ -50,6 +50,11 @@ const NONE: usize = usize::MAX;
 /// Tokens of Phi-3 that leave the white space behind them alone.
 const KEEP_AFTER: &[&str] = &["<unk>", "<s>", "<|endoftext|>"];
 
+/// Whether an added token takes the white space behind it along.
+pub(super) fn strips_after(vocab: &GgufVocab, token: &str) -> bool {
+    vocab.strip_after_added && !KEEP_AFTER.contains(&token)
+}
+
 fn is_ascii_space(c: char) -> bool {
     matches!(c, ' ' | '\t'..='\r')
 }
@@ -91,7 +96,7 @@ impl Spm {
                 text: text.as_str().into(),
                 id: id as u32,
                 special: kind.is_special(),
-                strip_after: vocab.strip_after_added && !KEEP_AFTER.contains(&text.as_str()),
+                strip_after: strips_after(vocab, text),
             })
         };
         let mut cut: Vec<Cut> = vocab.tokens.iter().enumerate().filter_map(cut).collect();

@@ -160,7 +160,7 @@ impl GgufVocab {
     }
 
     /// Ids by spelling.
-    fn ids(&self) -> Result<HashMap<&str, u32>> {
+    pub(super) fn ids(&self) -> Result<HashMap<&str, u32>> {
         let n_tokens = self.tokens.len();
         for (name, len) in [
             ("scores", self.scores.len()),
@@ -184,7 +184,7 @@ impl GgufVocab {
 
     /// What a prompt gets at its ends. `add_bos` is what the kind of vocabulary does by itself, and
     /// `defaults` are its ids of BOS and EOS where the file has none.
-    fn ends(&self, add_bos: bool, defaults: [Option<u32>; 2]) -> Result<Ends> {
+    pub(super) fn ends(&self, add_bos: bool, defaults: [Option<u32>; 2]) -> Result<Ends> {
         let end = |add: bool, id: Option<u32>, name: &str| match id {
             _ if !add => Ok(Vec::new()),
             Some(id) if (id as usize) < self.tokens.len() => Ok(vec![id]),
