@@ -350,6 +350,18 @@ mod tests {
     }
 
     #[test]
+    fn buffers_at_a_published_shape() {
+        let json = r#"{"model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48,
+            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+            "num_experts_per_tok": 8, "moe_intermediate_size": 768, "intermediate_size": 6144, "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 40960, "rope_theta": 1e6, "norm_topk_prob": true}"#;
+        let config = ModelConfig::parse("m", json, None).unwrap();
+        // The figure in the description of the engine's `Workspace`.
+        let logits = 4 * 151_936;
+        assert_eq!((scratch_bytes(&config, 4096, 512) - logits) >> 20, 106);
+    }
+
+    #[test]
     fn matrices_change_their_format_and_the_rest_stays_f32() {
         let config = config();
         let held = |quantise, name, format, shape: &[usize]| {

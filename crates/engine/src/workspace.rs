@@ -10,9 +10,10 @@ use crate::session::SessionShape;
 /// Scratch memory of a forward pass: allocated once, for any mix of sequences up to its capacity.
 ///
 /// Nothing in it outlives a pass but the logits that the pass returned. Its size grows with the capacity only, not with
-/// the context: at the shape of Qwen3-30B-A3B (hidden 2048, 128 experts of width 768, top-8) a capacity of 512 tokens
-/// takes 120 MiB, of which the rows of the picked experts are 32 MiB and their inner values 24 MiB; with one row of
-/// logits per wanted token (0.6 MiB) on top. Memory that no pass has written yet is not resident.
+/// the context. At the shape of Qwen3-30B-A3B (hidden 2048, 128 experts of width 768, top-8) a capacity of 512 tokens
+/// takes 106 MiB: 32 for the rows of the picked experts, which are their inputs and then their outputs, 24 for the inner
+/// values of the experts, 20 for quantised inputs of products, 18 for attention, 12 for the stream. A row of logits per
+/// wanted token (0.6 MiB) comes on top when it is first asked for. What no pass has used yet is not resident.
 #[derive(Debug)]
 pub struct Workspace {
     pub(crate) shape: SessionShape,

@@ -8,8 +8,8 @@ use cadre_checkpoint::{
     Checkpoint, Conversion, ConvertOptions, ConvertTo, Dtype, TargetDtype, TensorData,
 };
 use cadre_engine::{
-    EngineError, LoadOptions, Logits, Model, NoObserver, Observer, Quant, RoutingEvent, Sequence,
-    Session, SessionOptions, load,
+    EngineError, KvFormat, KvFormats, LoadOptions, Logits, Model, NoObserver, Observer, Quant,
+    RoutingEvent, Sequence, Session, SessionOptions, load,
 };
 use cadre_testkit::{Random, TinyMoe, golden_dir};
 
@@ -275,6 +275,41 @@ fn an_observer_hears_of_every_sequence_what_it_hears_of_it_alone() {
     log.rows.sort_by_key(|row| (row.0, row.1, row.2));
     expected.rows.sort_by_key(|row| (row.0, row.1, row.2));
     assert_eq!(log.rows, expected.rows);
+}
+
+#[test]
+fn sessions_of_one_batch_may_store_keys_and_values_in_different_formats() {
+    let model = &*tiny();
+    let texts = [13, 13, 13].map(|n| tokens(model, n, 3));
+    let formats = [KvFormat::F32, KvFormat::F16, KvFormat::Q8_0];
+    let sessions = || {
+        formats.map(|format| {
+            let options = SessionOptions {
+                kv: KvFormats {
+                    keys: format,
+                    values: format,
+                },
+                ..SessionOptions::default()
+            };
+            model.session(&options).unwrap()
+        })
+    };
+    let mut alone = Vec::new();
+    for (session, text) in sessions().iter_mut().zip(&texts) {
+        let logits = model.forward(session, text, Logits::Last, &mut NoObserver);
+        alone.extend_from_slice(logits.unwrap());
+    }
+    let mut workspace = model.workspace(39).unwrap();
+    let mut sessions = sessions();
+    let mut texts = texts.iter();
+    let mut batch = sessions.each_mut().map(|session| Sequence {
+        session,
+        tokens: texts.next().unwrap(),
+        want: Logits::Last,
+    });
+    let together = model.forward_batch(&mut batch, &mut workspace, &mut NoObserver);
+    assert!(together.unwrap() == alone);
+    assert_ne!(alone[..384], alone[384..768], "formats differ");
 }
 
 #[test]

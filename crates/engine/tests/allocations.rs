@@ -1,11 +1,13 @@
-//! Decoding allocates nothing once it is warm: counted over all threads, which is why this file has a process of its own
-//! and one test.
+//! What is allocated, and when: nothing while decoding once that is warm, and for a workspace what was foretold.
+//!
+//! Counted over all threads, which is why this file has a process of its own and one test.
 #![expect(clippy::unwrap_used, reason = "a failure here is a failed test")]
 
 use std::alloc::System;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use cadre_checkpoint::{ModelConfig, scratch_bytes};
 use cadre_engine::{
     GenerateOptions, Hooks, LoadOptions, Logits, Model, NoObserver, Observer, Quant, RoutingEvent,
     SamplingOptions, Sequence, SessionOptions, generate, load,
@@ -28,15 +30,16 @@ fn n_calls() -> usize {
     stats.allocations + stats.reallocations
 }
 
-fn models() -> Vec<(&'static str, Arc<dyn Model>)> {
-    let open = |builder: TinyMoe, quant| {
+fn models() -> Vec<(&'static str, Arc<dyn Model>, ModelConfig)> {
+    let open = |what, builder: TinyMoe, quant| {
         let options = LoadOptions {
             quant,
             n_threads: Some(3),
             isa: None,
         };
         let folder = builder.build().unwrap();
-        load(&folder.open().unwrap(), &options).unwrap()
+        let model = load(&folder.open().unwrap(), &options).unwrap();
+        (what, model, builder.config().clone())
     };
     // Wide enough that the products are shared among the threads.
     let wide = || {
@@ -46,9 +49,9 @@ fn models() -> Vec<(&'static str, Arc<dyn Model>)> {
             .configure(|c| (c.hidden_size, c.moe.intermediate_size) = (256, 256))
     };
     vec![
-        ("tiny", open(TinyMoe::default(), Quant::AsStored)),
-        ("wide", open(wide(), Quant::AsStored)),
-        ("wide q8_0", open(wide(), Quant::Q8_0)),
+        open("tiny", TinyMoe::default(), Quant::AsStored),
+        open("wide", wide(), Quant::AsStored),
+        open("wide q8_0", wide(), Quant::Q8_0),
     ]
 }
 
@@ -139,14 +142,33 @@ fn generating(what: &str, model: &dyn Model) {
     }
 }
 
+/// `scratch_bytes` is what `fit` and `inspect` go by.
+fn workspaces(what: &str, model: &dyn Model, config: &ModelConfig) {
+    for capacity in [1, 50, 128] {
+        let before = ALLOCATOR.stats().bytes_allocated;
+        let workspace = model.workspace(capacity).unwrap();
+        let n_bytes = (ALLOCATOR.stats().bytes_allocated - before) as f64;
+        assert_eq!(workspace.capacity(), capacity);
+        // Logits are allocated later; tables of fixed size weigh little.
+        let logits = 4 * config.vocab_size as u64;
+        let foretold = (scratch_bytes(config, capacity, capacity) - logits) as f64;
+        let error = (n_bytes - foretold).abs();
+        assert!(
+            error < 0.05 * foretold + 4096.0,
+            "{what}, {capacity} tokens: {n_bytes} bytes, not {foretold}"
+        );
+    }
+}
+
 #[test]
-fn decoding_allocates_nothing_once_it_is_warm() {
+fn decoding_allocates_nothing_and_a_workspace_what_was_foretold() {
     let before = n_calls();
     drop(std::hint::black_box(vec![0u8; 100]));
     assert!(n_calls() > before, "the counter counts");
-    for (what, model) in models() {
+    for (what, model, config) in models() {
         one_by_one(what, &*model);
         together(what, &*model);
         generating(what, &*model);
+        workspaces(what, &*model, &config);
     }
 }
