@@ -21,6 +21,7 @@ mod live;
 mod memory;
 mod model;
 mod output;
+mod pace;
 mod sampling;
 mod stop;
 mod units;

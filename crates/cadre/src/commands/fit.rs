@@ -20,6 +20,7 @@ use crate::failure::Failure;
 use crate::memory;
 use crate::model::{CheckpointArg, QuantArg};
 use crate::output::{Format, Out, bytes, count, harmless, spinner};
+use crate::pace::{Pace, Work};
 use crate::units::{parse_bytes, parse_rate};
 
 /// Bytes read per pass: several times the last-level cache of common machines.
@@ -75,10 +76,13 @@ struct Report {
     bandwidth_bytes_per_s: f64,
     /// `given` or `measured`.
     bandwidth_source: &'static str,
-    /// Decoding at the start of a context, all weights in memory: bandwidth divided by the bytes that a token reads.
+    /// Decoding at the start of a context, all weights in memory: a bound. By the bytes that a token reads; on the machine
+    /// that was measured also by its multiplications and the overhead of its products.
     forecast_tokens_per_s: f64,
     /// The same at the end of the context, where the whole cache is read too.
     forecast_tokens_per_s_full_context: f64,
+    /// Reading a long prompt: a bound by its multiplications. Not for a bandwidth that was given.
+    forecast_prompt_tokens_per_s: Option<f64>,
     suggestions: Vec<Suggestion>,
 }
 
@@ -103,9 +107,15 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     checkpoint.expect_exactly(&tensor_specs(config))?;
     check_context(args.ctx_size, config.max_position_embeddings)?;
     let budget = budget(args)?;
-    let rate = args.bandwidth.unwrap_or_else(|| measure(app));
+    let speed = match args.bandwidth {
+        Some(bandwidth) => Speed {
+            bandwidth,
+            pace: None,
+        },
+        None => measure(app, &checkpoint, args),
+    };
     app.interrupt.check()?;
-    let report = report(&checkpoint, args, budget, rate);
+    let report = report(&checkpoint, args, budget, speed);
     let mut out = Out::new();
     match args.output {
         Format::Json => out.json(&report)?,
@@ -132,17 +142,46 @@ fn budget(args: &Args) -> Result<u64> {
     })
 }
 
-/// Bytes per second that all threads read from memory.
-fn measure(app: &App) -> f64 {
-    let progress = spinner(&app.env, "measuring memory".to_owned());
-    let measured = bandwidth(&ThreadPool::new(default_threads()), PASS, N_PASSES);
-    progress.finish_and_clear();
-    measured.median
+/// How fast a machine is.
+#[derive(Clone, Copy)]
+struct Speed {
+    /// Bytes per second that all threads read from memory.
+    bandwidth: f64,
+    /// `None` for a machine of which only the bandwidth is given.
+    pace: Option<Pace>,
 }
 
-fn report(checkpoint: &Checkpoint, args: &Args, budget: u64, rate: f64) -> Report {
+impl Speed {
+    /// Tokens per second of decoding that reads `n_bytes` per token.
+    fn decoding(self, work: Work, n_bytes: u64) -> f64 {
+        let reading = n_bytes.max(1) as f64 / self.bandwidth;
+        1.0 / self.pace.map_or(reading, |pace| pace.decode(work, reading))
+    }
+}
+
+fn measure(app: &App, checkpoint: &Checkpoint, args: &Args) -> Speed {
+    let progress = spinner(&app.env, "measuring memory".to_owned());
+    let measured = bandwidth(&ThreadPool::new(default_threads()), PASS, N_PASSES);
+    progress.set_message("measuring products");
+    let sizes = model_sizes(checkpoint);
+    let most = sizes.formats.iter().max_by_key(|(_, size)| size.n_bytes);
+    let stored = most.map_or(Dtype::F32, |(format, _)| *format);
+    let format = match args.quant {
+        QuantArg::Q8_0 if !stored.is_quantized() => Dtype::Q8_0,
+        QuantArg::Q8_0 | QuantArg::Stored => stored,
+    };
+    let pace = Pace::measure(checkpoint.config(), format);
+    progress.finish_and_clear();
+    Speed {
+        bandwidth: measured.median,
+        pace: Some(pace),
+    }
+}
+
+fn report(checkpoint: &Checkpoint, args: &Args, budget: u64, speed: Speed) -> Report {
     let config = checkpoint.config();
-    let parameters = model_sizes(checkpoint).parameters;
+    let sizes = model_sizes(checkpoint);
+    let (parameters, work) = (sizes.parameters, Work::new(config, &sizes));
     let held = held_sizes(checkpoint, args.quant.holding());
     let n_ctx = demand::context(config, args.ctx_size);
     let demand = Demand::new(config, held.total, n_ctx);
@@ -163,13 +202,14 @@ fn report(checkpoint: &Checkpoint, args: &Args, budget: u64, rate: f64) -> Repor
         parameters: parameters.total,
         active_parameters: parameters.active,
         active_bytes_per_token: held.read_per_token,
-        bandwidth_bytes_per_s: rate,
+        bandwidth_bytes_per_s: speed.bandwidth,
         bandwidth_source: match args.bandwidth {
             Some(_) => "given",
             None => "measured",
         },
-        forecast_tokens_per_s: rate / held.read_per_token.max(1) as f64,
-        forecast_tokens_per_s_full_context: rate / full.max(1) as f64,
+        forecast_tokens_per_s: speed.decoding(work, held.read_per_token),
+        forecast_tokens_per_s_full_context: speed.decoding(work, full),
+        forecast_prompt_tokens_per_s: speed.pace.map(|pace| 1.0 / pace.prompt(work)),
         suggestions: if fits {
             Vec::new()
         } else {
@@ -267,6 +307,9 @@ fn text(report: &Report) -> String {
             report.forecast_tokens_per_s, report.forecast_tokens_per_s_full_context
         ),
     );
+    if let Some(prompt) = report.forecast_prompt_tokens_per_s {
+        line("  prompt", format!("at most {prompt:.0} tokens/s"));
+    }
     line(
         "  reads",
         format!("{} per token", bytes(report.active_bytes_per_token)),

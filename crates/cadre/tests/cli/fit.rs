@@ -122,7 +122,11 @@ fn the_machine_is_measured_without_being_asked() {
         (&"available".into(), &"measured".into())
     );
     assert!(report["budget_bytes"].as_u64() > Some(1 << 20));
-    assert!(report["forecast_tokens_per_s"].as_f64() > Some(0.0));
+    let number = |key: &str| report[key].as_f64().unwrap();
+    let by_bytes = number("bandwidth_bytes_per_s") / number("active_bytes_per_token");
+    let forecast = number("forecast_tokens_per_s");
+    assert!(forecast > 0.0 && forecast < by_bytes);
+    assert!(number("forecast_prompt_tokens_per_s") > 0.0);
 }
 
 #[test]
