@@ -1,13 +1,20 @@
 //! Matrix products over the threads: the one entry through which models multiply by weights.
 
+use half::bf16;
+
+use crate::arch::{PanelKernels, Products};
 use crate::blocks::{ActQ8, ActQ8K, Q8_BLOCK, SUPER_BLOCK};
+use crate::format::Format;
 use crate::matrix::Matrix;
+use crate::panel::PANEL_ROWS;
 use crate::pool::{SendPtr, ThreadPool};
-use crate::product::{ActFormat, Acts, Part, TILE};
+use crate::product::{ActFormat, Acts, Finish, Part, Weights};
 use crate::table::Kernels;
 
 /// Below this many multiplications a product is cheaper on one thread than shared.
 const MIN_SHARED_PRODUCTS: usize = 1 << 16;
+/// Tasks per thread of a shared product: they even out threads of unequal speed.
+const TASKS_PER_THREAD: usize = 8;
 
 /// Kernels and threads together.
 #[derive(Debug)]
@@ -21,16 +28,81 @@ pub struct Compute {
 pub struct MatmulScratch {
     q8: Vec<ActQ8>,
     q8_k: Vec<ActQ8K>,
+    rounded: Vec<f32>,
+    bf16: Vec<bf16>,
+    gathered: Vec<f32>,
 }
 
 impl MatmulScratch {
-    /// Scratch that is large enough for inputs of `n_values` activations, so that it need not grow.
+    /// Scratch that is large enough for inputs of `n_values` activations of block formats, so that it need not grow.
     pub fn with_capacity(n_values: usize) -> Self {
         Self {
             q8: vec![ActQ8::ZERO; n_values.div_ceil(Q8_BLOCK)],
             q8_k: vec![ActQ8K::ZERO; n_values.div_ceil(SUPER_BLOCK)],
+            ..Self::default()
         }
     }
+}
+
+/// Inputs of products by groups: the tokens of a mixture of experts, sorted by expert.
+#[derive(Clone, Copy, Debug)]
+pub struct Grouped<'a> {
+    /// Group `g` owns outputs `offsets[g]..offsets[g + 1]`; ascends from 0.
+    pub offsets: &'a [usize],
+    /// Rows of inputs.
+    pub x: &'a [f32],
+    /// The row of `x` that each output comes from; absent where they are the same.
+    pub index: Option<&'a [u32]>,
+}
+
+impl<'a> Grouped<'a> {
+    /// All rows of `x` in one group.
+    fn one(offsets: &'a [usize; 2], x: &'a [f32]) -> Self {
+        Self {
+            offsets,
+            x,
+            index: None,
+        }
+    }
+
+    fn n_groups(&self) -> usize {
+        self.offsets.len().saturating_sub(1)
+    }
+
+    fn n_outputs(&self) -> usize {
+        self.offsets.last().copied().unwrap_or(0)
+    }
+
+    /// Panics when this is not what [`Grouped`] says, for weights of `n_in` columns.
+    fn check(&self, n_in: usize) {
+        assert!(n_in > 0, "a matrix of at least one column");
+        assert!(
+            self.offsets.first() == Some(&0) && self.offsets.is_sorted(),
+            "offsets ascend from 0"
+        );
+        assert!(
+            self.x.len().is_multiple_of(n_in),
+            "rows of {n_in} inputs, not {} values",
+            self.x.len()
+        );
+        let n_rows = self.x.len() / n_in;
+        match self.index {
+            None => assert_eq!(n_rows, self.n_outputs(), "a row of inputs per output"),
+            Some(index) => {
+                assert_eq!(index.len(), self.n_outputs(), "an index per output");
+                assert!(
+                    index.iter().all(|row| (*row as usize) < n_rows),
+                    "indices of {n_rows} rows"
+                );
+            }
+        }
+    }
+}
+
+/// One product of a call: its weights, and where its outputs go.
+struct Job<'a> {
+    weights: Weights<'a>,
+    y: SendPtr<f32>,
 }
 
 impl Compute {
@@ -80,121 +152,212 @@ impl Compute {
     /// # Panics
     /// When the shapes do not match.
     pub fn matmul(&self, w: &Matrix, x: &[f32], y: &mut [f32], scratch: &mut MatmulScratch) {
-        assert!(
-            w.n_in() > 0 && w.n_out() > 0,
-            "a matrix of at least one value"
-        );
-        assert!(
-            x.len().is_multiple_of(w.n_in()),
-            "rows of {} inputs, not {} values",
-            w.n_in(),
-            x.len()
-        );
-        let n_tokens = x.len() / w.n_in();
-        self.grouped_matmul(1, &|_| w, &[0, n_tokens], x, y, scratch);
+        self.matmuls(x, [(w, y)], scratch);
     }
 
-    /// One product per group of rows: rows `offsets[g]..offsets[g + 1]` of `x` times `weight(g)`.
-    ///
-    /// All weights have one shape, `x: [offsets[n_groups], n_in]`, `y: [offsets[n_groups], n_out]`.
-    /// This is the product of a mixture of experts whose tokens are sorted by expert.
+    /// Products of the same `x: [n_tokens, n_in]` with several weights, into `[n_tokens, n_out]` each.
     ///
     /// # Panics
-    /// When the shapes do not match or `offsets` is not ascending from 0.
+    /// When the shapes do not match.
+    pub fn matmuls<const N: usize>(
+        &self,
+        x: &[f32],
+        products: [(&Matrix, &mut [f32]); N],
+        scratch: &mut MatmulScratch,
+    ) {
+        let Some((first, _)) = products.first() else {
+            return;
+        };
+        let n_in = first.n_in();
+        let offsets = [0, x.len() / n_in.max(1)];
+        let rows = Grouped::one(&offsets, x);
+        let jobs = products.map(|(w, y)| {
+            assert_eq!(w.n_in(), n_in, "weights of as many columns");
+            let expected = offsets[1] * w.n_out();
+            assert_eq!(y.len(), expected, "outputs of [{}, {}]", offsets[1], w.n_out());
+            Job {
+                weights: Weights::One(w),
+                y: SendPtr(y.as_mut_ptr()),
+            }
+        });
+        // SAFETY: every job's outputs are its own slice, of the right size.
+        unsafe { self.run(rows, N, &|_, job| jobs[job].share(), scratch) };
+    }
+
+    /// One product per group of rows: output rows of group `g` are inputs times `weight(g)`, all of one shape, into
+    /// `y: [n_outputs, n_out]`. This is the product of a mixture of experts.
+    ///
+    /// # Panics
+    /// When the shapes do not match.
     pub fn grouped_matmul<'w>(
         &self,
-        n_groups: usize,
+        rows: Grouped<'_>,
         weight: &(dyn Fn(usize) -> &'w Matrix + Sync),
-        offsets: &[usize],
-        x: &[f32],
         y: &mut [f32],
         scratch: &mut MatmulScratch,
     ) {
-        assert_eq!(
-            offsets.len(),
-            n_groups + 1,
-            "an offset per group and the end"
-        );
-        let n_tokens = offsets[n_groups];
-        if n_tokens == 0 {
+        if rows.n_outputs() == 0 {
             return;
         }
-        assert!(
-            offsets[0] == 0 && offsets.is_sorted(),
-            "offsets ascend from 0"
-        );
-        let (n_out, n_in) = (weight(0).n_out(), weight(0).n_in());
-        assert_eq!(x.len(), n_tokens * n_in, "inputs of [{n_tokens}, {n_in}]");
-        assert_eq!(
-            y.len(),
-            n_tokens * n_out,
-            "outputs of [{n_tokens}, {n_out}]"
-        );
-        for g in 1..n_groups {
-            assert_eq!(
-                (weight(g).n_out(), weight(g).n_in()),
-                (n_out, n_in),
-                "weights of one shape"
-            );
-        }
-        let needs = |acts| (0..n_groups).any(|g| weight(g).acts() == acts);
-        if needs(ActFormat::Q8) {
-            self.quantize(
-                x,
-                &mut scratch.q8,
-                ActQ8::ZERO,
-                Q8_BLOCK,
-                Kernels::quantize_act,
-            );
-        }
-        if needs(ActFormat::Q8K) {
-            self.quantize(
-                x,
-                &mut scratch.q8_k,
-                ActQ8K::ZERO,
-                SUPER_BLOCK,
-                Kernels::quantize_act_k,
-            );
-        }
-        let acts = Acts {
-            x,
-            q8: &scratch.q8,
-            q8_k: &scratch.q8_k,
-        };
-
-        let shared = n_tokens * n_in * n_out >= MIN_SHARED_PRODUCTS && self.pool.n_threads() > 1;
-        // Four blocks per thread even out threads of unequal speed.
-        let per_block = n_out
-            .div_ceil(self.pool.n_threads() * 4)
-            .next_multiple_of(TILE);
-        let block = if shared {
-            per_block.max(2 * TILE)
-        } else {
-            n_out
-        };
-        let n_blocks = n_out.div_ceil(block);
+        check_groups(rows, weight, y);
         let y = SendPtr(y.as_mut_ptr());
+        let job = |group, _| Job {
+            weights: Weights::One(weight(group)),
+            y: SendPtr(y.get()),
+        };
+        // SAFETY: `y` holds the outputs of all groups, as was checked.
+        unsafe { self.run(rows, 1, &job, scratch) };
+    }
+
+    /// [`Compute::grouped_matmul`] with two weights per group, whose outputs `finish` makes one of: it gets the index of
+    /// an output, the first of a few columns, the outputs of the first weight there (which it changes, and which are
+    /// stored), and those of the second.
+    ///
+    /// # Panics
+    /// When the shapes do not match.
+    pub fn grouped_gated<'w>(
+        &self,
+        rows: Grouped<'_>,
+        weights: &(dyn Fn(usize) -> [&'w Matrix; 2] + Sync),
+        finish: Finish<'_>,
+        y: &mut [f32],
+        scratch: &mut MatmulScratch,
+    ) {
+        if rows.n_outputs() == 0 {
+            return;
+        }
+        check_groups(rows, &|g| weights(g)[0], y);
+        check_groups(rows, &|g| weights(g)[1], y);
+        let y = SendPtr(y.as_mut_ptr());
+        let job = |group, _| {
+            let [a, b] = weights(group);
+            Job {
+                weights: Weights::Two(a, b, finish),
+                y: SendPtr(y.get()),
+            }
+        };
+        // SAFETY: `y` holds the outputs of all groups, as was checked.
+        unsafe { self.run(rows, 1, &job, scratch) };
+    }
+
+    /// Runs `n_jobs` products per group, cut into tasks.
+    ///
+    /// # Safety
+    /// `job(g, j).y` holds all outputs of job `j` and belongs to nobody else; weights have as many columns as `rows`
+    /// was checked for.
+    unsafe fn run<'j>(
+        &self,
+        rows: Grouped<'_>,
+        n_jobs: usize,
+        job: &(dyn Fn(usize, usize) -> Job<'j> + Sync),
+        scratch: &mut MatmulScratch,
+    ) {
+        let n_groups = rows.n_groups();
+        if rows.n_outputs() == 0 || n_groups == 0 {
+            return;
+        }
+        let n_in = job(0, 0).weights.first().n_in();
+        rows.check(n_in);
+        let (acts, index) = self.activations(rows, n_in, n_jobs, job, scratch);
+
+        let n_out: usize = (0..n_jobs).map(|j| job(0, j).weights.first().n_out()).sum();
+        let n_threads = self.pool.n_threads();
+        let shared = n_threads > 1 && rows.n_outputs() * n_in * n_out >= MIN_SHARED_PRODUCTS;
+        let per_task = match shared {
+            true => (n_groups * n_out).div_ceil(n_threads * TASKS_PER_THREAD),
+            false => n_out.max(1),
+        };
+        let per_task = per_task.next_multiple_of(PANEL_ROWS);
+        let tasks_of = |j: usize| job(0, j).weights.first().n_out().div_ceil(per_task);
+        let n_tasks: usize = (0..n_jobs).map(tasks_of).sum();
         let task = |i: usize| {
-            let (group, first_row) = (i / n_blocks, i % n_blocks * block);
-            let (from, to) = (offsets[group], offsets[group + 1]);
+            let (group, mut i) = (i / n_tasks, i % n_tasks);
+            let mut j = 0;
+            while i >= tasks_of(j) {
+                i -= tasks_of(j);
+                j += 1;
+            }
+            let Job { weights, y } = job(group, j);
+            let n_out = weights.first().n_out();
+            let first_row = i * per_task;
             let part = Part {
+                weights,
                 first_row,
-                n_rows: block.min(n_out - first_row),
-                from,
-                to,
+                n_rows: per_task.min(n_out - first_row),
+                from: rows.offsets[group],
+                to: rows.offsets[group + 1],
+                index,
+                y: y.get(),
                 n_out,
-                // SAFETY: the part writes columns first_row.. of rows from..to, which are inside y; y is
-                // borrowed mutably until all tasks end, and no two tasks share a row and a column.
-                y: unsafe { y.get().add(from * n_out + first_row) },
             };
-            // SAFETY: the outputs of a part are its own, as said above.
-            unsafe { part.compute(self.kernels, weight(group), acts) };
+            // SAFETY: no two tasks share a job, an output and a column; the caller promised the outputs.
+            unsafe { part.compute(self.kernels, acts) };
         };
         if shared {
-            self.pool.run(n_groups * n_blocks, &task);
+            self.pool.run(n_groups * n_tasks, &task);
         } else {
-            (0..n_groups).for_each(task);
+            (0..n_groups * n_tasks).for_each(task);
         }
+    }
+
+    /// Brings the inputs into the forms that the weights are multiplied by. Returns the index that goes with them.
+    fn activations<'s, 'j>(
+        &self,
+        rows: Grouped<'s>,
+        n_in: usize,
+        n_jobs: usize,
+        job: &(dyn Fn(usize, usize) -> Job<'j> + Sync),
+        scratch: &'s mut MatmulScratch,
+    ) -> (Acts<'s>, Option<&'s [u32]>) {
+        let MatmulScratch {
+            q8,
+            q8_k,
+            rounded,
+            bf16,
+            gathered,
+        } = scratch;
+        let (mut x, mut index) = (rows.x, rows.index);
+        let table = self.kernels.table();
+        if let (Products::Rows(_), Some(of)) = (&table.products, index) {
+            // Kernels over rows take neighbours together.
+            grow(gathered, of.len() * n_in, 0.0);
+            for (out, row) in gathered.chunks_exact_mut(n_in).zip(of) {
+                out.copy_from_slice(&x[*row as usize * n_in..][..n_in]);
+            }
+            (x, index) = (&gathered[..of.len() * n_in], None);
+        }
+        let needs = |acts| {
+            (0..rows.n_groups()).any(|g| (0..n_jobs).any(|j| job(g, j).weights.has(acts)))
+        };
+        if needs(ActFormat::Q8) {
+            self.quantize(x, q8, ActQ8::ZERO, Q8_BLOCK, Kernels::quantize_act);
+        }
+        if needs(ActFormat::Q8K) {
+            self.quantize(x, q8_k, ActQ8K::ZERO, SUPER_BLOCK, Kernels::quantize_act_k);
+        }
+        if needs(ActFormat::Bf16) {
+            match table.products {
+                Products::Panels(panels)
+                    if matches!(panels(Format::Bf16), PanelKernels::Bf16(..)) =>
+                {
+                    round_rows(x, n_in, bf16);
+                }
+                _ => {
+                    grow(rounded, x.len(), 0.0);
+                    for (out, x) in rounded.iter_mut().zip(x) {
+                        *out = half::bf16::from_f32(*x).to_f32();
+                    }
+                }
+            }
+        }
+        let acts = Acts {
+            f32: x,
+            rounded,
+            bf16,
+            q8,
+            q8_k,
+        };
+        (acts, index)
     }
 
     /// Fills the front of `out` with `x` in blocks of `block` values.
@@ -209,9 +372,7 @@ impl Compute {
         // Enough values per task to be worth a task.
         const VALUES_PER_TASK: usize = 8192;
         let n_blocks = x.len() / block;
-        if out.len() < n_blocks {
-            out.resize(n_blocks, zero);
-        }
+        grow(out, n_blocks, zero);
         let per_task = VALUES_PER_TASK / block;
         let out = &mut out[..n_blocks];
         self.pool.for_each_chunk(out, per_task, |i, out| {
@@ -221,10 +382,59 @@ impl Compute {
     }
 }
 
+impl Job<'_> {
+    fn share(&self) -> Job<'_> {
+        Job {
+            weights: self.weights,
+            y: SendPtr(self.y.get()),
+        }
+    }
+}
+
+/// Panics unless weights and outputs match the rows. Returns the columns of the outputs.
+fn check_groups<'w>(
+    rows: Grouped<'_>,
+    weight: &dyn Fn(usize) -> &'w Matrix,
+    y: &[f32],
+) -> usize {
+    let (n_out, n_in) = (weight(0).n_out(), weight(0).n_in());
+    assert_eq!(
+        y.len(),
+        rows.n_outputs() * n_out,
+        "outputs of [{}, {n_out}]",
+        rows.n_outputs()
+    );
+    for g in 1..rows.n_groups() {
+        let shape = (weight(g).n_out(), weight(g).n_in());
+        assert_eq!(shape, (n_out, n_in), "weights of one shape");
+    }
+    n_out
+}
+
+fn grow<T: Copy>(out: &mut Vec<T>, len: usize, zero: T) {
+    if out.len() < len {
+        out.resize(len, zero);
+    }
+}
+
+/// Rows of `n_in` values in bf16, each padded to an even number with zero.
+fn round_rows(x: &[f32], n_in: usize, out: &mut Vec<bf16>) {
+    let padded = n_in.next_multiple_of(2);
+    grow(out, x.len() / n_in * padded, bf16::ZERO);
+    for (out, x) in out.chunks_exact_mut(padded).zip(x.chunks_exact(n_in)) {
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = bf16::from_f32(*x);
+        }
+        if padded > n_in {
+            out[n_in] = bf16::ZERO;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::Format;
+    use crate::blocks::BlockQ8_0;
     use crate::isa::Isa;
     use crate::samples::{matrices, matrix, noise};
 
@@ -342,7 +552,12 @@ mod tests {
             let mut scratch = MatmulScratch::default();
             let mut y = vec![0.0; 11 * n_out];
             // A different format in every group.
-            compute.grouped_matmul(4, &|g| &weights[g], &offsets, &x, &mut y, &mut scratch);
+            let rows = Grouped {
+                offsets: &offsets,
+                x: &x,
+                index: None,
+            };
+            compute.grouped_matmul(rows, &|g| &weights[g], &mut y, &mut scratch);
             for g in 0..4 {
                 let (from, to) = (offsets[g], offsets[g + 1]);
                 let mut expected = vec![0.0; (to - from) * n_out];
@@ -404,6 +619,21 @@ mod tests {
                     "{format}: {y} {expected}"
                 );
             }
+        }
+    }
+
+    #[test]
+    fn lowest_quants_do_not_overflow() {
+        // A file may hold -128, which our own quantiser never writes.
+        let block = BlockQ8_0 {
+            d: half::f16::ONE,
+            qs: [-128; 32],
+        };
+        let w = Matrix::from_q8_0(1, 32, vec![block]).unwrap();
+        for compute in computes() {
+            let mut y = [0.0];
+            compute.matmul(&w, &[-127.0; 32], &mut y, &mut MatmulScratch::default());
+            assert_eq!(y, [128.0 * 127.0 * 32.0], "{compute:?}");
         }
     }
 

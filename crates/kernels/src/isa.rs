@@ -14,11 +14,13 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ, VL with VNNI (and everything in [`Isa::Avx2`]).
     Avx512,
+    /// [`Isa::Avx512`] with products of bf16.
+    Avx512Bf16,
 }
 
 impl Isa {
     /// Every instruction set that Cadre knows, worst first.
-    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
 
     /// The best one that this CPU has.
     pub fn detect() -> Isa {
@@ -52,15 +54,17 @@ impl Isa {
                 "avx512vl",
                 "avx512vnni",
             ]),
+            Isa::Avx512Bf16 => Isa::Avx512.is_available() && cpu_has(&["avx512bf16"]),
         }
     }
 
-    /// Its name in flags and reports: `scalar`, `avx2`, `avx512`.
+    /// Its name in flags and reports: `scalar`, `avx2`, `avx512`, `avx512_bf16`.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512_bf16",
         }
     }
 }
@@ -73,7 +77,7 @@ impl fmt::Display for Isa {
 
 /// The error of parsing an [`Isa`] from text.
 #[derive(Debug, thiserror::Error)]
-#[error("unknown instruction set \"{0}\"; known: scalar, avx2, avx512")]
+#[error("unknown instruction set \"{0}\"; known: scalar, avx2, avx512, avx512_bf16")]
 pub struct UnknownIsa(String);
 
 impl FromStr for Isa {

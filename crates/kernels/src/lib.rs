@@ -20,6 +20,7 @@ mod format;
 pub mod gemm;
 mod isa;
 mod matrix;
+mod panel;
 mod pool;
 mod product;
 mod quantize;
@@ -32,7 +33,7 @@ pub use attention::{
 };
 pub use blocks::{ActQ8, ActQ8K, BlockQ8_0, Q8_BLOCK, SUPER_BLOCK, dequantize_q8_0, quantize_q8_0};
 pub use bytes::Bytes;
-pub use compute::{Compute, MatmulScratch};
+pub use compute::{Compute, Grouped, MatmulScratch};
 pub use format::Format;
 pub use half::{bf16, f16};
 pub use isa::Isa;

@@ -366,7 +366,19 @@ impl Matrix {
         Some((index / self.n_in, index % self.n_in))
     }
 
-    fn row_bytes(&self) -> usize {
+    /// Bytes of rows `rows`.
+    pub(crate) fn rows_bytes(&self, rows: Range<usize>) -> &[u8] {
+        let row_bytes = self.row_bytes();
+        &self.bytes[rows.start * row_bytes..rows.end * row_bytes]
+    }
+
+    /// Bytes of row `row` and those behind it.
+    pub(crate) fn row_bytes_from(&self, row: usize) -> &[u8] {
+        &self.bytes[row * self.row_bytes()..]
+    }
+
+    /// Bytes of a row.
+    pub(crate) fn row_bytes(&self) -> usize {
         self.format
             .n_bytes(self.n_in)
             .expect("rows were checked to be whole blocks")

@@ -5,7 +5,7 @@ use std::fmt;
 use half::bf16;
 
 use crate::arch::{self, Rows, Table};
-use crate::blocks::{ActQ8, ActQ8K, BlockQ8_0, Q8_BLOCK, SUPER_BLOCK};
+use crate::blocks::{ActQ8, ActQ8K, Q8_BLOCK, SUPER_BLOCK};
 use crate::isa::Isa;
 
 /// The kernels of one instruction set. Holding the value proves that the CPU has it.
@@ -69,24 +69,6 @@ impl Kernels {
         };
         // SAFETY: `self` proves the instruction set; the lengths were compared; one output is written.
         unsafe { (self.table.rows_bf16)(&args) };
-        y
-    }
-
-    /// `w . x` over 8-bit blocks, in integers within a block. Panics when the lengths differ.
-    pub fn dot_q8_0(&self, w: &[BlockQ8_0], x: &[ActQ8]) -> f32 {
-        assert_eq!(w.len(), x.len(), "vectors of one length");
-        let mut y = 0.0;
-        let args = Rows {
-            w: w.as_ptr(),
-            n_rows: 1,
-            x: x.as_ptr(),
-            n_tokens: 1,
-            n_units: w.len(),
-            y: &raw mut y,
-            y_stride: 1,
-        };
-        // SAFETY: `self` proves the instruction set; the lengths were compared; one output is written.
-        unsafe { (self.table.rows_q8_0)(&args) };
         y
     }
 
@@ -192,7 +174,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::blocks::quantize_q8_0;
 
     /// Largest relative error of the vector `exp` against the standard library's.
     const EXP_ERROR: f32 = 3e-7;
@@ -293,20 +274,6 @@ mod tests {
         }
 
         #[test]
-        fn integer_dot_products_agree((w, x) in (0usize..6).prop_flat_map(|n| (values(n * 32), values(n * 32)))) {
-            let mut blocks = vec![BlockQ8_0::ZERO; w.len() / Q8_BLOCK];
-            prop_assert!(quantize_q8_0(&w, &mut blocks));
-            let mut acts = vec![ActQ8::ZERO; blocks.len()];
-            twin().quantize_act(&x, &mut acts);
-            let expected = twin().dot_q8_0(&blocks, &acts);
-            let magnitude: f32 = w.iter().zip(&x).map(|(a, b)| (a * b).abs()).sum();
-            for kernels in others() {
-                let error = (kernels.dot_q8_0(&blocks, &acts) - expected).abs();
-                prop_assert!(error <= 1e-5 * magnitude + 1e-6, "{kernels:?}: off by {error}");
-            }
-        }
-
-        #[test]
         fn weighted_rows_agree(
             (weights, y, rows) in (0usize..9, 1usize..50).prop_flat_map(|(k, n)| (values(k), values(n), values(k * n)))
         ) {
@@ -401,28 +368,6 @@ mod tests {
                     "{kernels:?} {bad}"
                 );
             }
-        }
-    }
-
-    #[test]
-    fn lowest_quants_do_not_overflow() {
-        // A file may hold -128, which our own quantiser never writes.
-        let w = [BlockQ8_0 {
-            d: half::f16::ONE,
-            qs: [-128; 32],
-        }];
-        let x = [ActQ8 {
-            d: 1.0,
-            sum: -127.0 * 32.0,
-            bias: -128 * -127 * 32,
-            qs: [-127; 32],
-        }];
-        for kernels in others().into_iter().chain([twin()]) {
-            assert_eq!(
-                kernels.dot_q8_0(&w, &x),
-                128.0 * 127.0 * 32.0,
-                "{kernels:?}"
-            );
         }
     }
 

@@ -12,15 +12,14 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Table, avx2_quants, rows_by_tiles};
+use super::{Products, Table, avx2_quants, rows_by_tiles};
 use crate::blocks::{ActQ8, ActScale, Q8_BLOCK};
 
 pub(super) static TABLE: Table = Table {
     rows_f32,
     rows_f16,
     rows_bf16,
-    rows_q8_0: avx2_quants::rows_q8_0,
-    quants: avx2_quants::QUANTS,
+    products: Products::Rows(avx2_quants::QUANTS),
     attention: &super::attention::avx2::TABLE,
     add_weighted_rows,
     max,

@@ -23,6 +23,7 @@ use crate::blocks::{
 use crate::format;
 
 pub(super) const QUANTS: Quants = Quants {
+    rows_q8_0,
     rows_q4_0,
     rows_q4_1,
     rows_q5_0,

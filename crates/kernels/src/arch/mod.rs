@@ -11,6 +11,7 @@ mod avx2_quants;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod scalar;
+mod scalar_panel;
 
 use half::{bf16, f16};
 
@@ -18,7 +19,9 @@ use crate::blocks::{
     ActQ8, ActQ8K, BlockIq4Nl, BlockIq4Xs, BlockMxfp4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1,
     BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8K,
 };
+use crate::format::Format;
 use crate::isa::Isa;
+use crate::panel::{MultiplyFn, PackFn};
 
 /// Arguments of a block of matrix product: `y[t * y_stride + r] = dot(w row r, x row t)`.
 ///
@@ -46,8 +49,7 @@ pub(crate) struct Table {
     pub(crate) rows_f32: RowsFn<f32, f32>,
     pub(crate) rows_f16: RowsFn<f16, f32>,
     pub(crate) rows_bf16: RowsFn<bf16, f32>,
-    pub(crate) rows_q8_0: RowsFn<BlockQ8_0, ActQ8>,
-    pub(crate) quants: Quants,
+    pub(crate) products: Products,
     pub(crate) attention: &'static attention::AttentionTable,
     /// `y += sum over j of weights[j] * rows[j]`, with `rows: [weights.len(), y.len()]`.
     pub(crate) add_weighted_rows: unsafe fn(weights: &[f32], rows: &[f32], y: &mut [f32]),
@@ -65,11 +67,32 @@ pub(crate) struct Table {
     pub(crate) quantize_act_k: unsafe fn(x: &[f32], out: &mut [ActQ8K]),
 }
 
-/// Products with the block formats beside Q8_0.
+/// How an instruction set multiplies by weights.
+pub(crate) enum Products {
+    /// Dot products of rows where they lie.
+    Rows(Quants),
+    /// Rows unpacked into panels first.
+    Panels(fn(Format) -> PanelKernels),
+}
+
+/// How the weights of a format become panels, and what they are multiplied by.
+pub(crate) enum PanelKernels {
+    Q8(PackFn, MultiplyFn<ActQ8>),
+    Q8K(PackFn, MultiplyFn<ActQ8K>),
+    /// Weights of any float format, activations as they come.
+    F32(PackFn, MultiplyFn<f32>),
+    /// Weights and activations in bf16; the first two for activations as they come.
+    Bf16(PackFn, MultiplyFn<f32>, PackFn, MultiplyFn<bf16>),
+    /// The format has to be expanded to f32 first.
+    Expand,
+}
+
+/// Products of rows with the block formats.
 ///
 /// A super-block's share of a dot product is exact in integers up to two multiplications by scales, and shares are
 /// added in order: the products of 256-value formats have the same bits on every instruction set.
 pub(crate) struct Quants {
+    pub(crate) rows_q8_0: RowsFn<BlockQ8_0, ActQ8>,
     pub(crate) rows_q4_0: RowsFn<BlockQ4_0, ActQ8>,
     pub(crate) rows_q4_1: RowsFn<BlockQ4_1, ActQ8>,
     pub(crate) rows_q5_0: RowsFn<BlockQ5_0, ActQ8>,
@@ -93,6 +116,8 @@ pub(crate) fn table(isa: Isa) -> Option<&'static Table> {
         Isa::Avx2 => Some(&avx2::TABLE),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => Some(&avx512::TABLE),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16 => Some(&avx512::TABLE_BF16),
         #[cfg(not(target_arch = "x86_64"))]
         _ => None,
     }

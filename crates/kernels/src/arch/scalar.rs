@@ -4,10 +4,9 @@
 
 use half::{bf16, f16};
 
-use super::{Quants, Rows, Table};
+use super::{Products, Rows, Table, scalar_panel};
 use crate::blocks::{
-    ActQ8, ActQ8K, ActScale, Block32, Block256, BlockQ8_0, Q8_BLOCK, Quants256, SUB_BLOCK,
-    SUPER_BLOCK,
+    ActQ8, ActQ8K, ActScale, Block256, Q8_BLOCK, Quants256, SUPER_BLOCK,
 };
 use crate::format::decode_f8;
 
@@ -15,22 +14,7 @@ pub(super) static TABLE: Table = Table {
     rows_f32,
     rows_f16,
     rows_bf16,
-    rows_q8_0: rows_32::<BlockQ8_0>,
-    quants: Quants {
-        rows_q4_0: rows_32,
-        rows_q4_1: rows_32,
-        rows_q5_0: rows_32,
-        rows_q5_1: rows_32,
-        rows_iq4_nl: rows_32,
-        rows_mxfp4: rows_32,
-        rows_q2_k: rows_256,
-        rows_q3_k: rows_256,
-        rows_q4_k: rows_256,
-        rows_q5_k: rows_256,
-        rows_q6_k: rows_256,
-        rows_q8_k: rows_256,
-        rows_iq4_xs: rows_256,
-    },
+    products: Products::Panels(scalar_panel::panels),
     attention: &super::attention::scalar::TABLE,
     add_weighted_rows,
     max,
@@ -65,45 +49,6 @@ fn dot_bf16(w: &[bf16], x: &[f32]) -> f32 {
 
 fn dot_f16(w: &[f16], x: &[f32]) -> f32 {
     sum_products(w.len(), |i| w[i].to_f32() * x[i])
-}
-
-fn dot_32<B: Block32>(w: &[B], x: &[ActQ8]) -> f32 {
-    let mut sum = 0.0;
-    for (w, x) in w.iter().zip(x) {
-        let w = w.unpack();
-        let products =
-            w.qs.iter()
-                .zip(&x.qs)
-                .map(|(w, x)| i32::from(*w) * i32::from(*x));
-        sum += products.sum::<i32>() as f32 * (w.d * x.d);
-        if B::HAS_MIN {
-            sum += w.m * x.sum;
-        }
-    }
-    sum
-}
-
-fn dot_256<B: Block256>(w: &[B], x: &[ActQ8K]) -> f32 {
-    let mut quants = Quants256::ZERO;
-    let mut sum = 0.0;
-    for (w, x) in w.iter().zip(x) {
-        w.unpack(&mut quants);
-        let (mut scaled, mut mins) = (0, 0);
-        let ws = quants.qs.as_chunks::<SUB_BLOCK>().0;
-        let xs = x.qs.as_chunks::<SUB_BLOCK>().0;
-        for (at, (ws, xs)) in ws.iter().zip(xs).enumerate() {
-            let products = ws
-                .iter()
-                .zip(xs)
-                .map(|(w, x)| i32::from(*w) * i32::from(*x));
-            let sum = i32::from(x.sums[at]);
-            let dot = products.sum::<i32>() - i32::from(B::OFFSET) * sum;
-            scaled += i32::from(quants.scales[at]) * dot;
-            mins += i32::from(quants.mins[at]) * sum;
-        }
-        sum += share::<B>(&quants, x.d, scaled, mins);
-    }
-    sum
 }
 
 /// What a super-block adds to a dot product, from its sums in integers.
@@ -151,20 +96,6 @@ unsafe fn rows_bf16(args: &Rows<bf16, f32>) {
 unsafe fn rows_f16(args: &Rows<f16, f32>) {
     // SAFETY: the same contract.
     unsafe { rows(args, dot_f16) }
-}
-
-/// # Safety
-/// See `RowsFn`.
-unsafe fn rows_32<B: Block32>(args: &Rows<B, ActQ8>) {
-    // SAFETY: the same contract.
-    unsafe { rows(args, dot_32) }
-}
-
-/// # Safety
-/// See `RowsFn`.
-unsafe fn rows_256<B: Block256>(args: &Rows<B, ActQ8K>) {
-    // SAFETY: the same contract.
-    unsafe { rows(args, dot_256) }
 }
 
 fn add_weighted_rows(weights: &[f32], rows: &[f32], y: &mut [f32]) {

@@ -8,19 +8,29 @@
     reason = "tiles are indexed by row and token, which unrolls into registers"
 )]
 
+mod multiply;
+mod pack;
+
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Table, avx2_quants, rows_by_tiles};
-use crate::blocks::{ActQ8, ActScale, BlockQ8_0, Q8_BLOCK};
+use super::{PanelKernels, Products, Table, avx2_quants, rows_by_tiles, scalar_panel};
+use crate::blocks::{
+    ActQ8, ActScale, BlockIq4Nl, BlockIq4Xs, BlockQ2K, BlockQ3K, BlockQ4_1, BlockQ5_0, BlockQ5_1,
+    BlockQ8K, Q8_BLOCK,
+};
+use crate::format::Format;
 
-pub(super) static TABLE: Table = Table {
+pub(super) static TABLE: Table = table(panels);
+pub(super) static TABLE_BF16: Table = table(panels_bf16);
+
+const fn table(panels: fn(Format) -> PanelKernels) -> Table {
+    Table {
     rows_f32,
     rows_f16,
     rows_bf16,
-    rows_q8_0,
-    quants: avx2_quants::QUANTS,
+    products: Products::Panels(panels),
     attention: &super::attention::avx512::TABLE,
     add_weighted_rows,
     max,
@@ -29,12 +39,51 @@ pub(super) static TABLE: Table = Table {
     decode_f8: avx2_quants::decode_f8,
     quantize_act,
     quantize_act_k: avx2_quants::quantize_act_k,
-};
+}
+}
 
 rows_by_tiles!(rows_f32, tile_f32, f32, f32, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 8);
 rows_by_tiles!(rows_f16, tile_half<f16>, f16, f32, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 8);
 rows_by_tiles!(rows_bf16, tile_half<bf16>, bf16, f32, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 8);
-rows_by_tiles!(rows_q8_0, tile_q8_0, BlockQ8_0, ActQ8, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 4);
+
+/// The panels of `format`.
+fn panels(format: Format) -> PanelKernels {
+    use PanelKernels::{F32, Q8, Q8K};
+    use multiply::{multiply_32, multiply_256, multiply_f32};
+    match format {
+        Format::F32 => F32(pack::pack_f32, multiply_f32),
+        Format::F16 => F32(pack::pack_f16, multiply_f32),
+        Format::Bf16 => F32(pack::pack_bf16, multiply_f32),
+        Format::Q8_0 => Q8(pack::pack_q8_0, multiply_32::<false>),
+        Format::Q4_0 => Q8(pack::pack_q4_0, multiply_32::<false>),
+        Format::Mxfp4 => Q8(pack::pack_mxfp4, multiply_32::<false>),
+        Format::Q5_0 => Q8(pack::pack_32::<BlockQ5_0>, multiply_32::<false>),
+        Format::Iq4Nl => Q8(pack::pack_32::<BlockIq4Nl>, multiply_32::<false>),
+        Format::Q4_1 => Q8(pack::pack_32::<BlockQ4_1>, multiply_32::<true>),
+        Format::Q5_1 => Q8(pack::pack_32::<BlockQ5_1>, multiply_32::<true>),
+        Format::Q2K => Q8K(pack::pack_256::<BlockQ2K, 16>, multiply_256::<16, true>),
+        Format::Q3K => Q8K(pack::pack_256::<BlockQ3K, 16>, multiply_256::<16, false>),
+        Format::Q4K => Q8K(pack::pack_q4_k, multiply_256::<8, true>),
+        Format::Q5K => Q8K(pack::pack_q5_k, multiply_256::<8, true>),
+        Format::Q6K => Q8K(pack::pack_q6_k, multiply_256::<16, false>),
+        Format::Q8K => Q8K(pack::pack_256::<BlockQ8K, 8>, multiply_256::<8, false>),
+        Format::Iq4Xs => Q8K(pack::pack_256::<BlockIq4Xs, 8>, multiply_256::<8, false>),
+        Format::F8E4M3 | Format::U8 => scalar_panel::panels(format),
+    }
+}
+
+/// The panels of `format` on CPUs that multiply bf16.
+fn panels_bf16(format: Format) -> PanelKernels {
+    match (format, panels(format)) {
+        (Format::Bf16, PanelKernels::F32(pack, multiply)) => PanelKernels::Bf16(
+            pack,
+            multiply,
+            pack::pack_bf16_pairs,
+            multiply::multiply_bf16,
+        ),
+        (_, kernels) => kernels,
+    }
+}
 
 const LANES: usize = 16;
 
@@ -136,55 +185,6 @@ fn reduce<const R: usize, const N: usize>(acc: [[__m512; N]; R]) -> [[f32; N]; R
     for r in 0..R {
         for t in 0..N {
             sums[r][t] = _mm512_reduce_add_ps(acc[r][t]);
-        }
-    }
-    sums
-}
-
-/// # Safety
-/// `w` and `x` hold `R` and `N` rows of `n` blocks.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni")]
-#[inline]
-unsafe fn tile_q8_0<const R: usize, const N: usize>(
-    w: *const BlockQ8_0,
-    x: *const ActQ8,
-    n: usize,
-) -> [[f32; N]; R] {
-    let flip = _mm256_set1_epi8(i8::MIN);
-    let mut acc = [[_mm256_setzero_ps(); N]; R];
-    for i in 0..n {
-        let mut xs = [_mm256_setzero_si256(); N];
-        let mut biases = [_mm256_setzero_si256(); N];
-        let mut scales = [0.0f32; N];
-        for t in 0..N {
-            // SAFETY: block i of row t.
-            let act = unsafe { &*x.add(t * n + i) };
-            // SAFETY: the 32 quants of the block.
-            xs[t] = unsafe { _mm256_loadu_si256(act.qs.as_ptr().cast()) };
-            biases[t] = _mm256_zextsi128_si256(_mm_cvtsi32_si128(act.bias));
-            scales[t] = act.d;
-        }
-        for r in 0..R {
-            // SAFETY: block i of row r.
-            let block = unsafe { &*w.add(r * n + i) };
-            // SAFETY: the 32 quants of the block. Adding 128 makes them unsigned, as VNNI wants.
-            let ws = _mm256_xor_si256(
-                unsafe { _mm256_loadu_si256(block.qs.as_ptr().cast()) },
-                flip,
-            );
-            let d = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(
-                block.d.to_bits(),
-            ))));
-            for t in 0..N {
-                let sums = _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(biases[t], ws, xs[t]));
-                acc[r][t] = _mm256_fmadd_ps(sums, _mm256_set1_ps(d * scales[t]), acc[r][t]);
-            }
-        }
-    }
-    let mut sums = [[0.0; N]; R];
-    for r in 0..R {
-        for t in 0..N {
-            sums[r][t] = _mm512_reduce_add_ps(_mm512_zextps256_ps512(acc[r][t]));
         }
     }
     sums

@@ -1,0 +1,367 @@
+//! Products with panels: two vectors of 16 rows, a few tokens at a time.
+//!
+//! Four tokens make eight sums that do not wait for each other, which the multipliers need to be busy. What a token has
+//! added up waits in the first cache. A token's numbers are broadcast as they are loaded. Integers are exact and what
+//! becomes of them is computed by the twin's operations in the twin's order, so the results of all block formats are
+//! the twin's.
+
+use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
+
+use half::bf16;
+
+use crate::blocks::{ActQ8, ActQ8K};
+use crate::panel::{Lanes, PANEL_ROWS, Panel, TOKEN_BLOCK};
+
+/// Words of 32 integers.
+const WORDS_32: usize = 8;
+/// Words after which sums of floats go back to memory.
+const FLOAT_STEP: usize = 32;
+/// Rows of a vector.
+const HALF: usize = PANEL_ROWS / 2;
+
+/// Both halves of a value per row.
+type Pair<T> = [T; 2];
+
+/// Calls `$kernel::<N, ..>(panel, units, xs, sums)` for tokens in fours, then ones.
+macro_rules! by_tokens {
+    ($kernel:ident $(::<$($generic:ident),*>)?, $panel:expr, $units:expr, $xs:expr, $sums:expr) => {{
+        let (xs, rest_xs) = $xs.as_chunks::<4>();
+        let (sums, rest_sums) = $sums.as_chunks_mut::<4>();
+        // SAFETY: the caller's contract, for some of the tokens.
+        unsafe {
+            for (xs, sums) in xs.iter().zip(sums) {
+                $kernel::<4 $(, $($generic),*)?>($panel, $units, xs, sums);
+            }
+            let (xs, last_xs) = rest_xs.as_chunks::<2>();
+            let (sums, last_sums) = rest_sums.as_chunks_mut::<2>();
+            for (xs, sums) in xs.iter().zip(sums) {
+                $kernel::<2 $(, $($generic),*)?>($panel, $units, xs, sums);
+            }
+            for (x, sum) in last_xs.iter().zip(last_sums) {
+                $kernel::<1 $(, $($generic),*)?>($panel, $units, &[*x], std::array::from_mut(sum));
+            }
+        }
+    }};
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn load_f32(row: &Lanes<f32>) -> Pair<__m512> {
+    // SAFETY: 32 values.
+    unsafe {
+        [
+            _mm512_loadu_ps(row.as_ptr()),
+            _mm512_loadu_ps(row.as_ptr().add(HALF)),
+        ]
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn store_f32(row: &mut Lanes<f32>, v: Pair<__m512>) {
+    // SAFETY: 32 values.
+    unsafe {
+        _mm512_storeu_ps(row.as_mut_ptr(), v[0]);
+        _mm512_storeu_ps(row.as_mut_ptr().add(HALF), v[1]);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn load<T>(row: &Lanes<T>) -> Pair<__m512i> {
+    const { assert!(size_of::<T>() == 4) };
+    // SAFETY: 32 values of 4 bytes.
+    unsafe {
+        [
+            _mm512_loadu_si512(row.as_ptr().cast()),
+            _mm512_loadu_si512(row.as_ptr().add(HALF).cast()),
+        ]
+    }
+}
+
+/// Holds the compiler to the order in which the sums are written down. Left alone, it finishes one sum after the other,
+/// which waits for each step, and puts the others into memory.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn in_order<T>(acc: &mut Pair<T>) {
+    const { assert!(size_of::<T>() == 64) };
+    let [a, b] = acc;
+    // SAFETY: no instructions; registers of 64 bytes hold either type.
+    unsafe {
+        let (a, b) = ((a as *mut T).cast::<__m512i>(), (b as *mut T).cast::<__m512i>());
+        std::arch::asm!(
+            "/* {0} {1} */",
+            inout(zmm_reg) *a,
+            inout(zmm_reg) *b,
+            options(nomem, nostack, preserves_flags)
+        );
+    }
+}
+
+/// `acc[t] + w . xs[t]` over words of four activations.
+///
+/// # Safety
+/// `xs[t]` points to four activations per word.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+unsafe fn dots<const N: usize, const W: usize>(
+    words: &[Lanes<u32>; W],
+    xs: [*const i8; N],
+    mut acc: [Pair<__m512i>; N],
+) -> [Pair<__m512i>; N] {
+    for i in 0..W {
+        let w = load(&words[i]);
+        for t in 0..N {
+            // SAFETY: four activations.
+            let x = unsafe { xs[t].add(4 * i).cast::<i32>().read_unaligned() };
+            let x = _mm512_set1_epi32(x);
+            acc[t][0] = _mm512_dpbusd_epi32(acc[t][0], w[0], x);
+            acc[t][1] = _mm512_dpbusd_epi32(acc[t][1], w[1], x);
+            in_order(&mut acc[t]);
+        }
+    }
+    acc
+}
+
+/// # Safety
+/// See `MultiplyFn`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) unsafe fn multiply_32<const HAS_MIN: bool>(
+    panel: &Panel,
+    n: usize,
+    xs: &[*const ActQ8],
+    sums: &mut [Lanes<f32>],
+) {
+    for at in 0..n {
+        by_tokens!(block_32::<HAS_MIN>, panel, at, xs, sums);
+    }
+}
+
+/// # Safety
+/// See `MultiplyFn`, for block `at`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+unsafe fn block_32<const N: usize, const HAS_MIN: bool>(
+    panel: &Panel,
+    at: usize,
+    xs: &[*const ActQ8; N],
+    sums: &mut [Lanes<f32>; N],
+) {
+    // SAFETY: block `at` of every token.
+    let xs = xs.map(|x| unsafe { &*x.add(at) });
+    let acc = xs.map(|x| [_mm512_set1_epi32(if HAS_MIN { 0 } else { x.bias }); 2]);
+    let words = &panel.words.as_chunks::<WORDS_32>().0[at];
+    // SAFETY: 32 activations.
+    let acc = unsafe { dots(words, xs.map(|x| x.qs.as_ptr()), acc) };
+    let (d, m) = (load_f32(&panel.d[at]), load_f32(&panel.m[at]));
+    for t in 0..N {
+        let mut sum = load_f32(&sums[t]);
+        for h in 0..2 {
+            let scale = _mm512_mul_ps(d[h], _mm512_set1_ps(xs[t].d));
+            let share = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[t][h]), scale);
+            sum[h] = _mm512_add_ps(sum[h], share);
+            if HAS_MIN {
+                let min = _mm512_mul_ps(m[h], _mm512_set1_ps(xs[t].sum));
+                sum[h] = _mm512_add_ps(sum[h], min);
+            }
+        }
+        store_f32(&mut sums[t], sum);
+    }
+}
+
+/// # Safety
+/// See `MultiplyFn`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) unsafe fn multiply_256<const SCALES: usize, const HAS_MIN: bool>(
+    panel: &Panel,
+    n: usize,
+    xs: &[*const ActQ8K],
+    sums: &mut [Lanes<f32>],
+) {
+    for at in 0..n {
+        by_tokens!(block_256::<SCALES, HAS_MIN>, panel, at, xs, sums);
+    }
+}
+
+/// # Safety
+/// See `MultiplyFn`, for super-block `at`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+unsafe fn block_256<const N: usize, const SCALES: usize, const HAS_MIN: bool>(
+    panel: &Panel,
+    at: usize,
+    xs: &[*const ActQ8K; N],
+    sums: &mut [Lanes<f32>; N],
+) {
+    // SAFETY: super-block `at` of every token.
+    let xs = xs.map(|x| unsafe { &*x.add(at) });
+    let zero = [[_mm512_setzero_si512(); 2]; N];
+    let mut scaled = zero;
+    for (j, scale) in panel.scales[at][..SCALES].iter().enumerate() {
+        // SAFETY: the activations that share the scale.
+        let acc = unsafe {
+            let xs = xs.map(|x| x.qs.as_ptr().add(256 / SCALES * j));
+            match SCALES {
+                8 => dots(&panel.words.as_chunks::<8>().0[8 * at + j], xs, zero),
+                _ => dots(&panel.words.as_chunks::<4>().0[16 * at + j], xs, zero),
+            }
+        };
+        let scale = load(scale);
+        for t in 0..N {
+            for h in 0..2 {
+                let product = _mm512_mullo_epi32(acc[t][h], scale[h]);
+                scaled[t][h] = _mm512_add_epi32(scaled[t][h], product);
+            }
+        }
+    }
+    let mut rest = if HAS_MIN { zero } else { scaled };
+    for (j, pair) in panel.pairs[at].iter().enumerate() {
+        let pair = load(pair);
+        for t in 0..N {
+            // SAFETY: two of the sixteen sums.
+            let sums = unsafe { xs[t].sums.as_ptr().add(2 * j).cast::<i32>().read_unaligned() };
+            let sums = _mm512_set1_epi32(sums);
+            for h in 0..2 {
+                rest[t][h] = _mm512_dpwssd_epi32(rest[t][h], pair[h], sums);
+            }
+        }
+    }
+    let (d, m) = (load_f32(&panel.d[at]), load_f32(&panel.m[at]));
+    for t in 0..N {
+        let x_d = _mm512_set1_ps(xs[t].d);
+        let mut sum = load_f32(&sums[t]);
+        for h in 0..2 {
+            let scale = _mm512_mul_ps(d[h], x_d);
+            let rest = _mm512_cvtepi32_ps(rest[t][h]);
+            let share = if HAS_MIN {
+                let mins = _mm512_mul_ps(_mm512_mul_ps(m[h], x_d), rest);
+                let scaled = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(scaled[t][h]));
+                _mm512_sub_ps(scaled, mins)
+            } else {
+                _mm512_mul_ps(scale, rest)
+            };
+            sum[h] = _mm512_add_ps(sum[h], share);
+        }
+        store_f32(&mut sums[t], sum);
+    }
+}
+
+/// Room for a value per row and token.
+type Block = [MaybeUninit<Lanes<f32>>; TOKEN_BLOCK];
+
+/// The rows of the first `n` tokens, zeroed; the others are left alone, since a single token must not pay for them.
+#[inline(always)]
+fn zeroed(block: &mut Block, n: usize) -> &mut [Lanes<f32>] {
+    for row in &mut block[..n] {
+        row.write([0.0; PANEL_ROWS]);
+    }
+    // SAFETY: the first `n` were just written.
+    unsafe { &mut *(&raw mut block[..n] as *mut [Lanes<f32>]) }
+}
+
+/// Adds what a panel of floats has summed up: first among itself, which loses less than adding one by one.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+fn add(sums: &mut [Lanes<f32>], shares: &[Lanes<f32>]) {
+    for (sum, share) in sums.iter_mut().zip(shares) {
+        let (a, b) = (load_f32(sum), load_f32(share));
+        store_f32(sum, [_mm512_add_ps(a[0], b[0]), _mm512_add_ps(a[1], b[1])]);
+    }
+}
+
+/// # Safety
+/// See `MultiplyFn`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")]
+pub(super) unsafe fn multiply_f32(
+    panel: &Panel,
+    n: usize,
+    xs: &[*const f32],
+    sums: &mut [Lanes<f32>],
+) {
+    let mut shares = [const { MaybeUninit::uninit() }; TOKEN_BLOCK];
+    let shares = zeroed(&mut shares, xs.len());
+    for from in (0..n).step_by(FLOAT_STEP) {
+        let words = (from, FLOAT_STEP.min(n - from));
+        by_tokens!(step_f32, panel, words, xs, shares);
+    }
+    add(sums, shares);
+}
+
+/// # Safety
+/// See `MultiplyFn`, for words `from..from + n`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")]
+#[inline]
+unsafe fn step_f32<const N: usize>(
+    panel: &Panel,
+    (from, n): (usize, usize),
+    xs: &[*const f32; N],
+    shares: &mut [Lanes<f32>; N],
+) {
+    let mut acc = shares.each_ref().map(|row| load_f32(row));
+    for (i, word) in panel.words[from..][..n].iter().enumerate() {
+        let w = load(word).map(|v| _mm512_castsi512_ps(v));
+        for t in 0..N {
+            // SAFETY: value from + i of the token.
+            let x = _mm512_set1_ps(unsafe { *xs[t].add(from + i) });
+            for h in 0..2 {
+                acc[t][h] = _mm512_fmadd_ps(w[h], x, acc[t][h]);
+            }
+            in_order(&mut acc[t]);
+        }
+    }
+    for (share, acc) in shares.iter_mut().zip(acc) {
+        store_f32(share, acc);
+    }
+}
+
+/// Products of bf16 with bf16, in pairs; `n` counts values, an odd last one is paired with zeros.
+///
+/// # Safety
+/// See `MultiplyFn`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+pub(super) unsafe fn multiply_bf16(
+    panel: &Panel,
+    n: usize,
+    xs: &[*const bf16],
+    sums: &mut [Lanes<f32>],
+) {
+    let mut shares = [const { MaybeUninit::uninit() }; TOKEN_BLOCK];
+    let shares = zeroed(&mut shares, xs.len());
+    let n = n.div_ceil(2);
+    for from in (0..n).step_by(FLOAT_STEP) {
+        let words = (from, FLOAT_STEP.min(n - from));
+        by_tokens!(step_bf16, panel, words, xs, shares);
+    }
+    add(sums, shares);
+}
+
+/// # Safety
+/// See `MultiplyFn`, for words `from..from + n`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+#[inline]
+unsafe fn step_bf16<const N: usize>(
+    panel: &Panel,
+    (from, n): (usize, usize),
+    xs: &[*const bf16; N],
+    shares: &mut [Lanes<f32>; N],
+) {
+    // SAFETY: registers of one size, any bits are a value.
+    let as_bf16 = |v: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(v) };
+    let mut acc = shares.each_ref().map(|row| load_f32(row));
+    for (i, word) in panel.words[from..][..n].iter().enumerate() {
+        let w = load(word).map(as_bf16);
+        for t in 0..N {
+            // SAFETY: pair from + i of the token.
+            let x = unsafe { xs[t].add(2 * (from + i)).cast::<i32>().read_unaligned() };
+            let x = as_bf16(_mm512_set1_epi32(x));
+            for h in 0..2 {
+                acc[t][h] = _mm512_dpbf16_ps(acc[t][h], w[h], x);
+            }
+            in_order(&mut acc[t]);
+        }
+    }
+    for (share, acc) in shares.iter_mut().zip(acc) {
+        store_f32(share, acc);
+    }
+}

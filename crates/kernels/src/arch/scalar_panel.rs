@@ -1,0 +1,237 @@
+//! The scalar twins of packing and of the products with panels: what they mean, for every format.
+
+use half::{bf16, f16};
+
+use super::PanelKernels;
+use crate::blocks::{
+    ActQ8, ActQ8K, Block32, Block256, BlockIq4Nl, BlockIq4Xs, BlockMxfp4, BlockQ2K, BlockQ3K,
+    BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8K,
+    Q8_BLOCK, Quants256, SUPER_BLOCK,
+};
+use crate::format::Format;
+use crate::panel::{Lanes, PANEL_ROWS, Panel, SIGNED_BIAS, Slab};
+
+/// Words of a block of 32 integers, and of a super-block.
+const WORDS_32: usize = Q8_BLOCK / 4;
+const WORDS_256: usize = SUPER_BLOCK / 4;
+
+/// The kernels of `format`; floats are multiplied in f32.
+pub(super) fn panels(format: Format) -> PanelKernels {
+    match format {
+        Format::F32 => PanelKernels::F32(pack_f32, multiply_f32),
+        Format::F16 => PanelKernels::F32(pack_f16, multiply_f32),
+        Format::Bf16 => PanelKernels::F32(pack_bf16, multiply_f32),
+        Format::Q8_0 => PanelKernels::Q8(pack_32::<BlockQ8_0>, multiply_32::<false>),
+        Format::Q4_0 => PanelKernels::Q8(pack_32::<BlockQ4_0>, multiply_32::<false>),
+        Format::Q5_0 => PanelKernels::Q8(pack_32::<BlockQ5_0>, multiply_32::<false>),
+        Format::Iq4Nl => PanelKernels::Q8(pack_32::<BlockIq4Nl>, multiply_32::<false>),
+        Format::Mxfp4 => PanelKernels::Q8(pack_32::<BlockMxfp4>, multiply_32::<false>),
+        Format::Q4_1 => PanelKernels::Q8(pack_32::<BlockQ4_1>, multiply_32::<true>),
+        Format::Q5_1 => PanelKernels::Q8(pack_32::<BlockQ5_1>, multiply_32::<true>),
+        Format::Q2K => PanelKernels::Q8K(pack_256::<BlockQ2K, 16>, multiply_256::<16, true>),
+        Format::Q3K => PanelKernels::Q8K(pack_256::<BlockQ3K, 16>, multiply_256::<16, false>),
+        Format::Q4K => PanelKernels::Q8K(pack_256::<BlockQ4K, 8>, multiply_256::<8, true>),
+        Format::Q5K => PanelKernels::Q8K(pack_256::<BlockQ5K, 8>, multiply_256::<8, true>),
+        Format::Q6K => PanelKernels::Q8K(pack_256::<BlockQ6K, 16>, multiply_256::<16, false>),
+        Format::Q8K => PanelKernels::Q8K(pack_256::<BlockQ8K, 8>, multiply_256::<8, false>),
+        Format::Iq4Xs => PanelKernels::Q8K(pack_256::<BlockIq4Xs, 8>, multiply_256::<8, false>),
+        Format::F8E4M3 | Format::U8 => PanelKernels::Expand,
+    }
+}
+
+/// # Safety
+/// See `PackFn`.
+#[inline(always)]
+pub(super) unsafe fn pack_32<B: Block32>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+    let flip = if B::HAS_MIN { 0 } else { i8::MIN };
+    for at in 0..n {
+        for row in 0..PANEL_ROWS {
+            // SAFETY: the contract.
+            let block = unsafe { slab.block::<B>(row, from + at).read() }.unpack();
+            panel.d[at][row] = block.d;
+            panel.m[at][row] = block.m;
+            put(&block.qs, flip, &mut panel.words[at * WORDS_32..], row);
+        }
+    }
+}
+
+/// # Safety
+/// See `PackFn`.
+#[inline(always)]
+pub(super) unsafe fn pack_256<B: Block256, const SCALES: usize>(
+    slab: &Slab,
+    from: usize,
+    n: usize,
+    panel: &mut Panel,
+) {
+    let (flip, offset) = match B::SIGNED {
+        true => (i8::MIN, SIGNED_BIAS),
+        false => (0, i32::from(B::OFFSET)),
+    };
+    let mut quants = Quants256::ZERO;
+    for at in 0..n {
+        for row in 0..PANEL_ROWS {
+            // SAFETY: the contract.
+            unsafe { slab.block::<B>(row, from + at).read() }.unpack(&mut quants);
+            panel.d[at][row] = quants.d;
+            panel.m[at][row] = quants.dmin;
+            for (j, scale) in panel.scales[at][..SCALES].iter_mut().enumerate() {
+                scale[row] = i32::from(quants.scales[j * 16 / SCALES]);
+            }
+            for (j, pair) in panel.pairs[at].iter_mut().enumerate() {
+                let factor = |j: usize| match B::HAS_MIN {
+                    true => u32::from(quants.mins[j] as u16),
+                    false => (-offset * i32::from(quants.scales[j])) as u32 & 0xffff,
+                };
+                pair[row] = factor(2 * j) | factor(2 * j + 1) << 16;
+            }
+            put(&quants.qs, flip, &mut panel.words[at * WORDS_256..], row);
+        }
+    }
+}
+
+/// Writes a row's integers, four a word.
+#[inline(always)]
+fn put(qs: &[i8], flip: i8, words: &mut [Lanes<u32>], row: usize) {
+    for (word, qs) in words.iter_mut().zip(qs.as_chunks::<4>().0) {
+        word[row] = u32::from_le_bytes(qs.map(|q| (q ^ flip) as u8));
+    }
+}
+
+/// # Safety
+/// See `PackFn`.
+pub(super) unsafe fn pack_f32(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+    // SAFETY: the contract.
+    unsafe { pack_values(slab, from, n, panel, |v: f32| v) }
+}
+
+/// # Safety
+/// See `PackFn`.
+pub(super) unsafe fn pack_f16(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+    // SAFETY: the contract.
+    unsafe { pack_values(slab, from, n, panel, f16::to_f32) }
+}
+
+/// # Safety
+/// See `PackFn`.
+pub(super) unsafe fn pack_bf16(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+    // SAFETY: the contract.
+    unsafe { pack_values(slab, from, n, panel, bf16::to_f32) }
+}
+
+/// # Safety
+/// See `PackFn`.
+#[inline(always)]
+pub(super) unsafe fn pack_values<B: Copy>(
+    slab: &Slab,
+    from: usize,
+    n: usize,
+    panel: &mut Panel,
+    value: impl Fn(B) -> f32,
+) {
+    for row in 0..PANEL_ROWS {
+        for (at, word) in panel.words[..n].iter_mut().enumerate() {
+            // SAFETY: the contract.
+            word[row] = value(unsafe { slab.block::<B>(row, from + at).read() }).to_bits();
+        }
+    }
+}
+
+/// Four products of 8-bit integers, the first ones unsigned.
+#[inline(always)]
+fn products(w: u32, x: &[i8; 4]) -> i32 {
+    let w = w.to_le_bytes();
+    (0..4).map(|i| i32::from(w[i]) * i32::from(x[i])).sum()
+}
+
+/// # Safety
+/// See `MultiplyFn`.
+unsafe fn multiply_32<const HAS_MIN: bool>(
+    panel: &Panel,
+    n: usize,
+    xs: &[*const ActQ8],
+    sums: &mut [Lanes<f32>],
+) {
+    for (x, sums) in xs.iter().zip(sums) {
+        // SAFETY: the contract.
+        let x = unsafe { std::slice::from_raw_parts(*x, n) };
+        for (at, x) in x.iter().enumerate() {
+            let mut dots = [if HAS_MIN { 0 } else { x.bias }; PANEL_ROWS];
+            let words = &panel.words[at * WORDS_32..][..WORDS_32];
+            for (words, x) in words.iter().zip(x.qs.as_chunks::<4>().0) {
+                for (dot, word) in dots.iter_mut().zip(words) {
+                    *dot += products(*word, x);
+                }
+            }
+            for row in 0..PANEL_ROWS {
+                sums[row] += dots[row] as f32 * (panel.d[at][row] * x.d);
+                if HAS_MIN {
+                    sums[row] += panel.m[at][row] * x.sum;
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// See `MultiplyFn`.
+unsafe fn multiply_256<const SCALES: usize, const HAS_MIN: bool>(
+    panel: &Panel,
+    n: usize,
+    xs: &[*const ActQ8K],
+    sums: &mut [Lanes<f32>],
+) {
+    for (x, sums) in xs.iter().zip(sums) {
+        // SAFETY: the contract.
+        let x = unsafe { std::slice::from_raw_parts(*x, n) };
+        for (at, x) in x.iter().enumerate() {
+            let (mut scaled, mut rest) = ([0; PANEL_ROWS], [0; PANEL_ROWS]);
+            let words = &panel.words[at * WORDS_256..][..WORDS_256];
+            for (j, (words, x)) in words.iter().zip(x.qs.as_chunks::<4>().0).enumerate() {
+                let scales = &panel.scales[at][j * SCALES / WORDS_256];
+                for row in 0..PANEL_ROWS {
+                    scaled[row] += scales[row] * products(words[row], x);
+                }
+            }
+            for (pairs, [a, b]) in panel.pairs[at].iter().zip(x.sums.as_chunks::<2>().0) {
+                for (rest, pair) in rest.iter_mut().zip(pairs) {
+                    let (low, high) = (*pair as i16, (*pair >> 16) as i16);
+                    *rest += i32::from(low) * i32::from(*a) + i32::from(high) * i32::from(*b);
+                }
+            }
+            for row in 0..PANEL_ROWS {
+                let d = panel.d[at][row] * x.d;
+                sums[row] += match HAS_MIN {
+                    true => {
+                        let m = panel.m[at][row] * x.d;
+                        d * scaled[row] as f32 - m * rest[row] as f32
+                    }
+                    false => d * (scaled[row] + rest[row]) as f32,
+                };
+            }
+        }
+    }
+}
+
+/// # Safety
+/// See `MultiplyFn`.
+unsafe fn multiply_f32(
+    panel: &Panel,
+    n: usize,
+    xs: &[*const f32],
+    sums: &mut [Lanes<f32>],
+) {
+    for (x, sums) in xs.iter().zip(sums) {
+        // SAFETY: the contract.
+        let x = unsafe { std::slice::from_raw_parts(*x, n) };
+        let mut share = [0.0; PANEL_ROWS];
+        for (x, words) in x.iter().zip(&panel.words) {
+            for (share, word) in share.iter_mut().zip(words) {
+                *share += f32::from_bits(*word) * x;
+            }
+        }
+        for (sum, share) in sums.iter_mut().zip(share) {
+            *sum += share;
+        }
+    }
+}

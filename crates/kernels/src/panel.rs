@@ -1,0 +1,104 @@
+//! Panels: a few rows of a weight matrix, unpacked and transposed so that the lanes of a vector are rows.
+//!
+//! A product takes its weights panel by panel: 32 rows by up to 512 bytes of unpacked columns, which stay in the first
+//! cache while all tokens are multiplied by them. Packing costs about as much as multiplying two tokens, so a single
+//! token runs at the speed of memory and many run at the speed of the multipliers; both are the same code, which is why
+//! a token's result does not depend on its company.
+//!
+//! A panel is made of words of 4 bytes: four 8-bit integers, two bf16, or one f32 of consecutive columns of a row.
+
+/// Rows of a panel.
+pub(crate) const PANEL_ROWS: usize = 32;
+/// Words of each row in a panel.
+pub(crate) const PANEL_WORDS: usize = 128;
+/// Tokens that one call multiplies at most: their sums stay in the first cache beside the panel.
+pub(crate) const TOKEN_BLOCK: usize = 64;
+/// What signed integers are stored with: `q + 128`, so that they are unsigned.
+pub(crate) const SIGNED_BIAS: i32 = 128;
+
+/// A value for each row.
+pub(crate) type Lanes<T> = [T; PANEL_ROWS];
+
+/// Unpacked rows.
+///
+/// What is filled depends on the family of the format, see [`Panels`].
+#[repr(C, align(64))]
+#[derive(Clone, Debug)]
+pub(crate) struct Panel {
+    /// `words[w]`: word `w` of every row.
+    pub(crate) words: [Lanes<u32>; PANEL_WORDS],
+    /// Scale of every block.
+    pub(crate) d: [Lanes<f32>; PANEL_WORDS / 8],
+    /// What is added to every weight of a block of 32, or what a minimum of a super-block is worth.
+    pub(crate) m: [Lanes<f32>; PANEL_WORDS / 8],
+    /// Integer scales of super-blocks: of 32 weights each, or of 16 where the format has one per 16.
+    pub(crate) scales: [[Lanes<i32>; 16]; PANEL_WORDS / 64],
+    /// Two 16-bit factors per word for the sums of 16 activations each: the minima, or minus scale times offset.
+    pub(crate) pairs: [[Lanes<u32>; 8]; PANEL_WORDS / 64],
+}
+
+impl Panel {
+    /// An empty panel on the heap.
+    pub(crate) fn boxed() -> Box<Self> {
+        // SAFETY: all fields are numbers, for which zeroed memory is a value.
+        unsafe { Box::<Self>::new_zeroed().assume_init() }
+    }
+}
+
+/// Rows that are to be packed.
+#[derive(Clone, Debug)]
+pub(crate) struct Slab {
+    /// Where each row begins. Rows that a panel has too many are copies of the last one.
+    rows: [*const u8; PANEL_ROWS],
+    /// Where the rows that come next begin, to be fetched meanwhile; may be any address.
+    pub(crate) next: *const u8,
+}
+
+impl Slab {
+    /// `n_rows` rows, 1 to [`PANEL_ROWS`], `row_bytes` apart.
+    pub(crate) fn new(base: *const u8, row_bytes: usize, n_rows: usize, next: *const u8) -> Self {
+        assert!((1..=PANEL_ROWS).contains(&n_rows), "rows for one panel");
+        let row = |row: usize| base.wrapping_add(row.min(n_rows - 1) * row_bytes);
+        Self {
+            rows: std::array::from_fn(row),
+            next,
+        }
+    }
+
+    /// Block `block` of row `row`.
+    ///
+    /// # Safety
+    /// The block lies inside the rows.
+    #[inline(always)]
+    pub(crate) unsafe fn block<B>(&self, row: usize, block: usize) -> *const B {
+        // SAFETY: the caller's promise.
+        unsafe { self.rows[row].cast::<B>().add(block) }
+    }
+}
+
+/// Unpacks blocks `from..from + n` of a slab into the front of a panel.
+///
+/// # Safety
+/// The CPU has the table's instruction set. The slab's rows hold blocks `from..from + n` of the function's type, at
+/// addresses that suit it, and `n` blocks fit into a panel.
+pub(crate) type PackFn = unsafe fn(slab: &Slab, from: usize, n: usize, panel: &mut Panel);
+
+/// Adds a panel's share of the products: `sums[t][row] += dot(row, xs[t])` over the first `n` units.
+///
+/// # Safety
+/// The CPU has the table's instruction set. The panel holds `n` units; `xs` and `sums` are of one length, at most
+/// [`TOKEN_BLOCK`]; `xs[t]` points to `n` units.
+pub(crate) type MultiplyFn<X> =
+    unsafe fn(panel: &Panel, n: usize, xs: &[*const X], sums: &mut [Lanes<f32>]);
+
+/// Asks for `bytes` to be brought nearer, without waiting.
+pub(crate) fn fetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: SSE is part of x86_64, and fetching ahead is allowed at any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
+}
