@@ -124,6 +124,16 @@ impl Compute {
         &self.pool
     }
 
+    /// The same matrix with its rows interleaved in memory of its own, which these kernels read fastest: as it is when
+    /// they do not, or when its format or shape does not allow it. Products have the same bits.
+    #[must_use]
+    pub fn interleaved(&self, w: &Matrix) -> Matrix {
+        match self.kernels.table().products {
+            Products::Rows(_) => w.clone(),
+            Products::Panels(_) => w.interleave(&self.pool).unwrap_or_else(|| w.clone()),
+        }
+    }
+
     /// Calls `task(i, chunk i)` for the chunks of `data` (`chunk_len` values each, the last may be
     /// shorter), on the threads when the whole is worth it: `work` is about how many multiplications
     /// one chunk takes.
@@ -338,7 +348,7 @@ impl Compute {
         if needs(ActFormat::Bf16) {
             match table.products {
                 Products::Panels(panels)
-                    if matches!(panels(Format::Bf16), PanelKernels::Bf16(..)) =>
+                    if matches!(panels(Format::Bf16, false), PanelKernels::Bf16(..)) =>
                 {
                     round_rows(x, n_in, bf16);
                 }

@@ -12,6 +12,10 @@ use half::bf16;
 
 use crate::blocks::{self, BlockQ8_0, Pod};
 use crate::format::Format;
+use crate::interleave::Shape;
+use crate::memory::Memory;
+use crate::panel::PANEL_ROWS;
+use crate::pool::ThreadPool;
 use crate::product::ActFormat;
 
 #[cfg(target_endian = "big")]
@@ -104,6 +108,8 @@ pub struct Matrix {
     scales: Option<BlockScales>,
     /// Whether activations stay f32 although the weights are blocks.
     float_activations: bool,
+    /// Whether the rows of a panel lie side by side.
+    interleaved: Option<Shape>,
 }
 
 /// One factor per rectangle of weights.
@@ -169,6 +175,7 @@ impl Matrix {
             bytes: if suits { bytes } else { aligned(&bytes) },
             scales: None,
             float_activations: false,
+            interleaved: None,
         })
     }
 
@@ -269,6 +276,11 @@ impl Matrix {
             "rows {range:?} of {}",
             self.n_out
         );
+        let aligned = |row: usize| row == self.n_out || row.is_multiple_of(PANEL_ROWS);
+        assert!(
+            self.interleaved.is_none() || (aligned(range.start) && aligned(range.end)),
+            "interleaved rows {range:?} are not cut at multiples of {PANEL_ROWS}"
+        );
         let row_bytes = self.row_bytes();
         let mut scales = self.scales.clone();
         if let Some(scales) = &mut scales {
@@ -278,12 +290,42 @@ impl Matrix {
             n_out: range.len(),
             n_in: self.n_in,
             format: self.format,
-            bytes: self
-                .bytes
-                .slice(range.start * row_bytes..range.end * row_bytes),
+            bytes: match self.interleaved {
+                None => self.bytes.slice(range.start * row_bytes..range.end * row_bytes),
+                Some(_) => {
+                    let end = range.end.next_multiple_of(PANEL_ROWS);
+                    self.bytes.slice(range.start * row_bytes..end * row_bytes)
+                }
+            },
             scales,
             float_activations: self.float_activations,
+            interleaved: self.interleaved,
         }
+    }
+
+    /// The same matrix with interleaved rows; `None` where its format or shape does not allow it.
+    pub(crate) fn interleave(&self, pool: &ThreadPool) -> Option<Self> {
+        let row_bytes = self.row_bytes();
+        let shape = Shape::of(self.format, row_bytes)?;
+        if self.scales.is_some() || self.interleaved.is_some() || self.bytes.is_empty() {
+            return None;
+        }
+        let slab = PANEL_ROWS * row_bytes;
+        let mut bytes = Memory::new(self.n_out.div_ceil(PANEL_ROWS) * slab)?;
+        pool.for_each_chunk(bytes.as_mut(), slab, |at, out| {
+            let from = at * slab;
+            let rows = &self.bytes[from..self.bytes.len().min(from + slab)];
+            shape.interleave(rows, row_bytes, out);
+        });
+        Some(Self {
+            bytes: Bytes::from_owner(bytes),
+            interleaved: Some(shape),
+            ..self.clone()
+        })
+    }
+
+    pub(crate) fn is_interleaved(&self) -> bool {
+        self.interleaved.is_some()
     }
 
     /// The same matrix, multiplied by f32 activations whatever its format: slower for blocks, and free of the error of
@@ -335,7 +377,16 @@ impl Matrix {
     pub(crate) fn row_by(&self, row: usize, out: &mut [f32], decode: impl Fn(&[u8], &mut [f32])) {
         assert_eq!(out.len(), self.n_in, "a row of the matrix");
         let row_bytes = self.row_bytes();
-        decode(&self.bytes[row * row_bytes..][..row_bytes], out);
+        match self.interleaved {
+            None => decode(&self.bytes[row * row_bytes..][..row_bytes], out),
+            Some(shape) => {
+                let slab = PANEL_ROWS * row_bytes;
+                let mut bytes = vec![0; row_bytes];
+                let slab = &self.bytes[row / PANEL_ROWS * slab..][..slab];
+                shape.row(slab, row % PANEL_ROWS, &mut bytes);
+                decode(&bytes, out);
+            }
+        }
         if let Some(scales) = &self.scales {
             let [rows, columns] = scales.block;
             let n_columns = self.n_in.div_ceil(columns);
@@ -362,17 +413,14 @@ impl Matrix {
                 Some((row, column))
             });
         }
+        if self.interleaved.is_some() {
+            return None;
+        }
         let index = self.format.first_non_finite(&self.bytes)?;
         Some((index / self.n_in, index % self.n_in))
     }
 
-    /// Bytes of rows `rows`.
-    pub(crate) fn rows_bytes(&self, rows: Range<usize>) -> &[u8] {
-        let row_bytes = self.row_bytes();
-        &self.bytes[rows.start * row_bytes..rows.end * row_bytes]
-    }
-
-    /// Bytes of row `row` and those behind it.
+    /// Bytes of row `row` and those behind it; of interleaved rows, `row` is a multiple of [`PANEL_ROWS`].
     pub(crate) fn row_bytes_from(&self, row: usize) -> &[u8] {
         &self.bytes[row * self.row_bytes()..]
     }
@@ -386,6 +434,7 @@ impl Matrix {
 
     /// All values or blocks. `T` is the type of the format.
     pub(crate) fn units<T: Pod>(&self) -> &[T] {
+        debug_assert!(self.interleaved.is_none(), "rows where they lie");
         blocks::cast(&self.bytes).expect("bytes were aligned for their format")
     }
 }

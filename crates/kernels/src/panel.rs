@@ -48,9 +48,10 @@ impl Panel {
 /// Rows that are to be packed.
 #[derive(Clone, Debug)]
 pub(crate) struct Slab {
-    /// Where each row begins. Rows that a panel has too many are copies of the last one.
+    /// Where each row begins. Rows that a panel has too many are copies of the last one. Interleaved rows all begin
+    /// where the first does.
     rows: [*const u8; PANEL_ROWS],
-    /// Where the rows that come next begin, to be fetched meanwhile; may be any address.
+    /// Where the rows that come next begin, to be fetched while these are packed; null when they are not to be.
     pub(crate) next: *const u8,
 }
 
@@ -68,12 +69,29 @@ impl Slab {
     /// Block `block` of row `row`.
     ///
     /// # Safety
-    /// The block lies inside the rows.
+    /// The rows are not interleaved, and the block lies inside of them.
     #[inline(always)]
     pub(crate) unsafe fn block<B>(&self, row: usize, block: usize) -> *const B {
         // SAFETY: the caller's promise.
         unsafe { self.rows[row].cast::<B>().add(block) }
     }
+
+    /// Block `block` of all rows.
+    ///
+    /// # Safety
+    /// The rows are interleaved, and the block lies inside of them.
+    #[inline(always)]
+    pub(crate) unsafe fn interleaved<B>(&self, block: usize) -> *const u8 {
+        // SAFETY: the caller's promise.
+        unsafe { self.rows[0].add(block * PANEL_ROWS * size_of::<B>()) }
+    }
+}
+
+/// Memory that will be needed next, to be fetched a little at a time while something else is computed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ahead {
+    pub(crate) from: *const u8,
+    pub(crate) n_bytes: usize,
 }
 
 /// Unpacks blocks `from..from + n` of a slab into the front of a panel.
@@ -87,18 +105,6 @@ pub(crate) type PackFn = unsafe fn(slab: &Slab, from: usize, n: usize, panel: &m
 ///
 /// # Safety
 /// The CPU has the table's instruction set. The panel holds `n` units; `xs` and `sums` are of one length, at most
-/// [`TOKEN_BLOCK`]; `xs[t]` points to `n` units.
+/// [`TOKEN_BLOCK`]; `xs[t]` points to `n` units. `ahead` may be any address.
 pub(crate) type MultiplyFn<X> =
-    unsafe fn(panel: &Panel, n: usize, xs: &[*const X], sums: &mut [Lanes<f32>]);
-
-/// Asks for `bytes` to be brought nearer, without waiting.
-pub(crate) fn fetch(bytes: &[u8]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in bytes.chunks(64) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: SSE is part of x86_64, and fetching ahead is allowed at any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = bytes;
-}
+    unsafe fn(panel: &Panel, n: usize, xs: &[*const X], sums: &mut [Lanes<f32>], ahead: Ahead);

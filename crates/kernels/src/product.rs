@@ -12,9 +12,14 @@ use crate::blocks::{
 use crate::format::Format;
 use crate::matrix::Matrix;
 use crate::panel::{
-    self, Lanes, MultiplyFn, PANEL_ROWS, PANEL_WORDS, PackFn, Panel, Slab, TOKEN_BLOCK,
+    Ahead, Lanes, MultiplyFn, PANEL_ROWS, PANEL_WORDS, PackFn, Panel, Slab, TOKEN_BLOCK,
 };
 use crate::table::Kernels;
+
+/// Below this many tokens, packing takes longer than multiplying.
+const FEW_TOKENS: usize = 4;
+/// Words of a panel for few tokens.
+const FEW_WORDS: usize = 32;
 
 /// What activations a format is multiplied by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,7 +145,6 @@ impl Part<'_> {
             }
             let mut row = self.first_row;
             let end = self.first_row + self.n_rows;
-            self.fetch(row, end);
             while row < end {
                 let n_rows = PANEL_ROWS.min(end - row);
                 // SAFETY: the caller's promise, for some of the rows.
@@ -175,8 +179,8 @@ impl Part<'_> {
             let work = Work {
                 row,
                 n_rows,
-                // The same rows again where none come next, which costs nothing.
-                next: next.unwrap_or_else(|| w.row_bytes_from(row)).as_ptr(),
+                first: w.row_bytes_from(row).as_ptr(),
+                next: next.map_or(std::ptr::null(), <[u8]>::as_ptr),
                 from: self.from,
                 index: self.index,
             };
@@ -201,18 +205,14 @@ impl Part<'_> {
         }
     }
 
-    /// Asks for the first rows, which nothing before them could ask for.
-    fn fetch(&self, row: usize, end: usize) {
-        let end = end.min(row + PANEL_ROWS);
-        let (Weights::One(w) | Weights::Two(w, _, _)) = self.weights;
-        panel::fetch(w.rows_bytes(row..end));
-    }
 }
 
 /// A panel's worth of rows of one weight, for some tokens.
 struct Work<'a> {
     row: usize,
     n_rows: usize,
+    /// The first row's first byte.
+    first: *const u8,
     next: *const u8,
     from: usize,
     index: Option<&'a [u32]>,
@@ -232,45 +232,55 @@ impl Work<'_> {
             }
             Products::Panels(panels) => panels,
         };
-        let first = w.row_bytes_from(self.row).as_ptr();
-        let slab = Slab::new(first, w.row_bytes(), self.n_rows, self.next);
+        let first = self.first;
+        let n_rows = if w.is_interleaved() { 1 } else { self.n_rows };
+        // What comes next is fetched while packing or while multiplying, whichever takes longer.
+        let few = sums.len() < FEW_TOKENS;
+        let next = if few && !w.is_interleaved() { self.next } else { std::ptr::null() };
+        let slab = Slab::new(first, w.row_bytes(), n_rows, next);
+        let ahead = match (few, w.is_interleaved()) {
+            (true, _) => std::ptr::null(),
+            (false, true) => first,
+            (false, false) => self.next,
+        };
         let (n_in, len) = (w.n_in(), w.format().block_len());
         let blocks = n_in / len;
-        // Panels hold 4 bytes of a row a word.
-        let per_panel = |bytes_per_block: usize| PANEL_WORDS * 4 / bytes_per_block;
+        // Panels hold 4 bytes of a row a word. A few tokens take a little at a time, to keep memory busy.
+        let words = if few { FEW_WORDS } else { PANEL_WORDS };
+        let per_panel = |bytes_per_unit: usize| (words * 4 / bytes_per_unit).max(1);
         let float = w.acts() == ActFormat::F32;
         // SAFETY: `kernels` proves the instruction set; the matrix holds the rows in blocks of its format; the rows of
         // the activations are as long as those of the matrix, which `rows` checks.
         unsafe {
-            match panels(w.format()) {
+            match panels(w.format(), w.is_interleaved()) {
                 PanelKernels::Q8(pack, multiply) if !float => {
-                    let parts = (blocks, per_panel(len));
+                    let parts = (blocks, per_panel(len), ahead, w.row_bytes());
                     self.by_panels(&slab, parts, pack, multiply, (acts.q8, blocks), (panel, sums));
                 }
                 PanelKernels::Q8K(pack, multiply) if !float => {
-                    let parts = (blocks, per_panel(len));
+                    let parts = (blocks, per_panel(len), ahead, w.row_bytes());
                     let rows = (acts.q8_k, blocks);
                     self.by_panels(&slab, parts, pack, multiply, rows, (panel, sums));
                 }
                 PanelKernels::Bf16(_, _, pack, multiply) if !float => {
-                    let parts = (n_in, per_panel(2));
+                    let parts = (n_in, per_panel(2), ahead, w.row_bytes());
                     let rows = (acts.bf16, n_in.next_multiple_of(2));
                     self.by_panels(&slab, parts, pack, multiply, rows, (panel, sums));
                 }
                 PanelKernels::F32(pack, multiply) | PanelKernels::Bf16(pack, multiply, ..) => {
                     let x = if float { acts.f32 } else { acts.rounded };
-                    let parts = (n_in, per_panel(4));
+                    let parts = (n_in, per_panel(4), ahead, w.row_bytes());
                     self.by_panels(&slab, parts, pack, multiply, (x, n_in), (panel, sums));
                 }
                 PanelKernels::Expand | PanelKernels::Q8(..) | PanelKernels::Q8K(..) => {
-                    let PanelKernels::F32(pack, multiply) = panels(Format::F32) else {
+                    let PanelKernels::F32(pack, multiply) = panels(Format::F32, false) else {
                         unreachable!("f32 is multiplied as it is")
                     };
                     self.expand(kernels, w, expanded);
                     let row_bytes = n_in * size_of::<f32>();
                     let first = expanded.as_ptr().cast();
-                    let slab = Slab::new(first, row_bytes, self.n_rows, first);
-                    let parts = (n_in, per_panel(4));
+                    let slab = Slab::new(first, row_bytes, self.n_rows, std::ptr::null());
+                    let parts = (n_in, per_panel(4), std::ptr::null(), row_bytes);
                     self.by_panels(&slab, parts, pack, multiply, (acts.f32, n_in), (panel, sums));
                 }
             }
@@ -284,7 +294,7 @@ impl Work<'_> {
     unsafe fn by_panels<X: Copy>(
         &self,
         slab: &Slab,
-        (n_units, per_panel): (usize, usize),
+        (n_units, per_panel, ahead, row_bytes): (usize, usize, *const u8, usize),
         pack: PackFn,
         multiply: MultiplyFn<X>,
         (x, row_units): (&[X], usize),
@@ -294,6 +304,7 @@ impl Work<'_> {
             let n = per_panel.min(n_units - from);
             // SAFETY: the caller's promise.
             unsafe { pack(slab, from, n, panel) };
+            let mut ahead = self.ahead(ahead, (from, n, n_units), row_bytes);
             for (block, sums) in sums.chunks_mut(TOKEN_BLOCK).enumerate() {
                 let mut xs = [std::ptr::null(); TOKEN_BLOCK];
                 for (t, x_t) in xs[..sums.len()].iter_mut().enumerate() {
@@ -301,8 +312,31 @@ impl Work<'_> {
                     *x_t = x[row * row_units..][..row_units][from..][..n].as_ptr();
                 }
                 // SAFETY: as above; the panel was packed with `n` units, and the tokens were sliced.
-                unsafe { multiply(panel, n, &xs[..sums.len()], sums) };
+                unsafe { multiply(panel, n, &xs[..sums.len()], sums, ahead) };
+                ahead.n_bytes = 0;
             }
+        }
+    }
+
+    /// What to fetch while units `from..from + n` of a row of `n_units` are multiplied.
+    fn ahead(
+        &self,
+        base: *const u8,
+        (from, n, n_units): (usize, usize, usize),
+        row_bytes: usize,
+    ) -> Ahead {
+        if base.is_null() {
+            return Ahead {
+                from: base,
+                n_bytes: 0,
+            };
+        }
+        let bytes = |units: usize| units * PANEL_ROWS * row_bytes / n_units;
+        // Interleaved, the next panel follows at once; in place, it is the same columns of the next rows.
+        let skip = if base == self.first { n } else { 0 };
+        Ahead {
+            from: base.wrapping_add(bytes(from + skip)),
+            n_bytes: bytes(n),
         }
     }
 

@@ -71,8 +71,8 @@ pub(crate) struct Table {
 pub(crate) enum Products {
     /// Dot products of rows where they lie.
     Rows(Quants),
-    /// Rows unpacked into panels first.
-    Panels(fn(Format) -> PanelKernels),
+    /// Rows unpacked into panels first; the second argument says whether they are interleaved.
+    Panels(fn(Format, bool) -> PanelKernels),
 }
 
 /// How the weights of a format become panels, and what they are multiplied by.

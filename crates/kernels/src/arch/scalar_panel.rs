@@ -9,32 +9,40 @@ use crate::blocks::{
     Q8_BLOCK, Quants256, SUPER_BLOCK,
 };
 use crate::format::Format;
-use crate::panel::{Lanes, PANEL_ROWS, Panel, SIGNED_BIAS, Slab};
+use crate::interleave::{InPlace, Interleaved, Layout, Source};
+use crate::panel::{Ahead, Lanes, PANEL_ROWS, Panel, SIGNED_BIAS, Slab};
 
 /// Words of a block of 32 integers, and of a super-block.
 const WORDS_32: usize = Q8_BLOCK / 4;
 const WORDS_256: usize = SUPER_BLOCK / 4;
 
 /// The kernels of `format`; floats are multiplied in f32.
-pub(super) fn panels(format: Format) -> PanelKernels {
+pub(super) fn panels(format: Format, interleaved: bool) -> PanelKernels {
+    match interleaved {
+        true => panels_of::<Interleaved>(format),
+        false => panels_of::<InPlace>(format),
+    }
+}
+
+fn panels_of<S: Source>(format: Format) -> PanelKernels {
     match format {
-        Format::F32 => PanelKernels::F32(pack_f32, multiply_f32),
-        Format::F16 => PanelKernels::F32(pack_f16, multiply_f32),
-        Format::Bf16 => PanelKernels::F32(pack_bf16, multiply_f32),
-        Format::Q8_0 => PanelKernels::Q8(pack_32::<BlockQ8_0>, multiply_32::<false>),
-        Format::Q4_0 => PanelKernels::Q8(pack_32::<BlockQ4_0>, multiply_32::<false>),
-        Format::Q5_0 => PanelKernels::Q8(pack_32::<BlockQ5_0>, multiply_32::<false>),
-        Format::Iq4Nl => PanelKernels::Q8(pack_32::<BlockIq4Nl>, multiply_32::<false>),
-        Format::Mxfp4 => PanelKernels::Q8(pack_32::<BlockMxfp4>, multiply_32::<false>),
-        Format::Q4_1 => PanelKernels::Q8(pack_32::<BlockQ4_1>, multiply_32::<true>),
-        Format::Q5_1 => PanelKernels::Q8(pack_32::<BlockQ5_1>, multiply_32::<true>),
-        Format::Q2K => PanelKernels::Q8K(pack_256::<BlockQ2K, 16>, multiply_256::<16, true>),
-        Format::Q3K => PanelKernels::Q8K(pack_256::<BlockQ3K, 16>, multiply_256::<16, false>),
-        Format::Q4K => PanelKernels::Q8K(pack_256::<BlockQ4K, 8>, multiply_256::<8, true>),
-        Format::Q5K => PanelKernels::Q8K(pack_256::<BlockQ5K, 8>, multiply_256::<8, true>),
-        Format::Q6K => PanelKernels::Q8K(pack_256::<BlockQ6K, 16>, multiply_256::<16, false>),
-        Format::Q8K => PanelKernels::Q8K(pack_256::<BlockQ8K, 8>, multiply_256::<8, false>),
-        Format::Iq4Xs => PanelKernels::Q8K(pack_256::<BlockIq4Xs, 8>, multiply_256::<8, false>),
+        Format::F32 => PanelKernels::F32(pack_f32::<S>, multiply_f32),
+        Format::F16 => PanelKernels::F32(pack_f16::<S>, multiply_f32),
+        Format::Bf16 => PanelKernels::F32(pack_bf16::<S>, multiply_f32),
+        Format::Q8_0 => PanelKernels::Q8(pack_32::<S, BlockQ8_0>, multiply_32::<false>),
+        Format::Q4_0 => PanelKernels::Q8(pack_32::<S, BlockQ4_0>, multiply_32::<false>),
+        Format::Q5_0 => PanelKernels::Q8(pack_32::<S, BlockQ5_0>, multiply_32::<false>),
+        Format::Iq4Nl => PanelKernels::Q8(pack_32::<S, BlockIq4Nl>, multiply_32::<false>),
+        Format::Mxfp4 => PanelKernels::Q8(pack_32::<S, BlockMxfp4>, multiply_32::<false>),
+        Format::Q4_1 => PanelKernels::Q8(pack_32::<S, BlockQ4_1>, multiply_32::<true>),
+        Format::Q5_1 => PanelKernels::Q8(pack_32::<S, BlockQ5_1>, multiply_32::<true>),
+        Format::Q2K => PanelKernels::Q8K(pack_256::<S, BlockQ2K, 16>, multiply_256::<16, true>),
+        Format::Q3K => PanelKernels::Q8K(pack_256::<S, BlockQ3K, 16>, multiply_256::<16, false>),
+        Format::Q4K => PanelKernels::Q8K(pack_256::<S, BlockQ4K, 8>, multiply_256::<8, true>),
+        Format::Q5K => PanelKernels::Q8K(pack_256::<S, BlockQ5K, 8>, multiply_256::<8, true>),
+        Format::Q6K => PanelKernels::Q8K(pack_256::<S, BlockQ6K, 16>, multiply_256::<16, false>),
+        Format::Q8K => PanelKernels::Q8K(pack_256::<S, BlockQ8K, 8>, multiply_256::<8, false>),
+        Format::Iq4Xs => PanelKernels::Q8K(pack_256::<S, BlockIq4Xs, 8>, multiply_256::<8, false>),
         Format::F8E4M3 | Format::U8 => PanelKernels::Expand,
     }
 }
@@ -42,12 +50,12 @@ pub(super) fn panels(format: Format) -> PanelKernels {
 /// # Safety
 /// See `PackFn`.
 #[inline(always)]
-pub(super) unsafe fn pack_32<B: Block32>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_32<S: Source, B: Block32 + Layout>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     let flip = if B::HAS_MIN { 0 } else { i8::MIN };
     for at in 0..n {
         for row in 0..PANEL_ROWS {
             // SAFETY: the contract.
-            let block = unsafe { slab.block::<B>(row, from + at).read() }.unpack();
+            let block = unsafe { S::read::<B>(slab, row, from + at) }.unpack();
             panel.d[at][row] = block.d;
             panel.m[at][row] = block.m;
             put(&block.qs, flip, &mut panel.words[at * WORDS_32..], row);
@@ -58,7 +66,7 @@ pub(super) unsafe fn pack_32<B: Block32>(slab: &Slab, from: usize, n: usize, pan
 /// # Safety
 /// See `PackFn`.
 #[inline(always)]
-pub(super) unsafe fn pack_256<B: Block256, const SCALES: usize>(
+pub(super) unsafe fn pack_256<S: Source, B: Block256 + Layout, const SCALES: usize>(
     slab: &Slab,
     from: usize,
     n: usize,
@@ -72,7 +80,7 @@ pub(super) unsafe fn pack_256<B: Block256, const SCALES: usize>(
     for at in 0..n {
         for row in 0..PANEL_ROWS {
             // SAFETY: the contract.
-            unsafe { slab.block::<B>(row, from + at).read() }.unpack(&mut quants);
+            unsafe { S::read::<B>(slab, row, from + at) }.unpack(&mut quants);
             panel.d[at][row] = quants.d;
             panel.m[at][row] = quants.dmin;
             for (j, scale) in panel.scales[at][..SCALES].iter_mut().enumerate() {
@@ -100,29 +108,29 @@ fn put(qs: &[i8], flip: i8, words: &mut [Lanes<u32>], row: usize) {
 
 /// # Safety
 /// See `PackFn`.
-pub(super) unsafe fn pack_f32(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_f32<S: Source>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     // SAFETY: the contract.
-    unsafe { pack_values(slab, from, n, panel, |v: f32| v) }
+    unsafe { pack_values::<S, f32>(slab, from, n, panel, |v| v) }
 }
 
 /// # Safety
 /// See `PackFn`.
-pub(super) unsafe fn pack_f16(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_f16<S: Source>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     // SAFETY: the contract.
-    unsafe { pack_values(slab, from, n, panel, f16::to_f32) }
+    unsafe { pack_values::<S, f16>(slab, from, n, panel, f16::to_f32) }
 }
 
 /// # Safety
 /// See `PackFn`.
-pub(super) unsafe fn pack_bf16(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_bf16<S: Source>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     // SAFETY: the contract.
-    unsafe { pack_values(slab, from, n, panel, bf16::to_f32) }
+    unsafe { pack_values::<S, bf16>(slab, from, n, panel, bf16::to_f32) }
 }
 
 /// # Safety
 /// See `PackFn`.
 #[inline(always)]
-pub(super) unsafe fn pack_values<B: Copy>(
+pub(super) unsafe fn pack_values<S: Source, B: Layout>(
     slab: &Slab,
     from: usize,
     n: usize,
@@ -132,7 +140,7 @@ pub(super) unsafe fn pack_values<B: Copy>(
     for row in 0..PANEL_ROWS {
         for (at, word) in panel.words[..n].iter_mut().enumerate() {
             // SAFETY: the contract.
-            word[row] = value(unsafe { slab.block::<B>(row, from + at).read() }).to_bits();
+            word[row] = value(unsafe { S::read::<B>(slab, row, from + at) }).to_bits();
         }
     }
 }
@@ -151,6 +159,7 @@ unsafe fn multiply_32<const HAS_MIN: bool>(
     n: usize,
     xs: &[*const ActQ8],
     sums: &mut [Lanes<f32>],
+    _ahead: Ahead,
 ) {
     for (x, sums) in xs.iter().zip(sums) {
         // SAFETY: the contract.
@@ -180,6 +189,7 @@ unsafe fn multiply_256<const SCALES: usize, const HAS_MIN: bool>(
     n: usize,
     xs: &[*const ActQ8K],
     sums: &mut [Lanes<f32>],
+    _ahead: Ahead,
 ) {
     for (x, sums) in xs.iter().zip(sums) {
         // SAFETY: the contract.
@@ -220,6 +230,7 @@ unsafe fn multiply_f32(
     n: usize,
     xs: &[*const f32],
     sums: &mut [Lanes<f32>],
+    _ahead: Ahead,
 ) {
     for (x, sums) in xs.iter().zip(sums) {
         // SAFETY: the contract.

@@ -15,17 +15,19 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{PanelKernels, Products, Table, avx2_quants, rows_by_tiles, scalar_panel};
+use super::{PanelKernels, Products, Table, avx2_quants, rows_by_tiles};
 use crate::blocks::{
     ActQ8, ActScale, BlockIq4Nl, BlockIq4Xs, BlockQ2K, BlockQ3K, BlockQ4_1, BlockQ5_0, BlockQ5_1,
     BlockQ8K, Q8_BLOCK,
 };
 use crate::format::Format;
+use crate::interleave::{InPlace, Interleaved};
+use pack::Wide;
 
 pub(super) static TABLE: Table = table(panels);
 pub(super) static TABLE_BF16: Table = table(panels_bf16);
 
-const fn table(panels: fn(Format) -> PanelKernels) -> Table {
+const fn table(panels: fn(Format, bool) -> PanelKernels) -> Table {
     Table {
     rows_f32,
     rows_f16,
@@ -47,40 +49,48 @@ rows_by_tiles!(rows_f16, tile_half<f16>, f16, f32, "avx512f,avx512bw,avx512dq,av
 rows_by_tiles!(rows_bf16, tile_half<bf16>, bf16, f32, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 8);
 
 /// The panels of `format`.
-fn panels(format: Format) -> PanelKernels {
+fn panels(format: Format, interleaved: bool) -> PanelKernels {
+    match interleaved {
+        true => panels_of::<Interleaved>(format),
+        false => panels_of::<InPlace>(format),
+    }
+}
+
+fn panels_of<S: Wide>(format: Format) -> PanelKernels {
     use PanelKernels::{F32, Q8, Q8K};
     use multiply::{multiply_32, multiply_256, multiply_f32};
     match format {
-        Format::F32 => F32(pack::pack_f32, multiply_f32),
-        Format::F16 => F32(pack::pack_f16, multiply_f32),
-        Format::Bf16 => F32(pack::pack_bf16, multiply_f32),
-        Format::Q8_0 => Q8(pack::pack_q8_0, multiply_32::<false>),
-        Format::Q4_0 => Q8(pack::pack_q4_0, multiply_32::<false>),
-        Format::Mxfp4 => Q8(pack::pack_mxfp4, multiply_32::<false>),
-        Format::Q5_0 => Q8(pack::pack_32::<BlockQ5_0>, multiply_32::<false>),
-        Format::Iq4Nl => Q8(pack::pack_32::<BlockIq4Nl>, multiply_32::<false>),
-        Format::Q4_1 => Q8(pack::pack_32::<BlockQ4_1>, multiply_32::<true>),
-        Format::Q5_1 => Q8(pack::pack_32::<BlockQ5_1>, multiply_32::<true>),
-        Format::Q2K => Q8K(pack::pack_256::<BlockQ2K, 16>, multiply_256::<16, true>),
-        Format::Q3K => Q8K(pack::pack_256::<BlockQ3K, 16>, multiply_256::<16, false>),
-        Format::Q4K => Q8K(pack::pack_q4_k, multiply_256::<8, true>),
-        Format::Q5K => Q8K(pack::pack_q5_k, multiply_256::<8, true>),
-        Format::Q6K => Q8K(pack::pack_q6_k, multiply_256::<16, false>),
-        Format::Q8K => Q8K(pack::pack_256::<BlockQ8K, 8>, multiply_256::<8, false>),
-        Format::Iq4Xs => Q8K(pack::pack_256::<BlockIq4Xs, 8>, multiply_256::<8, false>),
-        Format::F8E4M3 | Format::U8 => scalar_panel::panels(format),
+        Format::F32 => F32(pack::pack_f32::<S>, multiply_f32),
+        Format::F16 => F32(pack::pack_f16::<S>, multiply_f32),
+        Format::Bf16 => F32(pack::pack_bf16::<S>, multiply_f32),
+        Format::Q8_0 => Q8(pack::pack_q8_0::<S>, multiply_32::<false>),
+        Format::Q4_0 => Q8(pack::pack_q4_0::<S>, multiply_32::<false>),
+        Format::Mxfp4 => Q8(pack::pack_mxfp4::<S>, multiply_32::<false>),
+        Format::Q5_0 => Q8(pack::pack_32::<S, BlockQ5_0>, multiply_32::<false>),
+        Format::Iq4Nl => Q8(pack::pack_32::<S, BlockIq4Nl>, multiply_32::<false>),
+        Format::Q4_1 => Q8(pack::pack_32::<S, BlockQ4_1>, multiply_32::<true>),
+        Format::Q5_1 => Q8(pack::pack_32::<S, BlockQ5_1>, multiply_32::<true>),
+        Format::Q2K => Q8K(pack::pack_256::<S, BlockQ2K, 16>, multiply_256::<16, true>),
+        Format::Q3K => Q8K(pack::pack_256::<S, BlockQ3K, 16>, multiply_256::<16, false>),
+        Format::Q4K => Q8K(pack::pack_q4_k::<S>, multiply_256::<8, true>),
+        Format::Q5K => Q8K(pack::pack_q5_k::<S>, multiply_256::<8, true>),
+        Format::Q6K => Q8K(pack::pack_q6_k::<S>, multiply_256::<16, false>),
+        Format::Q8K => Q8K(pack::pack_256::<S, BlockQ8K, 8>, multiply_256::<8, false>),
+        Format::Iq4Xs => Q8K(pack::pack_256::<S, BlockIq4Xs, 8>, multiply_256::<8, false>),
+        Format::F8E4M3 | Format::U8 => PanelKernels::Expand,
     }
 }
 
 /// The panels of `format` on CPUs that multiply bf16.
-fn panels_bf16(format: Format) -> PanelKernels {
-    match (format, panels(format)) {
-        (Format::Bf16, PanelKernels::F32(pack, multiply)) => PanelKernels::Bf16(
-            pack,
-            multiply,
-            pack::pack_bf16_pairs,
-            multiply::multiply_bf16,
-        ),
+fn panels_bf16(format: Format, interleaved: bool) -> PanelKernels {
+    let pairs = match interleaved {
+        true => pack::pack_bf16_pairs::<Interleaved>,
+        false => pack::pack_bf16_pairs::<InPlace>,
+    };
+    match (format, panels(format, interleaved)) {
+        (Format::Bf16, PanelKernels::F32(pack, multiply)) => {
+            PanelKernels::Bf16(pack, multiply, pairs, multiply::multiply_bf16)
+        }
         (_, kernels) => kernels,
     }
 }

@@ -6,16 +6,15 @@
 //! the twin's.
 
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
 
 use half::bf16;
 
 use crate::blocks::{ActQ8, ActQ8K};
-use crate::panel::{Lanes, PANEL_ROWS, Panel, TOKEN_BLOCK};
+use crate::panel::{Ahead, Lanes, PANEL_ROWS, Panel};
 
 /// Words of 32 integers.
 const WORDS_32: usize = 8;
-/// Words after which sums of floats go back to memory.
+/// Words whose products of floats are summed up apart. Panels are multiples of it.
 const FLOAT_STEP: usize = 32;
 /// Rows of a vector.
 const HALF: usize = PANEL_ROWS / 2;
@@ -25,12 +24,13 @@ type Pair<T> = [T; 2];
 
 /// Calls `$kernel::<N, ..>(panel, units, xs, sums)` for tokens in fours, then ones.
 macro_rules! by_tokens {
-    ($kernel:ident $(::<$($generic:ident),*>)?, $panel:expr, $units:expr, $xs:expr, $sums:expr) => {{
+    ($kernel:ident $(::<$($generic:ident),*>)?, $panel:expr, $units:expr, $xs:expr, $sums:expr, $ahead:expr) => {{
         let (xs, rest_xs) = $xs.as_chunks::<4>();
         let (sums, rest_sums) = $sums.as_chunks_mut::<4>();
         // SAFETY: the caller's contract, for some of the tokens.
         unsafe {
             for (xs, sums) in xs.iter().zip(sums) {
+                $ahead.step();
                 $kernel::<4 $(, $($generic),*)?>($panel, $units, xs, sums);
             }
             let (xs, last_xs) = rest_xs.as_chunks::<2>();
@@ -43,6 +43,36 @@ macro_rules! by_tokens {
             }
         }
     }};
+}
+
+/// Fetches a share of the memory ahead with every four tokens. Asked for all at once, most of it would be forgotten.
+struct Fetch {
+    from: *const u8,
+    end: *const u8,
+    per_step: usize,
+}
+
+impl Fetch {
+    /// For `n_blocks` passes over `n_tokens`.
+    #[inline(always)]
+    fn new(ahead: Ahead, n_blocks: usize, n_tokens: usize) -> Self {
+        let n_steps = (n_blocks * (n_tokens / 4)).max(1);
+        Self {
+            from: ahead.from,
+            end: ahead.from.wrapping_add(ahead.n_bytes),
+            per_step: ahead.n_bytes.div_ceil(n_steps).next_multiple_of(64),
+        }
+    }
+
+    #[inline(always)]
+    fn step(&mut self) {
+        let end = self.end.min(self.from.wrapping_add(self.per_step));
+        while self.from < end {
+            // SAFETY: fetching ahead is allowed at any address.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.from.cast()) };
+            self.from = self.from.wrapping_add(64);
+        }
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -132,9 +162,11 @@ pub(super) unsafe fn multiply_32<const HAS_MIN: bool>(
     n: usize,
     xs: &[*const ActQ8],
     sums: &mut [Lanes<f32>],
+    ahead: Ahead,
 ) {
+    let mut ahead = Fetch::new(ahead, n, xs.len());
     for at in 0..n {
-        by_tokens!(block_32::<HAS_MIN>, panel, at, xs, sums);
+        by_tokens!(block_32::<HAS_MIN>, panel, at, xs, sums, ahead);
     }
 }
 
@@ -178,9 +210,11 @@ pub(super) unsafe fn multiply_256<const SCALES: usize, const HAS_MIN: bool>(
     n: usize,
     xs: &[*const ActQ8K],
     sums: &mut [Lanes<f32>],
+    ahead: Ahead,
 ) {
+    let mut ahead = Fetch::new(ahead, n, xs.len());
     for at in 0..n {
-        by_tokens!(block_256::<SCALES, HAS_MIN>, panel, at, xs, sums);
+        by_tokens!(block_256::<SCALES, HAS_MIN>, panel, at, xs, sums, ahead);
     }
 }
 
@@ -247,29 +281,6 @@ unsafe fn block_256<const N: usize, const SCALES: usize, const HAS_MIN: bool>(
     }
 }
 
-/// Room for a value per row and token.
-type Block = [MaybeUninit<Lanes<f32>>; TOKEN_BLOCK];
-
-/// The rows of the first `n` tokens, zeroed; the others are left alone, since a single token must not pay for them.
-#[inline(always)]
-fn zeroed(block: &mut Block, n: usize) -> &mut [Lanes<f32>] {
-    for row in &mut block[..n] {
-        row.write([0.0; PANEL_ROWS]);
-    }
-    // SAFETY: the first `n` were just written.
-    unsafe { &mut *(&raw mut block[..n] as *mut [Lanes<f32>]) }
-}
-
-/// Adds what a panel of floats has summed up: first among itself, which loses less than adding one by one.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-#[inline]
-fn add(sums: &mut [Lanes<f32>], shares: &[Lanes<f32>]) {
-    for (sum, share) in sums.iter_mut().zip(shares) {
-        let (a, b) = (load_f32(sum), load_f32(share));
-        store_f32(sum, [_mm512_add_ps(a[0], b[0]), _mm512_add_ps(a[1], b[1])]);
-    }
-}
-
 /// # Safety
 /// See `MultiplyFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")]
@@ -278,14 +289,13 @@ pub(super) unsafe fn multiply_f32(
     n: usize,
     xs: &[*const f32],
     sums: &mut [Lanes<f32>],
+    ahead: Ahead,
 ) {
-    let mut shares = [const { MaybeUninit::uninit() }; TOKEN_BLOCK];
-    let shares = zeroed(&mut shares, xs.len());
+    let mut ahead = Fetch::new(ahead, n.div_ceil(FLOAT_STEP), xs.len());
     for from in (0..n).step_by(FLOAT_STEP) {
         let words = (from, FLOAT_STEP.min(n - from));
-        by_tokens!(step_f32, panel, words, xs, shares);
+        by_tokens!(step_f32, panel, words, xs, sums, ahead);
     }
-    add(sums, shares);
 }
 
 /// # Safety
@@ -296,9 +306,10 @@ unsafe fn step_f32<const N: usize>(
     panel: &Panel,
     (from, n): (usize, usize),
     xs: &[*const f32; N],
-    shares: &mut [Lanes<f32>; N],
+    sums: &mut [Lanes<f32>; N],
 ) {
-    let mut acc = shares.each_ref().map(|row| load_f32(row));
+    // Summed up apart, which loses less than adding one by one.
+    let mut acc = [[_mm512_setzero_ps(); 2]; N];
     for (i, word) in panel.words[from..][..n].iter().enumerate() {
         let w = load(word).map(|v| _mm512_castsi512_ps(v));
         for t in 0..N {
@@ -310,8 +321,9 @@ unsafe fn step_f32<const N: usize>(
             in_order(&mut acc[t]);
         }
     }
-    for (share, acc) in shares.iter_mut().zip(acc) {
-        store_f32(share, acc);
+    for (sums, acc) in sums.iter_mut().zip(acc) {
+        let sum = load_f32(sums);
+        store_f32(sums, [_mm512_add_ps(sum[0], acc[0]), _mm512_add_ps(sum[1], acc[1])]);
     }
 }
 
@@ -325,15 +337,14 @@ pub(super) unsafe fn multiply_bf16(
     n: usize,
     xs: &[*const bf16],
     sums: &mut [Lanes<f32>],
+    ahead: Ahead,
 ) {
-    let mut shares = [const { MaybeUninit::uninit() }; TOKEN_BLOCK];
-    let shares = zeroed(&mut shares, xs.len());
+    let mut ahead = Fetch::new(ahead, n.div_ceil(FLOAT_STEP), xs.len());
     let n = n.div_ceil(2);
     for from in (0..n).step_by(FLOAT_STEP) {
         let words = (from, FLOAT_STEP.min(n - from));
-        by_tokens!(step_bf16, panel, words, xs, shares);
+        by_tokens!(step_bf16, panel, words, xs, sums, ahead);
     }
-    add(sums, shares);
 }
 
 /// # Safety
@@ -344,11 +355,12 @@ unsafe fn step_bf16<const N: usize>(
     panel: &Panel,
     (from, n): (usize, usize),
     xs: &[*const bf16; N],
-    shares: &mut [Lanes<f32>; N],
+    sums: &mut [Lanes<f32>; N],
 ) {
     // SAFETY: registers of one size, any bits are a value.
     let as_bf16 = |v: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(v) };
-    let mut acc = shares.each_ref().map(|row| load_f32(row));
+    // Summed up apart, which loses less than adding one by one.
+    let mut acc = [[_mm512_setzero_ps(); 2]; N];
     for (i, word) in panel.words[from..][..n].iter().enumerate() {
         let w = load(word).map(as_bf16);
         for t in 0..N {
@@ -361,7 +373,8 @@ unsafe fn step_bf16<const N: usize>(
             in_order(&mut acc[t]);
         }
     }
-    for (share, acc) in shares.iter_mut().zip(acc) {
-        store_f32(share, acc);
+    for (sums, acc) in sums.iter_mut().zip(acc) {
+        let sum = load_f32(sums);
+        store_f32(sums, [_mm512_add_ps(sum[0], acc[0]), _mm512_add_ps(sum[1], acc[1])]);
     }
 }

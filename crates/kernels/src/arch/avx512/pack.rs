@@ -5,13 +5,14 @@
 
 use std::arch::x86_64::*;
 
-use half::f16;
+use half::{bf16, f16};
 
 use crate::arch::scalar_panel;
 use crate::blocks::{
     Block32, Block256, BlockMxfp4, BlockQ4_0, BlockQ4K, BlockQ5K, BlockQ6K, BlockQ8_0,
     MXFP4_VALUES,
 };
+use crate::interleave::{InPlace, Interleaved, Layout, Source};
 use crate::panel::{Lanes, PANEL_ROWS, PANEL_WORDS, Panel, Slab};
 
 /// Rows of a vector.
@@ -23,21 +24,88 @@ const MAX_BLOCKS: usize = PANEL_WORDS / WORDS_32;
 /// Bytes that one fetch brings.
 const LINE: usize = 64;
 
-/// Fetches what lies as far behind the next rows' begin as block `at` lies behind these rows' begin, for all rows.
-#[inline(always)]
-fn fetch(slab: &Slab, block_bytes: usize, at: usize) {
-    let bytes = PANEL_ROWS * block_bytes;
-    let from = slab.next.wrapping_add(at * bytes);
-    let mut offset = 0;
-    while offset < bytes {
-        // SAFETY: fetching ahead is allowed at any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(offset).cast()) };
-        offset += LINE;
+/// Bytes between what is read and what is fetched, where rows are interleaved.
+const DISTANCE: usize = 4096 + 512;
+
+/// How rows get into vectors.
+pub(super) trait Wide: Source {
+    /// The 16 bytes at `offset` of block `at` in each row of a half, as four vectors: vector `j` has bytes
+    /// `4j..4j + 4` of every row.
+    ///
+    /// # Safety
+    /// As for [`Source::read`], and the CPU has AVX-512.
+    unsafe fn words<B: Layout>(slab: &Slab, half: usize, at: usize, offset: usize) -> [__m512i; 4];
+
+    /// What does not fill words, of all rows, for as many blocks from `from` on as `out` holds.
+    ///
+    /// # Safety
+    /// As for [`Source::read`]; `T` has as many bytes.
+    unsafe fn odd<B: Layout, T: Copy>(slab: &Slab, from: usize, out: &mut [Lanes<T>]);
+}
+
+impl Wide for InPlace {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    #[inline]
+    unsafe fn words<B: Layout>(slab: &Slab, half: usize, at: usize, offset: usize) -> [__m512i; 4] {
+        if !slab.next.is_null() {
+            let from = (at * size_of::<B>() + offset) * PANEL_ROWS + half * HALF * 16;
+            for line in 0..HALF * 16 / LINE {
+                let line = slab.next.wrapping_add(from + line * LINE);
+                _mm_prefetch::<_MM_HINT_T1>(line.cast());
+            }
+        }
+        // SAFETY: the caller's promise.
+        unsafe { transposed::<B>(slab, half, at, offset) }
+    }
+
+    #[inline(always)]
+    unsafe fn odd<B: Layout, T: Copy>(slab: &Slab, from: usize, out: &mut [Lanes<T>]) {
+        const { assert!(size_of::<T>() == B::N_ODD) };
+        for row in 0..PANEL_ROWS {
+            for (at, out) in out.iter_mut().enumerate() {
+                // SAFETY: the contract.
+                let block = unsafe { slab.block::<B>(row, from + at).cast::<u8>() };
+                // SAFETY: as above.
+                out[row] = unsafe { block.add(B::ODD).cast::<T>().read_unaligned() };
+            }
+        }
     }
 }
 
-/// The 16 bytes at `offset` of block `at` in each row of a half, as four vectors: vector `j` has bytes `4j..4j + 4` of
-/// every row.
+impl Wide for Interleaved {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    #[inline]
+    unsafe fn words<B: Layout>(slab: &Slab, half: usize, at: usize, offset: usize) -> [__m512i; 4] {
+        let word = B::word(offset);
+        let from = B::N_ODD * PANEL_ROWS + word * PANEL_ROWS * 4 + half * HALF * 4;
+        // SAFETY: the caller's promise.
+        let from = unsafe { slab.interleaved::<B>(at).add(from) };
+        let mut out = [_mm512_setzero_si512(); 4];
+        for (i, out) in out.iter_mut().enumerate() {
+            // SAFETY: the words of 16 rows.
+            *out = unsafe { _mm512_loadu_si512(from.add(i * PANEL_ROWS * 4).cast()) };
+            let line = from.wrapping_add(DISTANCE + i * PANEL_ROWS * 4);
+            _mm_prefetch::<_MM_HINT_T1>(line.cast());
+        }
+        out
+    }
+
+    #[inline(always)]
+    unsafe fn odd<B: Layout, T: Copy>(slab: &Slab, from: usize, out: &mut [Lanes<T>]) {
+        const { assert!(size_of::<T>() == B::N_ODD) };
+        for (at, out) in out.iter_mut().enumerate() {
+            // SAFETY: the contract; the odd bytes come first.
+            let odd = unsafe { slab.interleaved::<B>(from + at).cast::<Lanes<T>>() };
+            let line = odd.cast::<i8>().wrapping_add(DISTANCE);
+            // SAFETY: fetching ahead is allowed at any address.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line) };
+            // SAFETY: as above.
+            *out = unsafe { odd.read_unaligned() };
+        }
+    }
+}
+
+/// See [`Wide::words`].
 ///
 /// # Safety
 /// The bytes lie inside of the slab's rows.
@@ -96,22 +164,16 @@ fn widen(words: __m512i) -> __m512 {
     _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words))
 }
 
-/// Fills the scales with the f16 at `offset` of every block.
+/// Fills the scales with the f16 that every block has beside its words.
 ///
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
 #[inline]
-unsafe fn pack_scales<B>(slab: &Slab, from: usize, n: usize, offset: usize, panel: &mut Panel) {
+unsafe fn pack_scales<S: Wide, B: Layout>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     let mut bits = [[0u16; PANEL_ROWS]; MAX_BLOCKS];
-    for row in 0..PANEL_ROWS {
-        for (at, bits) in bits[..n].iter_mut().enumerate() {
-            // SAFETY: the contract; blocks lie at even addresses.
-            let block = unsafe { slab.block::<B>(row, from + at).cast::<u8>().add(offset) };
-            // SAFETY: as above.
-            bits[row] = unsafe { block.cast::<u16>().read_unaligned() };
-        }
-    }
+    // SAFETY: the contract.
+    unsafe { S::odd::<B, u16>(slab, from, &mut bits[..n]) };
     for (bits, d) in bits[..n].iter().zip(&mut panel.d) {
         for (bits, d) in bits.as_chunks::<HALF>().0.iter().zip(d.as_chunks_mut::<HALF>().0) {
             // SAFETY: 16 values each.
@@ -126,16 +188,15 @@ unsafe fn pack_scales<B>(slab: &Slab, from: usize, n: usize, offset: usize, pane
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-pub(super) unsafe fn pack_q8_0(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_q8_0<S: Wide>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     // SAFETY: the contract.
-    unsafe { pack_scales::<BlockQ8_0>(slab, from, n, 0, panel) };
+    unsafe { pack_scales::<S, BlockQ8_0>(slab, from, n, panel) };
     let flip = _mm512_set1_epi8(i8::MIN);
     for (at, words) in panel.words.as_chunks_mut::<WORDS_32>().0[..n].iter_mut().enumerate() {
-        fetch(slab, size_of::<BlockQ8_0>(), from + at);
-        for half in 0..2 {
-            for part in 0..2 {
+        for part in 0..2 {
+            for half in 0..2 {
                 // SAFETY: the contract; quants begin after the scale.
-                let v = unsafe { transposed::<BlockQ8_0>(slab, half, from + at, 2 + 16 * part) };
+                let v = unsafe { S::words::<BlockQ8_0>(slab, half, from + at, 2 + 16 * part) };
                 for (word, v) in words[4 * part..].iter_mut().zip(v) {
                     put(word, half, _mm512_xor_si512(v, flip));
                 }
@@ -150,7 +211,7 @@ pub(super) unsafe fn pack_q8_0(slab: &Slab, from: usize, n: usize, panel: &mut P
 /// See `PackFn`; the nibbles are at `offset`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 #[inline]
-unsafe fn pack_nibbles<B>(
+unsafe fn pack_nibbles<S: Wide, B: Layout>(
     slab: &Slab,
     (from, n): (usize, usize),
     offset: usize,
@@ -158,10 +219,9 @@ unsafe fn pack_nibbles<B>(
     value: impl Fn(__m512i) -> __m512i,
 ) {
     for (at, words) in panel.words.as_chunks_mut::<WORDS_32>().0[..n].iter_mut().enumerate() {
-        fetch(slab, size_of::<B>(), from + at);
         for half in 0..2 {
             // SAFETY: the contract.
-            let v = unsafe { transposed::<B>(slab, half, from + at, offset) };
+            let v = unsafe { S::words::<B>(slab, half, from + at, offset) };
             for (i, v) in v.into_iter().enumerate() {
                 put(&mut words[i], half, value(low(v)));
                 put(&mut words[i + 4], half, value(high(v)));
@@ -185,24 +245,26 @@ fn high(v: __m512i) -> __m512i {
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-pub(super) unsafe fn pack_q4_0(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_q4_0<S: Wide>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     // SAFETY: the contract.
-    unsafe { pack_scales::<BlockQ4_0>(slab, from, n, 0, panel) };
+    unsafe { pack_scales::<S, BlockQ4_0>(slab, from, n, panel) };
     let offset = _mm512_set1_epi8(120);
     // SAFETY: the contract. 128 - 8 makes q - 8 unsigned.
     unsafe {
-        pack_nibbles::<BlockQ4_0>(slab, (from, n), 2, panel, |q| _mm512_add_epi8(q, offset));
+        pack_nibbles::<S, BlockQ4_0>(slab, (from, n), 2, panel, |q| _mm512_add_epi8(q, offset));
     }
 }
 
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) unsafe fn pack_mxfp4(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
-    for (at, d) in panel.d[..n].iter_mut().enumerate() {
-        for (row, d) in d.iter_mut().enumerate() {
-            // SAFETY: the contract.
-            *d = BlockMxfp4::scale_of(unsafe { (*slab.block::<BlockMxfp4>(row, from + at)).e });
+pub(super) unsafe fn pack_mxfp4<S: Wide>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+    let mut exponents = [[0u8; PANEL_ROWS]; MAX_BLOCKS];
+    // SAFETY: the contract.
+    unsafe { S::odd::<BlockMxfp4, u8>(slab, from, &mut exponents[..n]) };
+    for (d, exponents) in panel.d.iter_mut().zip(&exponents[..n]) {
+        for (d, e) in d.iter_mut().zip(exponents) {
+            *d = BlockMxfp4::scale_of(*e);
         }
     }
     let table = MXFP4_VALUES.map(|v| (v ^ i8::MIN).cast_unsigned());
@@ -211,7 +273,7 @@ pub(super) unsafe fn pack_mxfp4(slab: &Slab, from: usize, n: usize, panel: &mut 
     let table = _mm512_set_epi64(high, low, high, low, high, low, high, low);
     // SAFETY: the contract.
     unsafe {
-        pack_nibbles::<BlockMxfp4>(slab, (from, n), 1, panel, |q| {
+        pack_nibbles::<S, BlockMxfp4>(slab, (from, n), 1, panel, |q| {
             _mm512_shuffle_epi8(table, q)
         });
     }
@@ -223,13 +285,13 @@ pub(super) unsafe fn pack_mxfp4(slab: &Slab, from: usize, n: usize, panel: &mut 
 /// See `PackFn`; `at` is the super-block of the panel.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
 #[inline]
-unsafe fn pack_six_bits<B>(slab: &Slab, from: usize, at: usize, panel: &mut Panel) {
+unsafe fn pack_six_bits<S: Wide, B: Layout>(slab: &Slab, from: usize, at: usize, panel: &mut Panel) {
     let low_4 = _mm512_set1_epi32(0x0f0f_0f0f);
     let low_6 = _mm512_set1_epi32(0x3f3f_3f3f);
     let byte = _mm512_set1_epi32(0xff);
     for half in 0..2 {
         // SAFETY: the contract; the block begins with its scales.
-        let [d, a, b, c] = unsafe { transposed::<B>(slab, half, from + at, 0) };
+        let [d, a, b, c] = unsafe { S::words::<B>(slab, half, from + at, 0) };
         put_f32(&mut panel.d[at], half, widen(d));
         put_f32(&mut panel.m[at], half, widen(_mm512_srli_epi32::<16>(d)));
         // The upper two bits of the last four.
@@ -266,17 +328,16 @@ fn sub_blocks(panel: &mut Panel, at: usize) -> &mut [[Lanes<u32>; WORDS_32]; 8] 
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-pub(super) unsafe fn pack_q4_k(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_q4_k<S: Wide>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     for at in 0..n {
-        fetch(slab, size_of::<BlockQ4K>(), from + at);
         // SAFETY: the contract.
-        unsafe { pack_six_bits::<BlockQ4K>(slab, from, at, panel) };
+        unsafe { pack_six_bits::<S, BlockQ4K>(slab, from, at, panel) };
         let blocks = sub_blocks(panel, at);
         for (part, blocks) in blocks.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            for (half, quarter) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            for (quarter, half) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
                 let offset = 16 + 32 * part + 16 * quarter;
                 // SAFETY: the contract; the nibbles follow the scales.
-                let v = unsafe { transposed::<BlockQ4K>(slab, half, from + at, offset) };
+                let v = unsafe { S::words::<BlockQ4K>(slab, half, from + at, offset) };
                 for (i, v) in v.into_iter().enumerate() {
                     put(&mut blocks[0][4 * quarter + i], half, low(v));
                     put(&mut blocks[1][4 * quarter + i], half, high(v));
@@ -289,21 +350,20 @@ pub(super) unsafe fn pack_q4_k(slab: &Slab, from: usize, n: usize, panel: &mut P
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-pub(super) unsafe fn pack_q5_k(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_q5_k<S: Wide>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     let fifth = _mm512_set1_epi8(16);
     for at in 0..n {
-        fetch(slab, size_of::<BlockQ5K>(), from + at);
         // SAFETY: the contract.
-        unsafe { pack_six_bits::<BlockQ5K>(slab, from, at, panel) };
+        unsafe { pack_six_bits::<S, BlockQ5K>(slab, from, at, panel) };
         let blocks = sub_blocks(panel, at);
-        for (half, quarter) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        for (quarter, half) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
             // SAFETY: the contract; the fifth bits follow the scales.
             let mut bits =
-                unsafe { transposed::<BlockQ5K>(slab, half, from + at, 16 + 16 * quarter) };
+                unsafe { S::words::<BlockQ5K>(slab, half, from + at, 16 + 16 * quarter) };
             for (part, blocks) in blocks.as_chunks_mut::<2>().0.iter_mut().enumerate() {
                 let offset = 48 + 32 * part + 16 * quarter;
                 // SAFETY: the contract; the nibbles follow them.
-                let v = unsafe { transposed::<BlockQ5K>(slab, half, from + at, offset) };
+                let v = unsafe { S::words::<BlockQ5K>(slab, half, from + at, offset) };
                 for (i, v) in v.into_iter().enumerate() {
                     // The next two bits of every byte, brought to the fifth place.
                     let first = _mm512_and_si512(_mm512_slli_epi16::<4>(bits[i]), fifth);
@@ -321,23 +381,22 @@ pub(super) unsafe fn pack_q5_k(slab: &Slab, from: usize, n: usize, panel: &mut P
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-pub(super) unsafe fn pack_q6_k(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_q6_k<S: Wide>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     const { assert!(std::mem::offset_of!(BlockQ6K, scales) == 192) };
     // SAFETY: the contract; the scale comes last.
-    unsafe { pack_scales::<BlockQ6K>(slab, from, n, 208, panel) };
+    unsafe { pack_scales::<S, BlockQ6K>(slab, from, n, panel) };
     for at in 0..n {
-        fetch(slab, size_of::<BlockQ6K>(), from + at);
         for half in 0..2 {
             // SAFETY: the contract.
-            let scales = unsafe { transposed::<BlockQ6K>(slab, half, from + at, 192) };
+            let scales = unsafe { S::words::<BlockQ6K>(slab, half, from + at, 192) };
             pack_scales_q6_k(scales, half, at, panel);
         }
         let blocks = sub_blocks(panel, at);
         for (part, blocks) in blocks.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            for (half, quarter) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            for (quarter, half) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
                 // SAFETY: the contract: per 128 weights 64 bytes of lower and 32 of upper bits.
                 let (first, second, upper) = unsafe {
-                    let get = |offset| transposed::<BlockQ6K>(slab, half, from + at, offset);
+                    let get = |offset| S::words::<BlockQ6K>(slab, half, from + at, offset);
                     (
                         get(64 * part + 16 * quarter),
                         get(64 * part + 32 + 16 * quarter),
@@ -408,9 +467,9 @@ fn pack_scales_q6_k(scales: [__m512i; 4], half: usize, at: usize, panel: &mut Pa
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-pub(super) unsafe fn pack_32<B: Block32>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_32<S: Source, B: Block32 + Layout>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     // SAFETY: the contract.
-    unsafe { scalar_panel::pack_32::<B>(slab, from, n, panel) }
+    unsafe { scalar_panel::pack_32::<S, B>(slab, from, n, panel) }
 }
 
 /// The twin's packing of super-blocks, vectorised by the compiler.
@@ -418,14 +477,14 @@ pub(super) unsafe fn pack_32<B: Block32>(slab: &Slab, from: usize, n: usize, pan
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-pub(super) unsafe fn pack_256<B: Block256, const SCALES: usize>(
+pub(super) unsafe fn pack_256<S: Source, B: Block256 + Layout, const SCALES: usize>(
     slab: &Slab,
     from: usize,
     n: usize,
     panel: &mut Panel,
 ) {
     // SAFETY: the contract.
-    unsafe { scalar_panel::pack_256::<B, SCALES>(slab, from, n, panel) }
+    unsafe { scalar_panel::pack_256::<S, B, SCALES>(slab, from, n, panel) }
 }
 
 /// Four columns of f32 at a time.
@@ -433,13 +492,12 @@ pub(super) unsafe fn pack_256<B: Block256, const SCALES: usize>(
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) unsafe fn pack_f32(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_f32<S: Wide>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     let whole = n - n % 4;
     for at in (0..whole).step_by(4) {
-        fetch(slab, size_of::<[f32; 4]>(), (from + at) / 4);
         for half in 0..2 {
             // SAFETY: the contract: values from + at .. + 4.
-            let v = unsafe { transposed::<f32>(slab, half, from + at, 0) };
+            let v = unsafe { S::words::<f32>(slab, half, from + at, 0) };
             for (word, v) in panel.words[at..].iter_mut().zip(v) {
                 put(word, half, v);
             }
@@ -448,7 +506,7 @@ pub(super) unsafe fn pack_f32(slab: &Slab, from: usize, n: usize, panel: &mut Pa
     for row in 0..PANEL_ROWS {
         for at in whole..n {
             // SAFETY: the contract.
-            panel.words[at][row] = unsafe { slab.block::<u32>(row, from + at).read() };
+            panel.words[at][row] = unsafe { S::read::<f32>(slab, row, from + at) }.to_bits();
         }
     }
 }
@@ -459,7 +517,7 @@ pub(super) unsafe fn pack_f32(slab: &Slab, from: usize, n: usize, panel: &mut Pa
 /// See `PackFn`; `B` has 2 bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
 #[inline]
-unsafe fn pack_half<B: Copy>(
+unsafe fn pack_half<S: Wide, B: Layout>(
     slab: &Slab,
     (from, n): (usize, usize),
     panel: &mut Panel,
@@ -469,10 +527,9 @@ unsafe fn pack_half<B: Copy>(
     const { assert!(size_of::<B>() == 2) };
     let whole = n - n % 8;
     for at in (0..whole).step_by(8) {
-        fetch(slab, size_of::<[u16; 8]>(), (from + at) / 8);
         for half in 0..2 {
             // SAFETY: the contract: values from + at .. + 8.
-            let v = unsafe { transposed::<B>(slab, half, from + at, 0) };
+            let v = unsafe { S::words::<B>(slab, half, from + at, 0) };
             for (words, v) in panel.words[at..].as_chunks_mut::<2>().0.iter_mut().zip(v) {
                 let [even, odd] = widen(v);
                 put(&mut words[0], half, even);
@@ -483,7 +540,7 @@ unsafe fn pack_half<B: Copy>(
     for row in 0..PANEL_ROWS {
         for at in whole..n {
             // SAFETY: the contract.
-            let bits = value(unsafe { slab.block::<B>(row, from + at).read() });
+            let bits = value(unsafe { S::read::<B>(slab, row, from + at) });
             panel.words[at][row] = bits.to_bits();
         }
     }
@@ -492,23 +549,23 @@ unsafe fn pack_half<B: Copy>(
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-pub(super) unsafe fn pack_bf16(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_bf16<S: Wide>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     let upper = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
     let widen = |v| [_mm512_slli_epi32::<16>(v), _mm512_and_si512(v, upper)];
     // SAFETY: the contract.
-    unsafe { pack_half(slab, (from, n), panel, widen, half::bf16::to_f32) }
+    unsafe { pack_half::<S, _>(slab, (from, n), panel, widen, bf16::to_f32) }
 }
 
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-pub(super) unsafe fn pack_f16(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_f16<S: Wide>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     let widen = |v| {
         let odd = self::widen(_mm512_srli_epi32::<16>(v));
         [_mm512_castps_si512(self::widen(v)), _mm512_castps_si512(odd)]
     };
     // SAFETY: the contract.
-    unsafe { pack_half(slab, (from, n), panel, widen, f16::to_f32) }
+    unsafe { pack_half::<S, _>(slab, (from, n), panel, widen, f16::to_f32) }
 }
 
 /// Pairs of bf16 as they are; `n` counts values, and an odd one at a row's end is paired with zero.
@@ -516,13 +573,12 @@ pub(super) unsafe fn pack_f16(slab: &Slab, from: usize, n: usize, panel: &mut Pa
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) unsafe fn pack_bf16_pairs(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_bf16_pairs<S: Wide>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     let whole = n - n % 8;
     for at in (0..whole).step_by(8) {
-        fetch(slab, size_of::<[u16; 8]>(), (from + at) / 8);
         for half in 0..2 {
             // SAFETY: the contract: values from + at .. + 8.
-            let v = unsafe { transposed::<u16>(slab, half, from + at, 0) };
+            let v = unsafe { S::words::<bf16>(slab, half, from + at, 0) };
             for (word, v) in panel.words[at / 2..].iter_mut().zip(v) {
                 put(word, half, v);
             }
@@ -531,7 +587,8 @@ pub(super) unsafe fn pack_bf16_pairs(slab: &Slab, from: usize, n: usize, panel: 
     for row in 0..PANEL_ROWS {
         for at in (whole..n).step_by(2) {
             // SAFETY: the contract.
-            let value = |at: usize| u32::from(unsafe { slab.block::<u16>(row, from + at).read() });
+            let value = |at: usize| unsafe { S::read::<bf16>(slab, row, from + at) };
+            let value = |at: usize| u32::from(value(at).to_bits());
             let odd = if at + 1 < n { value(at + 1) } else { 0 };
             panel.words[at / 2][row] = value(at) | odd << 16;
         }
