@@ -18,15 +18,13 @@ use crate::weights::{Weights, weight_error};
 pub(crate) struct Builder<'a> {
     pub(crate) config: &'a ModelConfig,
     pub(crate) weights: Weights<'a>,
-    pub(crate) compute: Compute,
 }
 
 impl<'a> Builder<'a> {
     pub(crate) fn new(checkpoint: &'a Checkpoint, options: &LoadOptions, compute: Compute) -> Self {
         Self {
             config: checkpoint.config(),
-            weights: Weights::new(checkpoint, options.quant),
-            compute,
+            weights: Weights::new(checkpoint, options, compute),
         }
     }
 
@@ -187,9 +185,9 @@ impl<'a> Builder<'a> {
             let first = head * (nope + v);
             let transposed = transpose(&both.rows(first..first + nope))
                 .map_err(|source| weight_error(&name, source))?;
-            k_b.push(self.weights.wanted(&name, transposed)?);
+            k_b.push(self.weights.placed(self.weights.wanted(&name, transposed)?));
             let values = both.rows(first + nope..first + nope + v);
-            v_b.push(self.weights.wanted(&name, values)?);
+            v_b.push(self.weights.placed(self.weights.wanted(&name, values)?));
         }
         Ok((k_b, v_b))
     }
@@ -222,7 +220,8 @@ impl<'a> Builder<'a> {
         // Checking and quantising is most of the work of loading, and experts are most of the weights.
         let mut slots: Vec<Option<Result<FeedForward>>> =
             (0..moe.n_experts).map(|_| None).collect();
-        self.compute
+        self.weights
+            .compute
             .pool()
             .for_each_chunk(&mut slots, 1, |expert, slot| {
                 let prefix = format!("{prefix}.experts.{expert}");

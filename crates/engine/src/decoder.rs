@@ -184,6 +184,11 @@ impl Builder<'_> {
         let embed_tokens = self
             .weights
             .matrix("model.embed_tokens.weight", [vocab, d])?;
+        // Multiplied by only where it is the head as well.
+        let embed_tokens = match config.tie_word_embeddings {
+            true => self.weights.placed(embed_tokens),
+            false => embed_tokens,
+        };
         let linear = match config.tie_word_embeddings {
             true => None,
             false => Some(self.weights.linear("lm_head", [vocab, d], false)?),
@@ -200,6 +205,7 @@ impl Builder<'_> {
             .map(|index| layer(&self, index))
             .collect();
         let ropes = [Some(&config.rope), config.local_rope.as_ref()];
+        let n_kept = self.weights.n_kept();
         let mut decoder = Decoder {
             info: info(&self),
             shape: session_shape(config),
@@ -210,12 +216,12 @@ impl Builder<'_> {
             norm: self.norm("model.norm")?,
             head,
             ropes: ropes.into_iter().flatten().map(Rope::new).collect(),
-            compute: self.compute,
+            compute: self.weights.compute,
         };
         decoder.info.weight_bytes = decoder.weight_bytes();
-        if self.weights.n_kept() > 0 {
+        if n_kept > 0 {
             tracing::warn!(
-                n_matrices = self.weights.n_kept(),
+                n_matrices = n_kept,
                 "some matrices stay as stored: their rows are not a multiple of 32, which q8_0 needs"
             );
         }

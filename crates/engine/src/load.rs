@@ -31,6 +31,9 @@ pub struct LoadOptions {
     pub isa: Option<Isa>,
     /// Threads; all of this machine's when absent. Changes no result.
     pub n_threads: Option<usize>,
+    /// Whether weights stay where the file has them. They are otherwise copied into an order that memory is read
+    /// fastest in. Changes no result.
+    pub in_place: bool,
 }
 
 type Loader = fn(Builder<'_>) -> Result<Decoder>;

@@ -3,25 +3,29 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cadre_checkpoint::Checkpoint;
-use cadre_kernels::{Format, Matrix, MatrixError};
+use cadre_kernels::{Compute, Format, Matrix, MatrixError};
 
 use crate::blocks::Linear;
 use crate::error::{EngineError, Result};
-use crate::load::Quant;
+use crate::load::{LoadOptions, Quant};
 
 /// Reads tensors of one checkpoint, checked for shape and for NaN and infinities.
 pub(crate) struct Weights<'a> {
     checkpoint: &'a Checkpoint,
     quant: Quant,
+    in_place: bool,
+    pub(crate) compute: Compute,
     /// Matrices that the wanted format cannot hold.
     n_kept: AtomicUsize,
 }
 
 impl<'a> Weights<'a> {
-    pub(crate) fn new(checkpoint: &'a Checkpoint, quant: Quant) -> Self {
+    pub(crate) fn new(checkpoint: &'a Checkpoint, options: &LoadOptions, compute: Compute) -> Self {
         Self {
             checkpoint,
-            quant,
+            quant: options.quant,
+            in_place: options.in_place,
+            compute,
             n_kept: AtomicUsize::new(0),
         }
     }
@@ -53,18 +57,26 @@ impl<'a> Weights<'a> {
         let all = self.stored(name, &[n, n_out, n_in], [n * n_out, n_in])?;
         let all = self.wanted(name, all)?;
         Ok((0..n)
-            .map(|i| all.rows(i * n_out..(i + 1) * n_out))
+            .map(|i| self.placed(all.rows(i * n_out..(i + 1) * n_out)))
             .collect())
     }
 
     /// `{name}.weight`, and `{name}.bias` if there is to be one.
     pub(crate) fn linear(&self, name: &str, shape: [usize; 2], bias: bool) -> Result<Linear> {
-        let weight = self.matrix(&format!("{name}.weight"), shape)?;
+        let weight = self.placed(self.matrix(&format!("{name}.weight"), shape)?);
         let bias = bias.then(|| self.vector(&format!("{name}.bias"), shape[0]));
         Ok(Linear {
             weight,
             bias: bias.transpose()?,
         })
+    }
+
+    /// The matrix where it is to be multiplied: rows interleaved in memory of its own, or where the file has them.
+    pub(crate) fn placed(&self, matrix: Matrix) -> Matrix {
+        match self.in_place {
+            true => matrix,
+            false => self.compute.interleaved(&matrix),
+        }
     }
 
     /// Puts a matrix into the format that was asked for.

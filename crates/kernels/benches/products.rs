@@ -15,7 +15,7 @@ use std::sync::{LazyLock, Mutex};
 use std::time::Instant;
 
 use cadre_kernels::doctor::{bandwidth, default_threads};
-use cadre_kernels::{Compute, Format, Kernels, MatmulScratch, Matrix};
+use cadre_kernels::{Compute, Format, Grouped, Kernels, MatmulScratch, Matrix};
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 
@@ -102,7 +102,7 @@ fn matrix(format: &str, n_out: usize, n_in: usize) -> Matrix {
     let format = Format::from_name(format).unwrap();
     let bytes = format.encode(&numbers(DIFFERENT * n_in)).unwrap();
     let bytes = bytes.repeat(n_out / DIFFERENT);
-    Matrix::new(format, n_out, n_in, bytes.into()).unwrap()
+    COMPUTE.interleaved(&Matrix::new(format, n_out, n_in, bytes.into()).unwrap())
 }
 
 /// One token.
@@ -137,14 +137,12 @@ fn prompt(bencher: Bencher<'_, '_>, format: &str, tokens: usize) {
         .counter(ItemsCount::new(operations))
         .bench_local(|| {
             let start = Instant::now();
-            COMPUTE.grouped_matmul(
-                EXPERTS,
-                &|g| &experts[g],
-                &offsets,
-                &x,
-                &mut y,
-                &mut scratch,
-            );
+            let rows = Grouped {
+                offsets: &offsets,
+                x: &x,
+                index: None,
+            };
+            COMPUTE.grouped_matmul(rows, &|g| &experts[g], &mut y, &mut scratch);
             note(&name, operations as f64, start.elapsed().as_secs_f64());
         });
 }

@@ -6,6 +6,7 @@ use crate::arch::{PanelKernels, Products};
 use crate::blocks::{ActQ8, ActQ8K, Q8_BLOCK, SUPER_BLOCK};
 use crate::format::Format;
 use crate::matrix::Matrix;
+use crate::memory::Arena;
 use crate::panel::PANEL_ROWS;
 use crate::pool::{SendPtr, ThreadPool};
 use crate::product::{ActFormat, Acts, Finish, Part, Weights};
@@ -21,6 +22,7 @@ const TASKS_PER_THREAD: usize = 8;
 pub struct Compute {
     kernels: Kernels,
     pool: ThreadPool,
+    arena: Arena,
 }
 
 /// Buffers that products reuse. Grows to the largest product seen and never shrinks.
@@ -111,6 +113,7 @@ impl Compute {
         Self {
             kernels,
             pool: ThreadPool::new(n_threads),
+            arena: Arena::default(),
         }
     }
 
@@ -130,7 +133,9 @@ impl Compute {
     pub fn interleaved(&self, w: &Matrix) -> Matrix {
         match self.kernels.table().products {
             Products::Rows(_) => w.clone(),
-            Products::Panels(_) => w.interleave(&self.pool).unwrap_or_else(|| w.clone()),
+            Products::Panels(_) => w
+                .interleave(&self.pool, &self.arena)
+                .unwrap_or_else(|| w.clone()),
         }
     }
 
@@ -184,7 +189,13 @@ impl Compute {
         let jobs = products.map(|(w, y)| {
             assert_eq!(w.n_in(), n_in, "weights of as many columns");
             let expected = offsets[1] * w.n_out();
-            assert_eq!(y.len(), expected, "outputs of [{}, {}]", offsets[1], w.n_out());
+            assert_eq!(
+                y.len(),
+                expected,
+                "outputs of [{}, {}]",
+                offsets[1],
+                w.n_out()
+            );
             Job {
                 weights: Weights::One(w),
                 y: SendPtr(y.as_mut_ptr()),
@@ -336,9 +347,8 @@ impl Compute {
             }
             (x, index) = (&gathered[..of.len() * n_in], None);
         }
-        let needs = |acts| {
-            (0..rows.n_groups()).any(|g| (0..n_jobs).any(|j| job(g, j).weights.has(acts)))
-        };
+        let needs =
+            |acts| (0..rows.n_groups()).any(|g| (0..n_jobs).any(|j| job(g, j).weights.has(acts)));
         if needs(ActFormat::Q8) {
             self.quantize(x, q8, ActQ8::ZERO, Q8_BLOCK, Kernels::quantize_act);
         }
@@ -402,11 +412,7 @@ impl Job<'_> {
 }
 
 /// Panics unless weights and outputs match the rows. Returns the columns of the outputs.
-fn check_groups<'w>(
-    rows: Grouped<'_>,
-    weight: &dyn Fn(usize) -> &'w Matrix,
-    y: &[f32],
-) -> usize {
+fn check_groups<'w>(rows: Grouped<'_>, weight: &dyn Fn(usize) -> &'w Matrix, y: &[f32]) -> usize {
     let (n_out, n_in) = (weight(0).n_out(), weight(0).n_in());
     assert_eq!(
         y.len(),
@@ -540,12 +546,111 @@ mod tests {
                 for n_threads in [1, 2, 5] {
                     let mut together = vec![0.0; n_tokens * n_out];
                     Compute::new(kernels, n_threads).matmul(&w, &x, &mut together, &mut scratch);
-                    assert_eq!(
-                        together,
-                        one_by_one,
+                    assert!(
+                        together == one_by_one,
                         "{isa} {} {n_threads}",
                         w.format().name()
                     );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn interleaved_rows_give_the_same_bits() {
+        for (n_out, n_in) in [(70, 512), (32, 256), (1, 1280), (33, 64)] {
+            let x = noise(9 * n_in, 4);
+            for w in matrices(n_out, n_in) {
+                for compute in computes() {
+                    let moved = compute.interleaved(&w);
+                    let (mut row, mut expected) = (vec![0.0; n_in], vec![0.0; n_in]);
+                    for r in 0..n_out {
+                        w.row(r, &mut expected);
+                        moved.row(r, &mut row);
+                        assert!(row == expected, "{w:?} row {r}");
+                    }
+                    for n_tokens in [1, 2, 3, 9] {
+                        let x = &x[..n_tokens * n_in];
+                        let mut scratch = MatmulScratch::default();
+                        let mut expected = vec![0.0; n_tokens * n_out];
+                        compute.matmul(&w, x, &mut expected, &mut scratch);
+                        let mut got = vec![0.0; n_tokens * n_out];
+                        compute.matmul(&moved, x, &mut got, &mut scratch);
+                        assert!(got == expected, "{compute:?} {w:?} {n_tokens}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn pairs_of_weights_share_their_inputs() {
+        let (n_out, n_in) = (70, 256);
+        let offsets = [0, 2, 2, 7];
+        let index = [3, 0, 1, 1, 2, 0, 3];
+        let x = noise(4 * n_in, 1);
+        let gathered: Vec<f32> = index
+            .iter()
+            .flat_map(|i| x[*i as usize * n_in..][..n_in].to_vec())
+            .collect();
+        let of = |format, seed: u32| -> Vec<Matrix> {
+            (0..3)
+                .map(|g| matrix(format, n_out, n_in, seed + g).unwrap())
+                .collect()
+        };
+        let (gate, up) = (of(Format::Q4K, 1), of(Format::Q8_0, 9));
+        for compute in computes() {
+            let mut scratch = MatmulScratch::default();
+            let rows = Grouped {
+                offsets: &offsets,
+                x: &gathered,
+                index: None,
+            };
+            let [mut a, mut b] = [const { Vec::new() }; 2];
+            for (weights, y) in [(&gate, &mut a), (&up, &mut b)] {
+                *y = vec![0.0; 7 * n_out];
+                compute.grouped_matmul(rows, &|g| &weights[g], y, &mut scratch);
+            }
+            let expected: Vec<f32> = a
+                .iter()
+                .zip(&b)
+                .enumerate()
+                .map(|(i, (a, b))| a + b * (i / n_out) as f32 + (i % n_out) as f32)
+                .collect();
+            let rows = Grouped {
+                index: Some(&index),
+                x: &x,
+                ..rows
+            };
+            let finish = |row: usize, from: usize, a: &mut [f32], b: &mut [f32]| {
+                for (column, (a, b)) in a.iter_mut().zip(b).enumerate() {
+                    *a = *a + *b * row as f32 + (from + column) as f32;
+                }
+            };
+            let mut got = vec![0.0; 7 * n_out];
+            let weights = |g: usize| [&gate[g], &up[g]];
+            compute.grouped_gated(rows, &weights, &finish, &mut got, &mut scratch);
+            assert!(got == expected, "{compute:?}");
+        }
+    }
+
+    #[test]
+    fn blocks_are_multiplied_as_the_twin_does() {
+        let (n_tokens, n_out, n_in) = (7, 45, 1024);
+        let x = noise(n_tokens * n_in, 9);
+        let product = |isa, w: &Matrix| {
+            let mut y = vec![0.0; n_tokens * n_out];
+            let compute = Compute::new(Kernels::for_isa(isa).unwrap(), 1);
+            compute.matmul(w, &x, &mut y, &mut MatmulScratch::default());
+            y
+        };
+        let wide = Isa::available()
+            .into_iter()
+            .filter(|isa| *isa >= Isa::Avx512);
+        for isa in wide {
+            for w in matrices(n_out, n_in) {
+                if !matches!(w.acts(), ActFormat::F32 | ActFormat::Bf16) {
+                    assert!(product(isa, &w) == product(Isa::Scalar, &w), "{isa} {w:?}");
                 }
             }
         }

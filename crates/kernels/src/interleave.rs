@@ -89,7 +89,9 @@ impl Source for Interleaved {
             let per_word = WORD / size;
             // SAFETY: the caller's promise.
             unsafe {
-                let word = slab.interleaved::<B>(at / per_word * per_word).add(row * WORD);
+                let word = slab
+                    .interleaved::<B>(at / per_word * per_word)
+                    .add(row * WORD);
                 return word.cast::<B>().add(at % per_word).read_unaligned();
             }
         }
@@ -154,7 +156,12 @@ impl Shape {
                 }
             }
             let from = from + self.words();
-            for (word, out) in words.as_chunks_mut::<{ WORD * PANEL_ROWS }>().0.iter_mut().enumerate() {
+            for (word, out) in words
+                .as_chunks_mut::<{ WORD * PANEL_ROWS }>()
+                .0
+                .iter_mut()
+                .enumerate()
+            {
                 for (out, row) in out.as_chunks_mut::<WORD>().0.iter_mut().zip(rows) {
                     if let Some(word) = row[from + word * WORD..].first_chunk() {
                         *out = *word;
@@ -164,16 +171,69 @@ impl Shape {
         }
     }
 
-    /// Row `row` of a slab, as it was before.
-    pub(crate) fn row(&self, slab: &[u8], row: usize, out: &mut [u8]) {
-        let blocks = slab.chunks_exact(self.size * PANEL_ROWS);
-        for (out, block) in out.chunks_exact_mut(self.size).zip(blocks) {
-            let (odd, words) = block.split_at(self.n_odd * PANEL_ROWS);
-            out[self.odd..][..self.n_odd].copy_from_slice(&odd[row * self.n_odd..][..self.n_odd]);
-            let words = words.as_chunks::<WORD>().0.chunks_exact(PANEL_ROWS);
-            for (out, word) in out[self.words()..].as_chunks_mut().0.iter_mut().zip(words) {
-                *out = word[row];
+    /// Calls `take(offset, bytes)` for pieces of row `row` of a slab, whole blocks as they were before.
+    pub(crate) fn row(&self, slab: &[u8], row: usize, mut take: impl FnMut(usize, &[u8])) {
+        let mut piece = [0; 1024];
+        let per_piece = piece.len() / self.size;
+        let blocks = slab.chunks(per_piece * self.size * PANEL_ROWS);
+        for (at, blocks) in blocks.enumerate() {
+            let piece = &mut piece[..blocks.len() / PANEL_ROWS];
+            let blocks = blocks.chunks_exact(self.size * PANEL_ROWS);
+            for (out, block) in piece.chunks_exact_mut(self.size).zip(blocks) {
+                let (odd, words) = block.split_at(self.n_odd * PANEL_ROWS);
+                let odd = &odd[row * self.n_odd..][..self.n_odd];
+                out[self.odd..][..self.n_odd].copy_from_slice(odd);
+                let words = words.as_chunks::<WORD>().0.chunks_exact(PANEL_ROWS);
+                for (out, word) in out[self.words()..].as_chunks_mut().0.iter_mut().zip(words) {
+                    *out = word[row];
+                }
+            }
+            take(at * per_piece * self.size, piece);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::samples::noise_bytes;
+
+    #[test]
+    fn rows_come_back_from_any_slab() {
+        for format in Format::all() {
+            for (n_rows, n_blocks) in [(1, 1), (32, 3), (31, 16), (7, 40)] {
+                let row_bytes = n_blocks * format.block_bytes() * 16 / format.block_bytes().min(16);
+                let Some(shape) = Shape::of(format, row_bytes) else {
+                    continue;
+                };
+                let rows = noise_bytes(n_rows * row_bytes, 3);
+                let mut slab = vec![0; PANEL_ROWS * row_bytes];
+                shape.interleave(&rows, row_bytes, &mut slab);
+                for row in 0..PANEL_ROWS {
+                    let mut got = Vec::new();
+                    shape.row(&slab, row, |at, bytes| {
+                        assert_eq!(at, got.len());
+                        got.extend_from_slice(bytes);
+                    });
+                    let from = row.min(n_rows - 1) * row_bytes;
+                    assert_eq!(got, rows[from..][..row_bytes], "{format} {n_rows} {row}");
+                }
             }
         }
+    }
+
+    #[test]
+    fn words_of_a_block_lie_side_by_side() {
+        // Two blocks of Q4_0 in two rows: bytes count up, the second row from 100 on.
+        let shape = Shape::of(Format::Q4_0, 18).unwrap();
+        let rows: Vec<u8> = (0..18).chain(100..118).collect();
+        let mut slab = vec![0; PANEL_ROWS * 18];
+        shape.interleave(&rows, 18, &mut slab);
+        assert_eq!(slab[..6], [0, 1, 100, 101, 100, 101]);
+        assert_eq!(
+            slab[64..76],
+            [2, 3, 4, 5, 102, 103, 104, 105, 102, 103, 104, 105]
+        );
+        assert_eq!(slab[192..196], [6, 7, 8, 9]);
     }
 }

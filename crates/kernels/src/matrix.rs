@@ -13,7 +13,7 @@ use half::bf16;
 use crate::blocks::{self, BlockQ8_0, Pod};
 use crate::format::Format;
 use crate::interleave::Shape;
-use crate::memory::Memory;
+use crate::memory::Arena;
 use crate::panel::PANEL_ROWS;
 use crate::pool::ThreadPool;
 use crate::product::ActFormat;
@@ -291,7 +291,9 @@ impl Matrix {
             n_in: self.n_in,
             format: self.format,
             bytes: match self.interleaved {
-                None => self.bytes.slice(range.start * row_bytes..range.end * row_bytes),
+                None => self
+                    .bytes
+                    .slice(range.start * row_bytes..range.end * row_bytes),
                 Some(_) => {
                     let end = range.end.next_multiple_of(PANEL_ROWS);
                     self.bytes.slice(range.start * row_bytes..end * row_bytes)
@@ -304,14 +306,14 @@ impl Matrix {
     }
 
     /// The same matrix with interleaved rows; `None` where its format or shape does not allow it.
-    pub(crate) fn interleave(&self, pool: &ThreadPool) -> Option<Self> {
+    pub(crate) fn interleave(&self, pool: &ThreadPool, arena: &Arena) -> Option<Self> {
         let row_bytes = self.row_bytes();
         let shape = Shape::of(self.format, row_bytes)?;
         if self.scales.is_some() || self.interleaved.is_some() || self.bytes.is_empty() {
             return None;
         }
         let slab = PANEL_ROWS * row_bytes;
-        let mut bytes = Memory::new(self.n_out.div_ceil(PANEL_ROWS) * slab)?;
+        let mut bytes = arena.take(self.n_out.div_ceil(PANEL_ROWS) * slab)?;
         pool.for_each_chunk(bytes.as_mut(), slab, |at, out| {
             let from = at * slab;
             let rows = &self.bytes[from..self.bytes.len().min(from + slab)];
@@ -381,10 +383,11 @@ impl Matrix {
             None => decode(&self.bytes[row * row_bytes..][..row_bytes], out),
             Some(shape) => {
                 let slab = PANEL_ROWS * row_bytes;
-                let mut bytes = vec![0; row_bytes];
                 let slab = &self.bytes[row / PANEL_ROWS * slab..][..slab];
-                shape.row(slab, row % PANEL_ROWS, &mut bytes);
-                decode(&bytes, out);
+                shape.row(slab, row % PANEL_ROWS, |at, bytes| {
+                    let values = |bytes: usize| bytes * self.n_in / row_bytes;
+                    decode(bytes, &mut out[values(at)..][..values(bytes.len())]);
+                });
             }
         }
         if let Some(scales) = &self.scales {

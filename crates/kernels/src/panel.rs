@@ -13,6 +13,9 @@ pub(crate) const PANEL_ROWS: usize = 32;
 pub(crate) const PANEL_WORDS: usize = 128;
 /// Tokens that one call multiplies at most: their sums stay in the first cache beside the panel.
 pub(crate) const TOKEN_BLOCK: usize = 64;
+/// Words whose products of floats are summed up apart, which loses less than adding one by one. Panels of floats are
+/// multiples of it.
+pub(crate) const FLOAT_STEP: usize = 32;
 /// What signed integers are stored with: `q + 128`, so that they are unsigned.
 pub(crate) const SIGNED_BIAS: i32 = 128;
 

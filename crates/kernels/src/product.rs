@@ -72,7 +72,7 @@ pub(crate) struct Acts<'a> {
 
 /// What happens to the outputs of a row block of one token: its index among the outputs, the first row, the outputs of
 /// the first weight (to be stored), and those of the second.
-pub(crate) type Finish<'a> = &'a (dyn Fn(usize, usize, &mut [f32], &[f32]) + Sync);
+pub(crate) type Finish<'a> = &'a (dyn Fn(usize, usize, &mut [f32], &mut [f32]) + Sync);
 
 /// Weights that are multiplied by the same activations.
 #[derive(Clone, Copy)]
@@ -195,7 +195,12 @@ impl Part<'_> {
         }
         for (t, (sums, others)) in sums.iter_mut().zip(others).enumerate() {
             if let Weights::Two(_, _, finish) = self.weights {
-                finish(self.from + t, row, &mut sums[..n_rows], &others[..n_rows]);
+                finish(
+                    self.from + t,
+                    row,
+                    &mut sums[..n_rows],
+                    &mut others[..n_rows],
+                );
             }
             // SAFETY: the caller's promise: rows row.. of output from + t.
             unsafe {
@@ -204,7 +209,6 @@ impl Part<'_> {
             }
         }
     }
-
 }
 
 /// A panel's worth of rows of one weight, for some tokens.
@@ -236,7 +240,11 @@ impl Work<'_> {
         let n_rows = if w.is_interleaved() { 1 } else { self.n_rows };
         // What comes next is fetched while packing or while multiplying, whichever takes longer.
         let few = sums.len() < FEW_TOKENS;
-        let next = if few && !w.is_interleaved() { self.next } else { std::ptr::null() };
+        let next = if few && !w.is_interleaved() {
+            self.next
+        } else {
+            std::ptr::null()
+        };
         let slab = Slab::new(first, w.row_bytes(), n_rows, next);
         let ahead = match (few, w.is_interleaved()) {
             (true, _) => std::ptr::null(),
@@ -255,7 +263,14 @@ impl Work<'_> {
             match panels(w.format(), w.is_interleaved()) {
                 PanelKernels::Q8(pack, multiply) if !float => {
                     let parts = (blocks, per_panel(len), ahead, w.row_bytes());
-                    self.by_panels(&slab, parts, pack, multiply, (acts.q8, blocks), (panel, sums));
+                    self.by_panels(
+                        &slab,
+                        parts,
+                        pack,
+                        multiply,
+                        (acts.q8, blocks),
+                        (panel, sums),
+                    );
                 }
                 PanelKernels::Q8K(pack, multiply) if !float => {
                     let parts = (blocks, per_panel(len), ahead, w.row_bytes());
@@ -281,7 +296,14 @@ impl Work<'_> {
                     let first = expanded.as_ptr().cast();
                     let slab = Slab::new(first, row_bytes, self.n_rows, std::ptr::null());
                     let parts = (n_in, per_panel(4), std::ptr::null(), row_bytes);
-                    self.by_panels(&slab, parts, pack, multiply, (acts.f32, n_in), (panel, sums));
+                    self.by_panels(
+                        &slab,
+                        parts,
+                        pack,
+                        multiply,
+                        (acts.f32, n_in),
+                        (panel, sums),
+                    );
                 }
             }
         }

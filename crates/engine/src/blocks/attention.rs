@@ -75,8 +75,13 @@ impl Attention {
         let width = self.n_kv_heads * self.head_dim;
         let k = &mut scratch.k[..step.n_rows() * width];
         let v = &mut scratch.v[..step.n_rows() * width];
-        self.k_proj.forward(compute, x_td, k, matmul);
-        self.v_proj.forward(compute, x_td, v, matmul);
+        let products = [
+            (&self.k_proj.weight, &mut *k),
+            (&self.v_proj.weight, &mut *v),
+        ];
+        compute.matmuls(x_td, products, matmul);
+        self.k_proj.add_bias(compute, k);
+        self.v_proj.add_bias(compute, v);
         self.place(compute, self.k_norm.as_ref(), angles, (k, width));
         self.clamp(v);
         for (span, sequence) in step.spans.iter().zip(batch) {

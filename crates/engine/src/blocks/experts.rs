@@ -1,6 +1,6 @@
 //! Where the MoE block gets its experts from: the one type to change when they do not all fit in memory.
 
-use cadre_kernels::{Compute, MatmulScratch};
+use cadre_kernels::{Compute, Grouped, MatmulScratch};
 
 use super::{FeedForward, FeedForwardScratch};
 
@@ -44,16 +44,12 @@ impl Experts {
         (x_td, y_pd): (&[f32], &mut [f32]),
         scratch: (&mut FeedForwardScratch, &mut MatmulScratch),
     ) {
-        if rows.token_of_row.is_empty() {
-            return;
-        }
-        let d = y_pd.len() / rows.token_of_row.len();
-        // The inputs lie where the outputs will be: they are not needed once gate and up are computed.
-        compute.for_each_chunk(y_pd, d, d, |row, x| {
-            let token = rows.token_of_row[row] as usize;
-            x.copy_from_slice(&x_td[token * d..][..d]);
-        });
         let expert = |g: usize| &self.experts[usize::from(rows.active[g])];
-        FeedForward::forward_groups(compute, rows.offsets, &expert, y_pd, scratch);
+        let rows = Grouped {
+            offsets: rows.offsets,
+            x: x_td,
+            index: Some(rows.token_of_row),
+        };
+        FeedForward::forward_groups(compute, rows, &expert, y_pd, scratch);
     }
 }

@@ -1,7 +1,7 @@
 //! The gated feed-forward `down(activation(gate x, up x))`: one of them, or a group of them over sorted rows.
 
 use cadre_checkpoint::Activation;
-use cadre_kernels::{Compute, MatmulScratch};
+use cadre_kernels::{Compute, Grouped, MatmulScratch, Matrix};
 
 use super::{Linear, add_rows};
 
@@ -18,16 +18,14 @@ pub(crate) struct FeedForward {
 #[derive(Debug)]
 pub(crate) struct FeedForwardScratch {
     /// `[rows, d_ff]`.
-    gate: Vec<f32>,
-    up: Vec<f32>,
+    inner: Vec<f32>,
 }
 
 impl FeedForwardScratch {
     /// Room for `n_values` inner values.
     pub(crate) fn new(n_values: usize) -> Self {
         Self {
-            gate: vec![0.0; n_values],
-            up: vec![0.0; n_values],
+            inner: vec![0.0; n_values],
         }
     }
 }
@@ -47,106 +45,67 @@ impl FeedForward {
         (scratch, matmul): (&mut FeedForwardScratch, &mut MatmulScratch),
     ) {
         let n_tokens = x_td.len() / self.gate_proj.weight.n_in();
-        let groups = Groups {
+        let rows = Grouped {
             offsets: &[0, n_tokens],
-            of: &|_| self,
+            x: x_td,
+            index: None,
         };
-        groups.widen(compute, x_td, scratch, matmul);
-        groups.narrow(compute, scratch, out_td, matmul);
+        Self::forward_groups(compute, rows, &|_| self, out_td, (scratch, matmul));
     }
 
-    /// Replaces rows `offsets[g]..offsets[g + 1]` of `rows_pd` by what `of(g)` makes of them; all of one shape and kind.
+    /// What `of(g)` makes of the rows of group `g`, into `out_pd`; all of one shape and kind.
     pub(crate) fn forward_groups<'w>(
         compute: &Compute,
-        offsets: &[usize],
+        rows: Grouped<'_>,
         of: &(dyn Fn(usize) -> &'w Self + Sync),
-        rows_pd: &mut [f32],
+        out_pd: &mut [f32],
         (scratch, matmul): (&mut FeedForwardScratch, &mut MatmulScratch),
     ) {
-        let groups = Groups { offsets, of };
-        groups.widen(compute, rows_pd, scratch, matmul);
-        groups.narrow(compute, scratch, rows_pd, matmul);
-    }
-}
-
-/// Rows sorted by the feed-forward that they go through.
-struct Groups<'a, 'w> {
-    offsets: &'a [usize],
-    of: &'a (dyn Fn(usize) -> &'w FeedForward + Sync),
-}
-
-impl Groups<'_, '_> {
-    fn n_rows(&self) -> usize {
-        self.offsets[self.offsets.len() - 1]
-    }
-
-    /// From rows of the stream to inner rows, left in `scratch.gate`.
-    fn widen(
-        &self,
-        compute: &Compute,
-        x_pd: &[f32],
-        scratch: &mut FeedForwardScratch,
-        matmul: &mut MatmulScratch,
-    ) {
-        if self.n_rows() == 0 {
+        let offsets = rows.offsets;
+        let n_rows = offsets[offsets.len() - 1];
+        if n_rows == 0 {
             return;
         }
-        let first = (self.of)(0);
-        let d_ff = first.gate_proj.n_out();
-        let gate = &mut scratch.gate[..self.n_rows() * d_ff];
-        let up = &mut scratch.up[..self.n_rows() * d_ff];
-        self.product(compute, |ffn| &ffn.gate_proj, (x_pd, gate), matmul);
-        self.product(compute, |ffn| &ffn.up_proj, (x_pd, up), matmul);
+        let first = of(0);
+        let inner = &mut scratch.inner[..n_rows * first.gate_proj.n_out()];
         let activation = first.activation;
-        // An exponential and a division, about sixteen multiplications.
-        compute.for_each_chunk(gate, d_ff, 16 * d_ff, |row, gate| {
-            activate(compute, activation, gate, &up[row * d_ff..][..d_ff]);
-        });
-    }
-
-    /// From the inner rows in `scratch.gate` back to rows of the stream.
-    fn narrow(
-        &self,
-        compute: &Compute,
-        scratch: &FeedForwardScratch,
-        out_pd: &mut [f32],
-        matmul: &mut MatmulScratch,
-    ) {
-        if self.n_rows() == 0 {
-            return;
-        }
-        let d_ff = (self.of)(0).gate_proj.n_out();
-        let inner = &scratch.gate[..self.n_rows() * d_ff];
-        self.product(compute, |ffn| &ffn.down_proj, (inner, out_pd), matmul);
-    }
-
-    fn product(
-        &self,
-        compute: &Compute,
-        part: Part,
-        (x, y): (&[f32], &mut [f32]),
-        matmul: &mut MatmulScratch,
-    ) {
-        let weight = |g: usize| &part((self.of)(g)).weight;
-        compute.grouped_matmul(
-            self.offsets.len() - 1,
-            &weight,
-            self.offsets,
-            x,
-            &mut *y,
-            matmul,
-        );
-        for (g, rows) in self.offsets.windows(2).enumerate() {
-            let linear = part((self.of)(g));
+        let finish = |row: usize, from: usize, gate: &mut [f32], up: &mut [f32]| {
+            let n = gate.len();
+            if first.gate_proj.bias.is_some() || first.up_proj.bias.is_some() {
+                let ffn = of(group_of(offsets, row));
+                for (linear, values) in [(&ffn.gate_proj, &mut *gate), (&ffn.up_proj, &mut *up)] {
+                    if let Some(bias) = &linear.bias {
+                        compute.kernels().axpy(1.0, &bias[from..from + n], values);
+                    }
+                }
+            }
+            activate(compute, activation, gate, up);
+        };
+        let weights = |g: usize| -> [&'w Matrix; 2] {
+            let ffn = of(g);
+            [&ffn.gate_proj.weight, &ffn.up_proj.weight]
+        };
+        compute.grouped_gated(rows, &weights, &finish, inner, matmul);
+        let rows = Grouped {
+            offsets,
+            x: inner,
+            index: None,
+        };
+        compute.grouped_matmul(rows, &|g| &of(g).down_proj.weight, out_pd, matmul);
+        for (g, rows) in offsets.windows(2).enumerate() {
+            let linear = &of(g).down_proj;
             if let Some(bias) = &linear.bias {
                 let n_out = linear.n_out();
-                add_rows(compute, &mut y[rows[0] * n_out..rows[1] * n_out], bias);
+                add_rows(compute, &mut out_pd[rows[0] * n_out..rows[1] * n_out], bias);
             }
         }
     }
 }
 
-type Part = for<'a> fn(&'a FeedForward) -> &'a Linear;
+/// The group that row `row` belongs to.
+fn group_of(offsets: &[usize], row: usize) -> usize {
+    offsets.partition_point(|offset| *offset <= row) - 1
+}
 
 /// `gate = activation(gate, up)`, in place.
 fn activate(compute: &Compute, activation: Activation, gate: &mut [f32], up: &[f32]) {

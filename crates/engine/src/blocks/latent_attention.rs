@@ -5,7 +5,7 @@
 //! cache holds the latent and one rotary key per token, whatever the number of heads.
 
 use cadre_checkpoint::MlaConfig;
-use cadre_kernels::{Attend, AttendScratch, Heads, HeadsMut, MatmulScratch, Matrix};
+use cadre_kernels::{Attend, AttendScratch, Grouped, Heads, HeadsMut, MatmulScratch, Matrix};
 
 use super::{Linear, Norm, RopeAngles, Step};
 use crate::batch::Sequence;
@@ -143,20 +143,26 @@ impl LatentAttention {
             .offsets
             .extend((0..=self.n_heads).map(|head| head * n));
         let rows = self.n_heads * n;
+        let by_head = |x| Grouped {
+            offsets: &scratch.offsets,
+            x,
+            index: None,
+        };
         compute.grouped_matmul(
-            self.n_heads,
+            by_head(&scratch.q_nope[..rows * self.mla.qk_nope_head_dim]),
             &|head| &self.k_b[head],
-            &scratch.offsets,
-            &scratch.q_nope[..rows * self.mla.qk_nope_head_dim],
             &mut scratch.q_latent[..rows * latent],
             matmul,
         );
         self.attend(step, batch, scratch);
+        let by_head = Grouped {
+            offsets: &scratch.offsets,
+            x: &scratch.mixed[..rows * latent],
+            index: None,
+        };
         compute.grouped_matmul(
-            self.n_heads,
+            by_head,
             &|head| &self.v_b[head],
-            &scratch.offsets,
-            &scratch.mixed[..rows * latent],
             &mut scratch.values[..rows * v_dim],
             matmul,
         );

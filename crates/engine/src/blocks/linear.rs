@@ -29,6 +29,11 @@ impl Linear {
         matmul: &mut MatmulScratch,
     ) {
         compute.matmul(&self.weight, x_ti, y_to, matmul);
+        self.add_bias(compute, y_to);
+    }
+
+    /// Adds the bias, if there is one, to every row of a product.
+    pub(crate) fn add_bias(&self, compute: &Compute, y_to: &mut [f32]) {
         if let Some(bias) = &self.bias {
             add_rows(compute, y_to, bias);
         }

@@ -5,9 +5,7 @@
 use half::{bf16, f16};
 
 use super::{Products, Rows, Table, scalar_panel};
-use crate::blocks::{
-    ActQ8, ActQ8K, ActScale, Block256, Q8_BLOCK, Quants256, SUPER_BLOCK,
-};
+use crate::blocks::{ActQ8, ActQ8K, ActScale, Block256, Q8_BLOCK, Quants256, SUPER_BLOCK};
 use crate::format::decode_f8;
 
 pub(super) static TABLE: Table = Table {

@@ -10,7 +10,7 @@ use crate::blocks::{
 };
 use crate::format::Format;
 use crate::interleave::{InPlace, Interleaved, Layout, Source};
-use crate::panel::{Ahead, Lanes, PANEL_ROWS, Panel, SIGNED_BIAS, Slab};
+use crate::panel::{Ahead, FLOAT_STEP, Lanes, PANEL_ROWS, Panel, SIGNED_BIAS, Slab};
 
 /// Words of a block of 32 integers, and of a super-block.
 const WORDS_32: usize = Q8_BLOCK / 4;
@@ -50,7 +50,12 @@ fn panels_of<S: Source>(format: Format) -> PanelKernels {
 /// # Safety
 /// See `PackFn`.
 #[inline(always)]
-pub(super) unsafe fn pack_32<S: Source, B: Block32 + Layout>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_32<S: Source, B: Block32 + Layout>(
+    slab: &Slab,
+    from: usize,
+    n: usize,
+    panel: &mut Panel,
+) {
     let flip = if B::HAS_MIN { 0 } else { i8::MIN };
     for at in 0..n {
         for row in 0..PANEL_ROWS {
@@ -235,14 +240,17 @@ unsafe fn multiply_f32(
     for (x, sums) in xs.iter().zip(sums) {
         // SAFETY: the contract.
         let x = unsafe { std::slice::from_raw_parts(*x, n) };
-        let mut share = [0.0; PANEL_ROWS];
-        for (x, words) in x.iter().zip(&panel.words) {
-            for (share, word) in share.iter_mut().zip(words) {
-                *share += f32::from_bits(*word) * x;
+        let steps = x.chunks(FLOAT_STEP).zip(panel.words.chunks(FLOAT_STEP));
+        for (x, words) in steps {
+            let mut share = [0.0; PANEL_ROWS];
+            for (x, words) in x.iter().zip(words) {
+                for (share, word) in share.iter_mut().zip(words) {
+                    *share += f32::from_bits(*word) * x;
+                }
             }
-        }
-        for (sum, share) in sums.iter_mut().zip(share) {
-            *sum += share;
+            for (sum, share) in sums.iter_mut().zip(share) {
+                *sum += share;
+            }
         }
     }
 }

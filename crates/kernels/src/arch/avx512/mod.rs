@@ -29,19 +29,19 @@ pub(super) static TABLE_BF16: Table = table(panels_bf16);
 
 const fn table(panels: fn(Format, bool) -> PanelKernels) -> Table {
     Table {
-    rows_f32,
-    rows_f16,
-    rows_bf16,
-    products: Products::Panels(panels),
-    attention: &super::attention::avx512::TABLE,
-    add_weighted_rows,
-    max,
-    exp_sum,
-    silu_mul,
-    decode_f8: avx2_quants::decode_f8,
-    quantize_act,
-    quantize_act_k: avx2_quants::quantize_act_k,
-}
+        rows_f32,
+        rows_f16,
+        rows_bf16,
+        products: Products::Panels(panels),
+        attention: &super::attention::avx512::TABLE,
+        add_weighted_rows,
+        max,
+        exp_sum,
+        silu_mul,
+        decode_f8: avx2_quants::decode_f8,
+        quantize_act,
+        quantize_act_k: avx2_quants::quantize_act_k,
+    }
 }
 
 rows_by_tiles!(rows_f32, tile_f32, f32, f32, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni", 4 x 4, 8);

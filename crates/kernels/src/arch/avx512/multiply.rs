@@ -10,12 +10,10 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use crate::blocks::{ActQ8, ActQ8K};
-use crate::panel::{Ahead, Lanes, PANEL_ROWS, Panel};
+use crate::panel::{Ahead, FLOAT_STEP, Lanes, PANEL_ROWS, Panel};
 
 /// Words of 32 integers.
 const WORDS_32: usize = 8;
-/// Words whose products of floats are summed up apart. Panels are multiples of it.
-const FLOAT_STEP: usize = 32;
 /// Rows of a vector.
 const HALF: usize = PANEL_ROWS / 2;
 
@@ -119,11 +117,14 @@ fn in_order<T>(acc: &mut Pair<T>) {
     let [a, b] = acc;
     // SAFETY: no instructions; registers of 64 bytes hold either type.
     unsafe {
-        let (a, b) = ((a as *mut T).cast::<__m512i>(), (b as *mut T).cast::<__m512i>());
+        let (a, b) = (
+            (a as *mut T).cast::<__m512i>(),
+            (b as *mut T).cast::<__m512i>(),
+        );
         std::arch::asm!(
             "/* {0} {1} */",
-            inout(zmm_reg) *a,
-            inout(zmm_reg) *b,
+            inout(zmm_reg) * a,
+            inout(zmm_reg) * b,
             options(nomem, nostack, preserves_flags)
         );
     }
@@ -254,7 +255,14 @@ unsafe fn block_256<const N: usize, const SCALES: usize, const HAS_MIN: bool>(
         let pair = load(pair);
         for t in 0..N {
             // SAFETY: two of the sixteen sums.
-            let sums = unsafe { xs[t].sums.as_ptr().add(2 * j).cast::<i32>().read_unaligned() };
+            let sums = unsafe {
+                xs[t]
+                    .sums
+                    .as_ptr()
+                    .add(2 * j)
+                    .cast::<i32>()
+                    .read_unaligned()
+            };
             let sums = _mm512_set1_epi32(sums);
             for h in 0..2 {
                 rest[t][h] = _mm512_dpwssd_epi32(rest[t][h], pair[h], sums);
@@ -308,7 +316,6 @@ unsafe fn step_f32<const N: usize>(
     xs: &[*const f32; N],
     sums: &mut [Lanes<f32>; N],
 ) {
-    // Summed up apart, which loses less than adding one by one.
     let mut acc = [[_mm512_setzero_ps(); 2]; N];
     for (i, word) in panel.words[from..][..n].iter().enumerate() {
         let w = load(word).map(|v| _mm512_castsi512_ps(v));
@@ -323,7 +330,10 @@ unsafe fn step_f32<const N: usize>(
     }
     for (sums, acc) in sums.iter_mut().zip(acc) {
         let sum = load_f32(sums);
-        store_f32(sums, [_mm512_add_ps(sum[0], acc[0]), _mm512_add_ps(sum[1], acc[1])]);
+        store_f32(
+            sums,
+            [_mm512_add_ps(sum[0], acc[0]), _mm512_add_ps(sum[1], acc[1])],
+        );
     }
 }
 
@@ -359,7 +369,6 @@ unsafe fn step_bf16<const N: usize>(
 ) {
     // SAFETY: registers of one size, any bits are a value.
     let as_bf16 = |v: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(v) };
-    // Summed up apart, which loses less than adding one by one.
     let mut acc = [[_mm512_setzero_ps(); 2]; N];
     for (i, word) in panel.words[from..][..n].iter().enumerate() {
         let w = load(word).map(as_bf16);
@@ -375,6 +384,9 @@ unsafe fn step_bf16<const N: usize>(
     }
     for (sums, acc) in sums.iter_mut().zip(acc) {
         let sum = load_f32(sums);
-        store_f32(sums, [_mm512_add_ps(sum[0], acc[0]), _mm512_add_ps(sum[1], acc[1])]);
+        store_f32(
+            sums,
+            [_mm512_add_ps(sum[0], acc[0]), _mm512_add_ps(sum[1], acc[1])],
+        );
     }
 }

@@ -9,8 +9,7 @@ use half::{bf16, f16};
 
 use crate::arch::scalar_panel;
 use crate::blocks::{
-    Block32, Block256, BlockMxfp4, BlockQ4_0, BlockQ4K, BlockQ5K, BlockQ6K, BlockQ8_0,
-    MXFP4_VALUES,
+    Block32, Block256, BlockMxfp4, BlockQ4_0, BlockQ4K, BlockQ5K, BlockQ6K, BlockQ8_0, MXFP4_VALUES,
 };
 use crate::interleave::{InPlace, Interleaved, Layout, Source};
 use crate::panel::{Lanes, PANEL_ROWS, PANEL_WORDS, Panel, Slab};
@@ -115,7 +114,11 @@ unsafe fn transposed<B>(slab: &Slab, half: usize, at: usize, offset: usize) -> [
     // A row's 16 bytes in every quarter.
     let row = |r: usize| {
         // SAFETY: the caller's promise.
-        let bytes = unsafe { slab.block::<B>(half * HALF + r, at).cast::<u8>().add(offset) };
+        let bytes = unsafe {
+            slab.block::<B>(half * HALF + r, at)
+                .cast::<u8>()
+                .add(offset)
+        };
         // SAFETY: 16 bytes.
         unsafe { _mm_loadu_si128(bytes.cast()) }
     };
@@ -175,7 +178,12 @@ unsafe fn pack_scales<S: Wide, B: Layout>(slab: &Slab, from: usize, n: usize, pa
     // SAFETY: the contract.
     unsafe { S::odd::<B, u16>(slab, from, &mut bits[..n]) };
     for (bits, d) in bits[..n].iter().zip(&mut panel.d) {
-        for (bits, d) in bits.as_chunks::<HALF>().0.iter().zip(d.as_chunks_mut::<HALF>().0) {
+        for (bits, d) in bits
+            .as_chunks::<HALF>()
+            .0
+            .iter()
+            .zip(d.as_chunks_mut::<HALF>().0)
+        {
             // SAFETY: 16 values each.
             unsafe {
                 let v = _mm512_cvtph_ps(_mm256_loadu_si256(bits.as_ptr().cast()));
@@ -192,7 +200,10 @@ pub(super) unsafe fn pack_q8_0<S: Wide>(slab: &Slab, from: usize, n: usize, pane
     // SAFETY: the contract.
     unsafe { pack_scales::<S, BlockQ8_0>(slab, from, n, panel) };
     let flip = _mm512_set1_epi8(i8::MIN);
-    for (at, words) in panel.words.as_chunks_mut::<WORDS_32>().0[..n].iter_mut().enumerate() {
+    for (at, words) in panel.words.as_chunks_mut::<WORDS_32>().0[..n]
+        .iter_mut()
+        .enumerate()
+    {
         for part in 0..2 {
             for half in 0..2 {
                 // SAFETY: the contract; quants begin after the scale.
@@ -218,7 +229,10 @@ unsafe fn pack_nibbles<S: Wide, B: Layout>(
     panel: &mut Panel,
     value: impl Fn(__m512i) -> __m512i,
 ) {
-    for (at, words) in panel.words.as_chunks_mut::<WORDS_32>().0[..n].iter_mut().enumerate() {
+    for (at, words) in panel.words.as_chunks_mut::<WORDS_32>().0[..n]
+        .iter_mut()
+        .enumerate()
+    {
         for half in 0..2 {
             // SAFETY: the contract.
             let v = unsafe { S::words::<B>(slab, half, from + at, offset) };
@@ -273,9 +287,7 @@ pub(super) unsafe fn pack_mxfp4<S: Wide>(slab: &Slab, from: usize, n: usize, pan
     let table = _mm512_set_epi64(high, low, high, low, high, low, high, low);
     // SAFETY: the contract.
     unsafe {
-        pack_nibbles::<S, BlockMxfp4>(slab, (from, n), 1, panel, |q| {
-            _mm512_shuffle_epi8(table, q)
-        });
+        pack_nibbles::<S, BlockMxfp4>(slab, (from, n), 1, panel, |q| _mm512_shuffle_epi8(table, q));
     }
 }
 
@@ -285,7 +297,12 @@ pub(super) unsafe fn pack_mxfp4<S: Wide>(slab: &Slab, from: usize, n: usize, pan
 /// See `PackFn`; `at` is the super-block of the panel.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
 #[inline]
-unsafe fn pack_six_bits<S: Wide, B: Layout>(slab: &Slab, from: usize, at: usize, panel: &mut Panel) {
+unsafe fn pack_six_bits<S: Wide, B: Layout>(
+    slab: &Slab,
+    from: usize,
+    at: usize,
+    panel: &mut Panel,
+) {
     let low_4 = _mm512_set1_epi32(0x0f0f_0f0f);
     let low_6 = _mm512_set1_epi32(0x3f3f_3f3f);
     let byte = _mm512_set1_epi32(0xff);
@@ -295,7 +312,8 @@ unsafe fn pack_six_bits<S: Wide, B: Layout>(slab: &Slab, from: usize, at: usize,
         put_f32(&mut panel.d[at], half, widen(d));
         put_f32(&mut panel.m[at], half, widen(_mm512_srli_epi32::<16>(d)));
         // The upper two bits of the last four.
-        let top = |v| _mm512_andnot_si512(low_4, _mm512_and_si512(_mm512_srli_epi32::<2>(v), low_6));
+        let top =
+            |v| _mm512_andnot_si512(low_4, _mm512_and_si512(_mm512_srli_epi32::<2>(v), low_6));
         let c_high = _mm512_srli_epi32::<4>(c);
         let scales = [
             _mm512_and_si512(a, low_6),
@@ -431,7 +449,11 @@ fn unpack_q6_k(
     ];
     let lower = [low(first), low(second), high(first), high(second)];
     for ((word, lower), upper) in words.into_iter().zip(lower).zip(shifted) {
-        put(word, half, _mm512_or_si512(lower, _mm512_and_si512(upper, mask)));
+        put(
+            word,
+            half,
+            _mm512_or_si512(lower, _mm512_and_si512(upper, mask)),
+        );
     }
 }
 
@@ -457,7 +479,11 @@ fn pack_scales_q6_k(scales: [__m512i; 4], half: usize, at: usize, panel: &mut Pa
         for j in 0..2 {
             let low = _mm512_and_si512(minus_32(four[2 * j]), low_half);
             let high = _mm512_slli_epi32::<16>(minus_32(four[2 * j + 1]));
-            put(&mut panel.pairs[at][2 * i + j], half, _mm512_or_si512(low, high));
+            put(
+                &mut panel.pairs[at][2 * i + j],
+                half,
+                _mm512_or_si512(low, high),
+            );
         }
     }
 }
@@ -467,7 +493,12 @@ fn pack_scales_q6_k(scales: [__m512i; 4], half: usize, at: usize, panel: &mut Pa
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-pub(super) unsafe fn pack_32<S: Source, B: Block32 + Layout>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_32<S: Source, B: Block32 + Layout>(
+    slab: &Slab,
+    from: usize,
+    n: usize,
+    panel: &mut Panel,
+) {
     // SAFETY: the contract.
     unsafe { scalar_panel::pack_32::<S, B>(slab, from, n, panel) }
 }
@@ -562,7 +593,10 @@ pub(super) unsafe fn pack_bf16<S: Wide>(slab: &Slab, from: usize, n: usize, pane
 pub(super) unsafe fn pack_f16<S: Wide>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
     let widen = |v| {
         let odd = self::widen(_mm512_srli_epi32::<16>(v));
-        [_mm512_castps_si512(self::widen(v)), _mm512_castps_si512(odd)]
+        [
+            _mm512_castps_si512(self::widen(v)),
+            _mm512_castps_si512(odd),
+        ]
     };
     // SAFETY: the contract.
     unsafe { pack_half::<S, _>(slab, (from, n), panel, widen, f16::to_f32) }
@@ -573,7 +607,12 @@ pub(super) unsafe fn pack_f16<S: Wide>(slab: &Slab, from: usize, n: usize, panel
 /// # Safety
 /// See `PackFn`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) unsafe fn pack_bf16_pairs<S: Wide>(slab: &Slab, from: usize, n: usize, panel: &mut Panel) {
+pub(super) unsafe fn pack_bf16_pairs<S: Wide>(
+    slab: &Slab,
+    from: usize,
+    n: usize,
+    panel: &mut Panel,
+) {
     let whole = n - n % 8;
     for at in (0..whole).step_by(8) {
         for half in 0..2 {
