@@ -181,14 +181,14 @@ pub fn scratch_bytes(config: &ModelConfig, n_ctx: usize, chunk: usize) -> u64 {
     let picks = moe.top_k as u64;
     let inner = (picks * moe.intermediate_size as u64).max(dense.max(shared) as u64);
     let (attention, attention_input) = attention_widths(config);
-    // Per token: the stream, its norm and a block's output; attention; the router; the rows of the picked experts; gate
-    // and up; the shared expert's output.
-    let mut width = 3 * hidden + attention + moe.n_experts as u64 + picks * hidden + 2 * inner;
+    // Per token: the stream, its norm and a block's output; attention; the router; the rows of the picked experts, inside
+    // and out; the shared expert's output.
+    let mut width = 3 * hidden + attention + moe.n_experts as u64 + picks * hidden + inner;
     if shared > 0 {
         width += hidden;
     }
     let routing = picks * 32;
-    let largest_input = [hidden, attention_input, inner, picks * hidden];
+    let largest_input = [hidden, attention_input, inner];
     let input = largest_input.into_iter().max().unwrap_or(0) as f64;
     let products = (chunk as f64 * input * PRODUCT_BYTES) as u64;
     chunk * (F32 * width + routing) + products + F32 * config.vocab_size as u64

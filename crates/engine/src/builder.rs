@@ -327,10 +327,14 @@ fn transpose(matrix: &Matrix) -> std::result::Result<Matrix, cadre_kernels::Matr
         }
     }
     let transposed = Matrix::from_f32(cols, rows, values)?;
-    match matrix.format() {
+    let transposed = match matrix.format() {
         format @ (cadre_kernels::Format::Bf16 | cadre_kernels::Format::F16) => {
-            transposed.to_format(format)
+            transposed.to_format(format)?
         }
-        _ => Ok(transposed),
-    }
+        _ => transposed,
+    };
+    Ok(match matrix.has_float_activations() {
+        true => transposed.with_float_activations(),
+        false => transposed,
+    })
 }

@@ -35,7 +35,8 @@ fn models() -> Vec<(&'static str, Arc<dyn Model>, ModelConfig)> {
         let options = LoadOptions {
             quant,
             n_threads: Some(3),
-            isa: None,
+
+            ..LoadOptions::default()
         };
         let folder = builder.build().unwrap();
         let model = load(&folder.open().unwrap(), &options).unwrap();

@@ -17,7 +17,7 @@ fn open(checkpoint: &Checkpoint, quant: Quant, n_threads: usize) -> Arc<dyn Mode
     let options = LoadOptions {
         quant,
         n_threads: Some(n_threads),
-        isa: None,
+        ..LoadOptions::default()
     };
     load(checkpoint, &options).unwrap_or_else(|e| panic!("{}: {e}", checkpoint.origin()))
 }

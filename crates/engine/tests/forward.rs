@@ -112,6 +112,7 @@ fn cached_decode_is_full_recomputation_bit_for_bit() {
                     quant,
                     isa: Some(isa),
                     n_threads: Some(2),
+                    ..LoadOptions::default()
                 };
                 let model = model(&folder, &options);
                 let full = all_logits(&*model, 128, &tokens);

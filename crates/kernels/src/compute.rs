@@ -1,15 +1,12 @@
 //! Matrix products over the threads: the one entry through which models multiply by weights.
 
-use half::bf16;
-
-use crate::arch::{PanelKernels, Products};
-use crate::blocks::{ActQ8, ActQ8K, Q8_BLOCK, SUPER_BLOCK};
-use crate::format::Format;
+use crate::activations::MatmulScratch;
+use crate::arch::Products;
 use crate::matrix::Matrix;
 use crate::memory::Arena;
 use crate::panel::PANEL_ROWS;
 use crate::pool::{SendPtr, ThreadPool};
-use crate::product::{ActFormat, Acts, Finish, Part, Weights};
+use crate::product::{Finish, Part, Weights};
 use crate::table::Kernels;
 
 /// Below this many multiplications a product is cheaper on one thread than shared.
@@ -23,27 +20,6 @@ pub struct Compute {
     kernels: Kernels,
     pool: ThreadPool,
     arena: Arena,
-}
-
-/// Buffers that products reuse. Grows to the largest product seen and never shrinks.
-#[derive(Debug, Default)]
-pub struct MatmulScratch {
-    q8: Vec<ActQ8>,
-    q8_k: Vec<ActQ8K>,
-    rounded: Vec<f32>,
-    bf16: Vec<bf16>,
-    gathered: Vec<f32>,
-}
-
-impl MatmulScratch {
-    /// Scratch that is large enough for inputs of `n_values` activations of block formats, so that it need not grow.
-    pub fn with_capacity(n_values: usize) -> Self {
-        Self {
-            q8: vec![ActQ8::ZERO; n_values.div_ceil(Q8_BLOCK)],
-            q8_k: vec![ActQ8K::ZERO; n_values.div_ceil(SUPER_BLOCK)],
-            ..Self::default()
-        }
-    }
 }
 
 /// Inputs of products by groups: the tokens of a mixture of experts, sorted by expert.
@@ -279,7 +255,8 @@ impl Compute {
         }
         let n_in = job(0, 0).weights.first().n_in();
         rows.check(n_in);
-        let (acts, index) = self.activations(rows, n_in, n_jobs, job, scratch);
+        let needs = |acts| (0..n_groups).any(|g| (0..n_jobs).any(|j| job(g, j).weights.has(acts)));
+        let (acts, index) = scratch.fill(self, rows, n_in, &needs);
 
         let n_out: usize = (0..n_jobs).map(|j| job(0, j).weights.first().n_out()).sum();
         let n_threads = self.pool.n_threads();
@@ -320,86 +297,6 @@ impl Compute {
             (0..n_groups * n_tasks).for_each(task);
         }
     }
-
-    /// Brings the inputs into the forms that the weights are multiplied by. Returns the index that goes with them.
-    fn activations<'s, 'j>(
-        &self,
-        rows: Grouped<'s>,
-        n_in: usize,
-        n_jobs: usize,
-        job: &(dyn Fn(usize, usize) -> Job<'j> + Sync),
-        scratch: &'s mut MatmulScratch,
-    ) -> (Acts<'s>, Option<&'s [u32]>) {
-        let MatmulScratch {
-            q8,
-            q8_k,
-            rounded,
-            bf16,
-            gathered,
-        } = scratch;
-        let (mut x, mut index) = (rows.x, rows.index);
-        let table = self.kernels.table();
-        if let (Products::Rows(_), Some(of)) = (&table.products, index) {
-            // Kernels over rows take neighbours together.
-            grow(gathered, of.len() * n_in, 0.0);
-            for (out, row) in gathered.chunks_exact_mut(n_in).zip(of) {
-                out.copy_from_slice(&x[*row as usize * n_in..][..n_in]);
-            }
-            (x, index) = (&gathered[..of.len() * n_in], None);
-        }
-        let needs =
-            |acts| (0..rows.n_groups()).any(|g| (0..n_jobs).any(|j| job(g, j).weights.has(acts)));
-        if needs(ActFormat::Q8) {
-            self.quantize(x, q8, ActQ8::ZERO, Q8_BLOCK, Kernels::quantize_act);
-        }
-        if needs(ActFormat::Q8K) {
-            self.quantize(x, q8_k, ActQ8K::ZERO, SUPER_BLOCK, Kernels::quantize_act_k);
-        }
-        if needs(ActFormat::Bf16) {
-            match table.products {
-                Products::Panels(panels)
-                    if matches!(panels(Format::Bf16, false), PanelKernels::Bf16(..)) =>
-                {
-                    round_rows(x, n_in, bf16);
-                }
-                _ => {
-                    grow(rounded, x.len(), 0.0);
-                    for (out, x) in rounded.iter_mut().zip(x) {
-                        *out = half::bf16::from_f32(*x).to_f32();
-                    }
-                }
-            }
-        }
-        let acts = Acts {
-            f32: x,
-            rounded,
-            bf16,
-            q8,
-            q8_k,
-        };
-        (acts, index)
-    }
-
-    /// Fills the front of `out` with `x` in blocks of `block` values.
-    fn quantize<T: Copy + Send>(
-        &self,
-        x: &[f32],
-        out: &mut Vec<T>,
-        zero: T,
-        block: usize,
-        quantize: impl Fn(&Kernels, &[f32], &mut [T]) + Sync,
-    ) {
-        // Enough values per task to be worth a task.
-        const VALUES_PER_TASK: usize = 8192;
-        let n_blocks = x.len() / block;
-        grow(out, n_blocks, zero);
-        let per_task = VALUES_PER_TASK / block;
-        let out = &mut out[..n_blocks];
-        self.pool.for_each_chunk(out, per_task, |i, out| {
-            let from = i * VALUES_PER_TASK;
-            quantize(&self.kernels, &x[from..][..out.len() * block], out);
-        });
-    }
 }
 
 impl Job<'_> {
@@ -427,31 +324,13 @@ fn check_groups<'w>(rows: Grouped<'_>, weight: &dyn Fn(usize) -> &'w Matrix, y: 
     n_out
 }
 
-fn grow<T: Copy>(out: &mut Vec<T>, len: usize, zero: T) {
-    if out.len() < len {
-        out.resize(len, zero);
-    }
-}
-
-/// Rows of `n_in` values in bf16, each padded to an even number with zero.
-fn round_rows(x: &[f32], n_in: usize, out: &mut Vec<bf16>) {
-    let padded = n_in.next_multiple_of(2);
-    grow(out, x.len() / n_in * padded, bf16::ZERO);
-    for (out, x) in out.chunks_exact_mut(padded).zip(x.chunks_exact(n_in)) {
-        for (out, x) in out.iter_mut().zip(x) {
-            *out = bf16::from_f32(*x);
-        }
-        if padded > n_in {
-            out[n_in] = bf16::ZERO;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::blocks::BlockQ8_0;
+    use crate::format::Format;
     use crate::isa::Isa;
+    use crate::product::ActFormat;
     use crate::samples::{matrices, matrix, noise};
 
     fn computes() -> Vec<Compute> {

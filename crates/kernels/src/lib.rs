@@ -11,6 +11,7 @@
 //!
 //! Shapes: activations are `[n_tokens, n_in]`, weights `[n_out, n_in]`, both row-major.
 
+mod activations;
 mod arch;
 mod attention;
 mod blocks;
@@ -30,12 +31,13 @@ mod quantize;
 mod samples;
 mod table;
 
+pub use activations::MatmulScratch;
 pub use attention::{
     Attend, AttendScratch, Heads, HeadsMut, KvFormat, KvFormats, KvLayer, KvSizes, Span,
 };
 pub use blocks::{ActQ8, ActQ8K, BlockQ8_0, Q8_BLOCK, SUPER_BLOCK, dequantize_q8_0, quantize_q8_0};
 pub use bytes::Bytes;
-pub use compute::{Compute, Grouped, MatmulScratch};
+pub use compute::{Compute, Grouped};
 pub use format::Format;
 pub use half::{bf16, f16};
 pub use isa::Isa;

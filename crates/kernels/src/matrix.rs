@@ -109,7 +109,7 @@ pub struct Matrix {
     /// Whether activations stay f32 although the weights are blocks.
     float_activations: bool,
     /// Whether the rows of a panel lie side by side.
-    interleaved: Option<Shape>,
+    interleaved: bool,
 }
 
 /// One factor per rectangle of weights.
@@ -175,7 +175,7 @@ impl Matrix {
             bytes: if suits { bytes } else { aligned(&bytes) },
             scales: None,
             float_activations: false,
-            interleaved: None,
+            interleaved: false,
         })
     }
 
@@ -278,7 +278,7 @@ impl Matrix {
         );
         let aligned = |row: usize| row == self.n_out || row.is_multiple_of(PANEL_ROWS);
         assert!(
-            self.interleaved.is_none() || (aligned(range.start) && aligned(range.end)),
+            !self.interleaved || (aligned(range.start) && aligned(range.end)),
             "interleaved rows {range:?} are not cut at multiples of {PANEL_ROWS}"
         );
         let row_bytes = self.row_bytes();
@@ -290,14 +290,13 @@ impl Matrix {
             n_out: range.len(),
             n_in: self.n_in,
             format: self.format,
-            bytes: match self.interleaved {
-                None => self
-                    .bytes
-                    .slice(range.start * row_bytes..range.end * row_bytes),
-                Some(_) => {
-                    let end = range.end.next_multiple_of(PANEL_ROWS);
-                    self.bytes.slice(range.start * row_bytes..end * row_bytes)
-                }
+            bytes: {
+                // A panel's rows are whole, the last ones repeated.
+                let end = match self.interleaved {
+                    true => range.end.next_multiple_of(PANEL_ROWS),
+                    false => range.end,
+                };
+                self.bytes.slice(range.start * row_bytes..end * row_bytes)
             },
             scales,
             float_activations: self.float_activations,
@@ -309,7 +308,7 @@ impl Matrix {
     pub(crate) fn interleave(&self, pool: &ThreadPool, arena: &Arena) -> Option<Self> {
         let row_bytes = self.row_bytes();
         let shape = Shape::of(self.format, row_bytes)?;
-        if self.scales.is_some() || self.interleaved.is_some() || self.bytes.is_empty() {
+        if self.scales.is_some() || self.interleaved || self.bytes.is_empty() {
             return None;
         }
         let slab = PANEL_ROWS * row_bytes;
@@ -321,21 +320,26 @@ impl Matrix {
         });
         Some(Self {
             bytes: Bytes::from_owner(bytes),
-            interleaved: Some(shape),
+            interleaved: true,
             ..self.clone()
         })
     }
 
     pub(crate) fn is_interleaved(&self) -> bool {
-        self.interleaved.is_some()
+        self.interleaved
     }
 
-    /// The same matrix, multiplied by f32 activations whatever its format: slower for blocks, and free of the error of
-    /// rounding activations to 8 bits.
+    /// The same matrix, multiplied by f32 activations whatever its format: slower for blocks and bf16, and free of
+    /// the error of rounding activations to 8 bits or to bf16.
     #[must_use]
     pub fn with_float_activations(mut self) -> Self {
         self.float_activations = true;
         self
+    }
+
+    /// Whether [`Matrix::with_float_activations`] was asked for.
+    pub fn has_float_activations(&self) -> bool {
+        self.float_activations
     }
 
     /// What activations this matrix is multiplied by.
@@ -379,7 +383,8 @@ impl Matrix {
     pub(crate) fn row_by(&self, row: usize, out: &mut [f32], decode: impl Fn(&[u8], &mut [f32])) {
         assert_eq!(out.len(), self.n_in, "a row of the matrix");
         let row_bytes = self.row_bytes();
-        match self.interleaved {
+        let shape = Shape::of(self.format, row_bytes).filter(|_| self.interleaved);
+        match shape {
             None => decode(&self.bytes[row * row_bytes..][..row_bytes], out),
             Some(shape) => {
                 let slab = PANEL_ROWS * row_bytes;
@@ -416,7 +421,7 @@ impl Matrix {
                 Some((row, column))
             });
         }
-        if self.interleaved.is_some() {
+        if self.interleaved {
             return None;
         }
         let index = self.format.first_non_finite(&self.bytes)?;
@@ -437,7 +442,7 @@ impl Matrix {
 
     /// All values or blocks. `T` is the type of the format.
     pub(crate) fn units<T: Pod>(&self) -> &[T] {
-        debug_assert!(self.interleaved.is_none(), "rows where they lie");
+        debug_assert!(!self.interleaved, "rows where they lie");
         blocks::cast(&self.bytes).expect("bytes were aligned for their format")
     }
 }

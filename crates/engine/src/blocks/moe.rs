@@ -75,7 +75,7 @@ impl MoeScratch {
             shared_td: vec![0.0; n_shared * shape.d_model],
             norms: Vec::new(),
             ffn: FeedForwardScratch::new(inner),
-            largest_input: inner.max(n_pairs * shape.d_model),
+            largest_input: inner,
         }
     }
 
