@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::fs;
 use std::time::SystemTime;
 
-use cadre_checkpoint::Checkpoint;
+use cadre_checkpoint::{Checkpoint, model_sizes};
 use cadre_engine::ModelInfo;
 use serde::Serialize;
 
@@ -89,7 +89,7 @@ impl Machine {
             gpu_info: "",
             backends: "CPU",
             model_filename: checkpoint.origin().to_owned(),
-            model_type: info.model_type.clone(),
+            model_type: described(checkpoint, info),
             model_size,
             model_n_params: info.n_params,
             n_batch: 0,
@@ -224,6 +224,15 @@ fn median(values: &[f64]) -> f64 {
     } else {
         f64::midpoint(values[middle - 1], values[middle])
     }
+}
+
+/// The architecture, and the format that takes most of the bytes, as in `olmoe Q8_0`.
+fn described(checkpoint: &Checkpoint, info: &ModelInfo) -> String {
+    let formats = model_sizes(checkpoint).formats;
+    let most = formats.iter().max_by_key(|(_, size)| size.n_bytes);
+    most.map_or(info.model_type.clone(), |(format, _)| {
+        format!("{} {}", info.model_type, format.name())
+    })
 }
 
 /// The processor's name, where the system says it in a file.
