@@ -79,6 +79,12 @@ impl Slab {
         unsafe { self.rows[row].cast::<B>().add(block) }
     }
 
+    /// Where the first row begins.
+    #[inline(always)]
+    pub(crate) fn start(&self) -> *const u8 {
+        self.rows[0]
+    }
+
     /// Block `block` of all rows.
     ///
     /// # Safety

@@ -35,6 +35,10 @@ pub(super) trait Wide: Source {
     /// As for [`Source::read`], and the CPU has AVX-512.
     unsafe fn words<B: Layout>(slab: &Slab, half: usize, at: usize, offset: usize) -> [__m512i; 4];
 
+    /// Fetches the `step`-th of `n_steps` parts of what is needed as far ahead of block `at` as pays, in sequence:
+    /// memory likes it more than the order in which bits are unpacked.
+    fn fetch<B>(slab: &Slab, at: usize, step: usize, n_steps: usize);
+
     /// What does not fill words, of all rows, for as many blocks from `from` on as `out` holds.
     ///
     /// # Safety
@@ -42,17 +46,29 @@ pub(super) trait Wide: Source {
     unsafe fn odd<B: Layout, T: Copy>(slab: &Slab, from: usize, out: &mut [Lanes<T>]);
 }
 
+/// The `step`-th of `n_steps` parts of `n_bytes`.
+#[inline(always)]
+fn fetch_part(from: *const u8, n_bytes: usize, step: usize, n_steps: usize) {
+    let mut offset = n_bytes * step / n_steps / LINE * LINE;
+    while offset < n_bytes * (step + 1) / n_steps {
+        // SAFETY: fetching ahead is allowed at any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(offset).cast()) };
+        offset += LINE;
+    }
+}
+
 impl Wide for InPlace {
+    #[inline(always)]
+    fn fetch<B>(slab: &Slab, at: usize, step: usize, n_steps: usize) {
+        if !slab.next.is_null() {
+            let n_bytes = PANEL_ROWS * size_of::<B>();
+            fetch_part(slab.next.wrapping_add(at * n_bytes), n_bytes, step, n_steps);
+        }
+    }
+
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     #[inline]
     unsafe fn words<B: Layout>(slab: &Slab, half: usize, at: usize, offset: usize) -> [__m512i; 4] {
-        if !slab.next.is_null() {
-            let from = (at * size_of::<B>() + offset) * PANEL_ROWS + half * HALF * 16;
-            for line in 0..HALF * 16 / LINE {
-                let line = slab.next.wrapping_add(from + line * LINE);
-                _mm_prefetch::<_MM_HINT_T1>(line.cast());
-            }
-        }
         // SAFETY: the caller's promise.
         unsafe { transposed::<B>(slab, half, at, offset) }
     }
@@ -72,6 +88,13 @@ impl Wide for InPlace {
 }
 
 impl Wide for Interleaved {
+    #[inline(always)]
+    fn fetch<B>(slab: &Slab, at: usize, step: usize, n_steps: usize) {
+        let n_bytes = PANEL_ROWS * size_of::<B>();
+        let from = slab.start().wrapping_add(at * n_bytes + DISTANCE);
+        fetch_part(from, n_bytes, step, n_steps);
+    }
+
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     #[inline]
     unsafe fn words<B: Layout>(slab: &Slab, half: usize, at: usize, offset: usize) -> [__m512i; 4] {
@@ -83,8 +106,6 @@ impl Wide for Interleaved {
         for (i, out) in out.iter_mut().enumerate() {
             // SAFETY: the words of 16 rows.
             *out = unsafe { _mm512_loadu_si512(from.add(i * PANEL_ROWS * 4).cast()) };
-            let line = from.wrapping_add(DISTANCE + i * PANEL_ROWS * 4);
-            _mm_prefetch::<_MM_HINT_T1>(line.cast());
         }
         out
     }
@@ -95,9 +116,6 @@ impl Wide for Interleaved {
         for (at, out) in out.iter_mut().enumerate() {
             // SAFETY: the contract; the odd bytes come first.
             let odd = unsafe { slab.interleaved::<B>(from + at).cast::<Lanes<T>>() };
-            let line = odd.cast::<i8>().wrapping_add(DISTANCE);
-            // SAFETY: fetching ahead is allowed at any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(line) };
             // SAFETY: as above.
             *out = unsafe { odd.read_unaligned() };
         }
@@ -207,6 +225,7 @@ pub(super) unsafe fn pack_q8_0<S: Wide>(slab: &Slab, from: usize, n: usize, pane
         for part in 0..2 {
             for half in 0..2 {
                 // SAFETY: the contract; quants begin after the scale.
+                S::fetch::<BlockQ8_0>(slab, from + at, 2 * part + half, 4);
                 let v = unsafe { S::words::<BlockQ8_0>(slab, half, from + at, 2 + 16 * part) };
                 for (word, v) in words[4 * part..].iter_mut().zip(v) {
                     put(word, half, _mm512_xor_si512(v, flip));
@@ -235,6 +254,7 @@ unsafe fn pack_nibbles<S: Wide, B: Layout>(
     {
         for half in 0..2 {
             // SAFETY: the contract.
+            S::fetch::<B>(slab, from + at, half, 2);
             let v = unsafe { S::words::<B>(slab, half, from + at, offset) };
             for (i, v) in v.into_iter().enumerate() {
                 put(&mut words[i], half, value(low(v)));
@@ -355,6 +375,7 @@ pub(super) unsafe fn pack_q4_k<S: Wide>(slab: &Slab, from: usize, n: usize, pane
             for (quarter, half) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
                 let offset = 16 + 32 * part + 16 * quarter;
                 // SAFETY: the contract; the nibbles follow the scales.
+                S::fetch::<BlockQ4K>(slab, from + at, 4 * part + 2 * quarter + half, 16);
                 let v = unsafe { S::words::<BlockQ4K>(slab, half, from + at, offset) };
                 for (i, v) in v.into_iter().enumerate() {
                     put(&mut blocks[0][4 * quarter + i], half, low(v));
@@ -381,6 +402,8 @@ pub(super) unsafe fn pack_q5_k<S: Wide>(slab: &Slab, from: usize, n: usize, pane
             for (part, blocks) in blocks.as_chunks_mut::<2>().0.iter_mut().enumerate() {
                 let offset = 48 + 32 * part + 16 * quarter;
                 // SAFETY: the contract; the nibbles follow them.
+                let step = 8 * quarter + 4 * half + part;
+                S::fetch::<BlockQ5K>(slab, from + at, step, 16);
                 let v = unsafe { S::words::<BlockQ5K>(slab, half, from + at, offset) };
                 for (i, v) in v.into_iter().enumerate() {
                     // The next two bits of every byte, brought to the fifth place.
@@ -413,6 +436,8 @@ pub(super) unsafe fn pack_q6_k<S: Wide>(slab: &Slab, from: usize, n: usize, pane
         for (part, blocks) in blocks.as_chunks_mut::<4>().0.iter_mut().enumerate() {
             for (quarter, half) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
                 // SAFETY: the contract: per 128 weights 64 bytes of lower and 32 of upper bits.
+                let step = 4 * part + 2 * quarter + half;
+                S::fetch::<BlockQ6K>(slab, from + at, step, 8);
                 let (first, second, upper) = unsafe {
                     let get = |offset| S::words::<BlockQ6K>(slab, half, from + at, offset);
                     (
@@ -528,6 +553,7 @@ pub(super) unsafe fn pack_f32<S: Wide>(slab: &Slab, from: usize, n: usize, panel
     for at in (0..whole).step_by(4) {
         for half in 0..2 {
             // SAFETY: the contract: values from + at .. + 4.
+            S::fetch::<[f32; 4]>(slab, (from + at) / 4, half, 2);
             let v = unsafe { S::words::<f32>(slab, half, from + at, 0) };
             for (word, v) in panel.words[at..].iter_mut().zip(v) {
                 put(word, half, v);
@@ -560,6 +586,7 @@ unsafe fn pack_half<S: Wide, B: Layout>(
     for at in (0..whole).step_by(8) {
         for half in 0..2 {
             // SAFETY: the contract: values from + at .. + 8.
+            S::fetch::<[bf16; 8]>(slab, (from + at) / 8, half, 2);
             let v = unsafe { S::words::<B>(slab, half, from + at, 0) };
             for (words, v) in panel.words[at..].as_chunks_mut::<2>().0.iter_mut().zip(v) {
                 let [even, odd] = widen(v);
@@ -617,6 +644,7 @@ pub(super) unsafe fn pack_bf16_pairs<S: Wide>(
     for at in (0..whole).step_by(8) {
         for half in 0..2 {
             // SAFETY: the contract: values from + at .. + 8.
+            S::fetch::<[bf16; 8]>(slab, (from + at) / 8, half, 2);
             let v = unsafe { S::words::<bf16>(slab, half, from + at, 0) };
             for (word, v) in panel.words[at / 2..].iter_mut().zip(v) {
                 put(word, half, v);
