@@ -24,7 +24,7 @@ const MAX_BLOCKS: usize = PANEL_WORDS / WORDS_32;
 const LINE: usize = 64;
 
 /// Bytes between what is read and what is fetched, where rows are interleaved.
-const DISTANCE: usize = 4096 + 512;
+const DISTANCE: usize = 8192;
 
 /// How rows get into vectors.
 pub(super) trait Wide: Source {
