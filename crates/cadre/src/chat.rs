@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use cadre_checkpoint::{
     ChatSide, ChatTemplate, CheckpointError, DateTime, EncodeOptions, RenderInput, Tokenizer,
 };
-use cadre_engine::{Finish, GenerateOptions, Session, SessionOptions, generate};
+use cadre_engine::{Finish, GenerateOptions, KvFormats, Session, SessionOptions, generate};
 use serde_json::{Map, Value, json};
 
 use crate::cli::App;
@@ -46,6 +46,8 @@ pub(crate) struct ChatOptions {
     pub(crate) system: Option<String>,
     /// Tokens of context; `None` leaves it to the model.
     pub(crate) n_ctx: Option<usize>,
+    /// How keys and values are stored.
+    pub(crate) kv: KvFormats,
     /// Text of a chat template that replaces the one of the checkpoint, and the name of its file.
     pub(crate) template: Option<(String, String)>,
     /// How to generate; the tokens that end an answer are added here.
@@ -66,6 +68,7 @@ impl<'a> Chat<'a> {
         };
         let session = loaded.model.session(&SessionOptions {
             n_ctx: options.n_ctx,
+            kv: options.kv,
             ..SessionOptions::default()
         })?;
         let mut generate = options.generate;

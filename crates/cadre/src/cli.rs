@@ -6,12 +6,13 @@ use anyhow::Result;
 use clap::{ArgAction, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
+use crate::cache::spelled_out;
 #[cfg(feature = "train")]
 use crate::commands::train;
 use crate::commands::{
     bench, chat, completions, convert, doctor, eval, fit, inspect, logits, pull, run, trace,
 };
-use crate::env::Env;
+use crate::env::{self, Env};
 use crate::interrupt::Interrupt;
 use crate::output::ColorChoice;
 
@@ -77,7 +78,7 @@ pub(crate) struct App {
 
 /// Parses argv and runs the command. Wrong usage ends the process with code 2 in here.
 pub(crate) fn run() -> Result<()> {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(env::args().map(spelled_out));
     let env = Env::read();
     start_logging(&env, cli.verbose);
     let app = App {

@@ -1,7 +1,7 @@
 //! What running a model takes of memory, and what decoding takes of bandwidth.
 
 use cadre_checkpoint::{ModelConfig, kv_bytes_per_token, scratch_bytes};
-use cadre_engine::SessionOptions;
+use cadre_engine::{KvFormats, SessionOptions};
 use serde::Serialize;
 
 /// The program itself: code, threads, buffers of input and output.
@@ -28,9 +28,14 @@ pub(crate) struct Demand {
 }
 
 impl Demand {
-    /// Of a model whose weights take `weights_bytes`, with a session of `n_ctx` tokens.
-    pub(crate) fn new(config: &ModelConfig, weights_bytes: u64, n_ctx: usize) -> Self {
-        let kv_bytes = kv_bytes_per_token(config).saturating_mul(n_ctx as u64);
+    /// Of a model whose weights take `weights_bytes`, with a session of `n_ctx` tokens whose cache is `kv`.
+    pub(crate) fn new(
+        config: &ModelConfig,
+        weights_bytes: u64,
+        n_ctx: usize,
+        kv: KvFormats,
+    ) -> Self {
+        let kv_bytes = kv_bytes_per_token(config, kv).saturating_mul(n_ctx as u64);
         let scratch_bytes = scratch_bytes(config, n_ctx, SessionOptions::default().chunk);
         let program_bytes = PROGRAM + TOKENIZER_PER_TOKEN * config.vocab_size as u64;
         let parts = [kv_bytes, scratch_bytes, program_bytes];
@@ -49,8 +54,9 @@ impl Demand {
         config: &ModelConfig,
         weights_bytes: u64,
         budget: u64,
+        kv: KvFormats,
     ) -> Option<usize> {
-        let fits = |n_ctx| Self::new(config, weights_bytes, n_ctx).needed_bytes <= budget;
+        let fits = |n_ctx| Self::new(config, weights_bytes, n_ctx, kv).needed_bytes <= budget;
         // The demand grows with the context, so halving finds the border.
         let (mut fitting, mut limit) = (0, config.max_position_embeddings);
         while fitting < limit {
@@ -83,13 +89,14 @@ mod tests {
     fn the_longest_context_is_the_last_that_fits() {
         let checkpoint = embedded::open().unwrap();
         let config = checkpoint.config();
-        let needed = |n_ctx| Demand::new(config, 1 << 20, n_ctx).needed_bytes;
-        let longest = |budget| Demand::longest_context(config, 1 << 20, budget);
+        let kv = KvFormats::default();
+        let needed = |n_ctx| Demand::new(config, 1 << 20, n_ctx, kv).needed_bytes;
+        let longest = |budget| Demand::longest_context(config, 1 << 20, budget, kv);
         assert_eq!(longest(needed(300)), Some(300));
         assert_eq!(longest(needed(300) - 1), Some(299));
         assert_eq!(longest(u64::MAX), Some(config.max_position_embeddings));
         assert_eq!(longest(needed(1) - 1), None);
-        let parts = Demand::new(config, 1 << 20, 10);
+        let parts = Demand::new(config, 1 << 20, 10, kv);
         let sum = parts.weights_bytes + parts.kv_bytes + parts.scratch_bytes + parts.program_bytes;
         assert_eq!(parts.needed_bytes, sum);
     }

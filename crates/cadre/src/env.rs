@@ -1,5 +1,6 @@
-//! Every environment variable that Cadre reads, and the state of the terminal.
+//! Every environment variable that Cadre reads, its arguments, and the state of the terminal.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -52,6 +53,11 @@ impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("***")
     }
+}
+
+/// What the program was called with, its own name first.
+pub(crate) fn args() -> impl Iterator<Item = OsString> {
+    std::env::args_os()
 }
 
 impl Env {

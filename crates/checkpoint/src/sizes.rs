@@ -6,6 +6,8 @@
 
 use std::collections::BTreeMap;
 
+use cadre_kernels::KvFormats;
+
 use crate::Dtype;
 use crate::checkpoint::Checkpoint;
 use crate::config::{MlaConfig, ModelConfig};
@@ -148,21 +150,32 @@ fn file_sizes(checkpoint: &Checkpoint, wanted: TargetDtype) -> Sizes {
     sizes
 }
 
-/// Bytes of the key and value cache per token of context: f32, in every layer.
+/// Bytes of the key and value cache per token of context, in every layer.
 #[must_use]
-pub fn kv_bytes_per_token(config: &ModelConfig) -> u64 {
-    F32 * (config.n_layers * config.kv_width()) as u64
+pub fn kv_bytes_per_token(config: &ModelConfig, formats: KvFormats) -> u64 {
+    (config.n_layers * kv_bytes_per_layer(config, formats)) as u64
 }
 
 /// Bytes of the cache that decoding one token reads after `position` others. Windows bound it, layer by layer.
 #[must_use]
-pub fn kv_bytes_read(config: &ModelConfig, position: usize) -> u64 {
-    let width = config.kv_width() as u64;
+pub fn kv_bytes_read(config: &ModelConfig, formats: KvFormats, position: usize) -> u64 {
+    let stored = kv_bytes_per_layer(config, formats) as u64;
     let windows = config.attention.windows.iter();
     windows
         .map(|window| window.map_or(position, |window| window.min(position)) as u64)
-        .map(|seen| F32.saturating_mul(width).saturating_mul(seen))
+        .map(|seen| stored.saturating_mul(seen))
         .fold(0, u64::saturating_add)
+}
+
+/// Bytes that a layer keeps of a token: of latent attention, a rotary key and the latent.
+fn kv_bytes_per_layer(config: &ModelConfig, formats: KvFormats) -> usize {
+    let KvFormats { keys, values } = formats;
+    match config.attention.mla {
+        Some(mla) => keys.n_bytes(mla.qk_rope_head_dim) + values.n_bytes(mla.kv_lora_rank),
+        None => {
+            config.n_kv_heads * (keys.n_bytes(config.head_dim) + values.n_bytes(config.head_dim))
+        }
+    }
 }
 
 /// Bytes that a session of `n_ctx` tokens writes and forgets, when it reads `chunk` tokens together: activations,
@@ -307,6 +320,8 @@ impl Sizes {
 
 #[cfg(test)]
 mod tests {
+    use cadre_kernels::KvFormat;
+
     use super::*;
 
     fn config() -> ModelConfig {
@@ -322,13 +337,30 @@ mod tests {
     #[test]
     fn the_cache_is_read_as_far_as_windows_reach() {
         let mut config = config();
-        assert_eq!(kv_bytes_per_token(&config), 8 * 2 * 2 * 64 * 4);
-        assert_eq!(kv_bytes_read(&config, 10), 10 * kv_bytes_per_token(&config));
+        assert_eq!(
+            kv_bytes_per_token(&config, KvFormats::default()),
+            8 * 2 * 2 * 64 * 4
+        );
+        assert_eq!(
+            kv_bytes_read(&config, KvFormats::default(), 10),
+            10 * kv_bytes_per_token(&config, KvFormats::default())
+        );
         config.attention.windows[0] = Some(4);
-        let layer = kv_bytes_per_token(&config) / 8;
-        assert_eq!(kv_bytes_read(&config, 10), (7 * 10 + 4) * layer);
-        assert_eq!(kv_bytes_read(&config, 0), 0);
-        assert_eq!(kv_bytes_read(&config, usize::MAX), u64::MAX);
+        let layer = kv_bytes_per_token(&config, KvFormats::default()) / 8;
+        assert_eq!(
+            kv_bytes_read(&config, KvFormats::default(), 10),
+            (7 * 10 + 4) * layer
+        );
+        assert_eq!(kv_bytes_read(&config, KvFormats::default(), 0), 0);
+        let small = KvFormats {
+            keys: KvFormat::F16,
+            values: KvFormat::Q8_0,
+        };
+        assert_eq!(kv_bytes_per_token(&config, small), 8 * 2 * (128 + 68));
+        assert_eq!(
+            kv_bytes_read(&config, KvFormats::default(), usize::MAX),
+            u64::MAX
+        );
     }
 
     #[test]

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
-use cadre_kernels::Kernels;
+use cadre_kernels::{Kernels, KvFormats};
 
 use crate::error::{EngineError, Result};
 use crate::model::{Logits, Model, NoObserver};
@@ -72,7 +72,7 @@ pub struct Perplexity {
     pub domains: BTreeMap<String, Score>,
 }
 
-/// Scores `documents`. `progress` hears of every window: predictions so far and in all; when it breaks,
+/// Scores `documents`, with keys and values stored as `kv` says. `progress` hears of every window: predictions so far and in all; when it breaks,
 /// the scores so far are returned.
 ///
 /// # Errors
@@ -81,6 +81,7 @@ pub fn perplexity(
     model: &dyn Model,
     documents: &[Document],
     windows: Windows,
+    kv: KvFormats,
     progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<Perplexity> {
     check(windows)?;
@@ -89,7 +90,7 @@ pub fn perplexity(
     let options = SessionOptions {
         n_ctx: Some(windows.window),
         chunk: defaults.chunk.min((MAX_LOGITS / vocab.max(1)).max(1)),
-        ..defaults
+        kv,
     };
     let mut session = model.session(&options)?;
     let chunk = session.chunk();

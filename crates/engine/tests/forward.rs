@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use cadre_checkpoint::Dtype;
 use cadre_engine::{
-    EngineError, LoadOptions, Logits, Model, NoObserver, Observer, Quant, RoutingEvent, Session,
-    SessionOptions, load,
+    EngineError, KvFormat, KvFormats, LoadOptions, Logits, Model, NoObserver, Observer, Quant,
+    RoutingEvent, Session, SessionOptions, load,
 };
 use cadre_kernels::Isa;
 use cadre_testkit::{Random, TinyFolder, TinyMoe, assert_close};
@@ -164,6 +164,40 @@ fn chunks_and_threads_change_no_bit() {
                 "{n_threads} {chunk}"
             );
         }
+    }
+}
+
+#[test]
+fn caches_of_every_format_are_close_and_change_no_bit_with_the_chunk() {
+    let window = TinyMoe::default().configure(|c| {
+        (c.head_dim, c.rope.dim) = (32, 32);
+        c.attention.windows[1] = Some(5);
+    });
+    let folder = window.build().unwrap();
+    let model = model(&folder, &LoadOptions::default());
+    let tokens = random_tokens(70, 384);
+    let logits = |keys, values, chunk| {
+        let options = SessionOptions {
+            chunk,
+            kv: KvFormats { keys, values },
+            ..SessionOptions::default()
+        };
+        let mut session = model.session(&options).unwrap();
+        let all = model.forward(&mut session, &tokens, Logits::All, &mut NoObserver);
+        (all.unwrap().to_vec(), session.kv_bytes())
+    };
+    let (exact, full) = logits(KvFormat::F32, KvFormat::F32, 70);
+    for (keys, values, bound, share) in [
+        (KvFormat::F16, KvFormat::F16, 1e-2, 0.5),
+        (KvFormat::F16, KvFormat::Q8_0, 0.2, 49.0 / 128.0),
+        (KvFormat::Q8_0, KvFormat::Q8_0, 0.2, 34.0 / 128.0),
+    ] {
+        let (got, n_bytes) = logits(keys, values, 70);
+        assert_eq!(logits(keys, values, 1).0, got);
+        assert_eq!(n_bytes as f64, full as f64 * share);
+        let errors = got.iter().zip(&exact).map(|(a, b)| (a - b).abs());
+        let error = errors.fold(0.0, f32::max);
+        assert!(error > 0.0 && error < bound, "{keys} {values}: {error}");
     }
 }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use cadre_engine::eval::{Document, Windows, perplexity};
 use cadre_engine::{
-    EngineError, Finish, GenerateOptions, Generated, Hooks, LoadOptions, Logits, Model, NoObserver,
-    Observer, Quant, RoutingEvent, SamplingOptions, SessionOptions, generate, load,
+    EngineError, Finish, GenerateOptions, Generated, Hooks, KvFormats, LoadOptions, Logits, Model,
+    NoObserver, Observer, Quant, RoutingEvent, SamplingOptions, SessionOptions, generate, load,
 };
 use cadre_kernels::Isa;
 use cadre_testkit::{Random, TinyMoe};
@@ -311,7 +311,7 @@ fn perplexity_is_the_mean_over_domains_and_windows() {
         window: 128,
         stride: 128,
     };
-    let result = perplexity(&*model, &documents, whole, &mut go_on).unwrap();
+    let result = perplexity(&*model, &documents, whole, KvFormats::default(), &mut go_on).unwrap();
     let prose: f64 = nlls(&*model, &documents[0].tokens).iter().sum();
     let code: f64 = nlls(&*model, &documents[1].tokens).iter().sum();
     assert_eq!(result.total.n_tokens, 49 + 19);
@@ -325,7 +325,14 @@ fn perplexity_is_the_mean_over_domains_and_windows() {
         window: 16,
         stride: 4,
     };
-    let result = perplexity(&*model, &documents[..1], cut, &mut go_on).unwrap();
+    let result = perplexity(
+        &*model,
+        &documents[..1],
+        cut,
+        KvFormats::default(),
+        &mut go_on,
+    )
+    .unwrap();
     let tokens = &documents[0].tokens;
     let expected: f64 = (0..49)
         .map(|p: usize| {
@@ -357,7 +364,14 @@ fn perplexity_can_be_stopped_and_checks_its_input() {
         window: 10,
         stride: 10,
     };
-    let result = perplexity(&*model, &documents(), windows, &mut stop).unwrap();
+    let result = perplexity(
+        &*model,
+        &documents(),
+        windows,
+        KvFormats::default(),
+        &mut stop,
+    )
+    .unwrap();
     assert_eq!(heard, [(10, 68), (20, 68)]);
     assert_eq!(result.total.n_tokens, 20);
     let mut go_on = |_, _| ControlFlow::Continue(());
@@ -366,6 +380,7 @@ fn perplexity_can_be_stopped_and_checks_its_input() {
             &*model,
             &documents(),
             Windows { window, stride },
+            KvFormats::default(),
             &mut go_on,
         );
         assert!(
@@ -377,7 +392,7 @@ fn perplexity_can_be_stopped_and_checks_its_input() {
         domain: "x".into(),
         tokens: vec![1, 2, 400],
     }];
-    let result = perplexity(&*model, &alien, windows, &mut go_on);
+    let result = perplexity(&*model, &alien, windows, KvFormats::default(), &mut go_on);
     assert!(matches!(
         result,
         Err(EngineError::UnknownToken { token: 400, .. })

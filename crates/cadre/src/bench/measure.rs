@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 use cadre_checkpoint::{ModelConfig, Sizes, kv_bytes_read};
 use cadre_engine::{
-    KvFormat, KvFormats, Logits, Model, NoObserver, Observer, RoutingEvent, Sequence, Session,
+    KvFormats, Logits, Model, NoObserver, Observer, RoutingEvent, Sequence, Session,
     SessionOptions, Workspace,
 };
 
@@ -117,9 +117,8 @@ impl<'a> Runner<'a> {
             let tokens = self.tokens.take(self.test.n_seqs);
             self.touched.clear();
             sample.ns += self.step(&tokens)?;
-            let cache = self
-                .setting
-                .cache_bytes(self.config, self.test.n_depth + step);
+            let position = self.test.n_depth + step;
+            let cache = kv_bytes_read(self.config, self.setting.kv, position);
             sample.bytes += self.shared_bytes
                 + self.touched.count() * self.one_expert
                 + self.test.n_seqs as u64 * cache;
@@ -148,16 +147,6 @@ impl<'a> Runner<'a> {
         self.model
             .forward_batch(&mut batch, workspace, &mut self.touched)?;
         Ok(nanoseconds(start))
-    }
-}
-
-impl Setting {
-    /// Bytes of the cache that a token reads after `position` others.
-    fn cache_bytes(&self, config: &ModelConfig, position: usize) -> u64 {
-        const WIDTH: usize = 1024;
-        let stored = self.kv.keys.n_bytes(WIDTH) + self.kv.values.n_bytes(WIDTH);
-        let in_f32 = 2 * KvFormat::F32.n_bytes(WIDTH);
-        kv_bytes_read(config, position) * stored as u64 / in_f32 as u64
     }
 }
 
@@ -245,18 +234,6 @@ mod tests {
     }
 
     #[test]
-    fn a_cache_of_16_bits_is_half_as_large() {
-        let checkpoint = embedded::open().unwrap();
-        let kv = KvFormats {
-            keys: KvFormat::F16,
-            values: KvFormat::F16,
-        };
-        let setting = Setting { chunk: 64, kv };
-        let config = checkpoint.config();
-        assert_eq!(2 * setting.cache_bytes(config, 7), kv_bytes_read(config, 7));
-    }
-
-    #[test]
     fn a_token_reads_what_the_header_says() {
         let checkpoint = embedded::open().unwrap();
         let model = load(&checkpoint, &LoadOptions::default()).unwrap();
@@ -276,7 +253,7 @@ mod tests {
         let sample = runner(test(0, 2, 0)).sample().unwrap();
         assert!(sample.ns > 0);
         // Two tokens; the second also reads the keys and values of the first.
-        let cache = kv_bytes_read(config, 1);
+        let cache = kv_bytes_read(config, setting.kv, 1);
         // Rounding in the mean size of an expert.
         let slack = 2 * (model.info().n_layers * model.info().top_k) as u64;
         assert!(sample.bytes.abs_diff(2 * held.read_per_token + cache) <= slack);

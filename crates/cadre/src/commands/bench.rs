@@ -2,13 +2,14 @@
 
 use anyhow::{Context, Result};
 use cadre_checkpoint::{Checkpoint, held_sizes, model_sizes};
-use cadre_engine::{KvFormat, KvFormats, LoadOptions, Model, SessionOptions, load};
+use cadre_engine::{LoadOptions, Model, SessionOptions, load};
 use cadre_kernels::doctor::bandwidth;
 use clap::ValueEnum;
 
 use crate::bench::{
     Around, Lists, Machine, Record, Runner, Setting, Test, csv, markdown, rss_bytes,
 };
+use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::failure::Failure;
 use crate::model::{CheckpointArg, QuantArg};
@@ -70,12 +71,8 @@ pub(crate) struct Args {
     /// Tokens of a prompt that are processed together.
     #[arg(short, long, value_name = "N", default_value_t = SessionOptions::default().chunk)]
     batch_size: usize,
-    /// How keys are stored.
-    #[arg(long, value_name = "FORMAT", default_value = "f32")]
-    cache_type_k: KvArg,
-    /// How values are stored.
-    #[arg(long, value_name = "FORMAT", default_value = "f32")]
-    cache_type_v: KvArg,
+    #[command(flatten)]
+    cache: CacheArgs,
     /// Quantise the weights while loading.
     #[arg(long, value_name = "FORMAT", default_value = "none")]
     quant: QuantArg,
@@ -85,30 +82,6 @@ pub(crate) struct Args {
     /// Form of the result.
     #[arg(short, long, value_name = "FORM", default_value = "md")]
     output: Form,
-}
-
-/// How keys or values are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum KvArg {
-    /// 32-bit floats.
-    #[value(name = "f32")]
-    F32,
-    /// 16-bit floats.
-    #[value(name = "f16")]
-    F16,
-    /// 8 bits in groups of 32.
-    #[value(name = "q8_0")]
-    Q8_0,
-}
-
-impl From<KvArg> for KvFormat {
-    fn from(arg: KvArg) -> Self {
-        match arg {
-            KvArg::F32 => Self::F32,
-            KvArg::F16 => Self::F16,
-            KvArg::Q8_0 => Self::Q8_0,
-        }
-    }
 }
 
 /// Form of the result on standard output, as llama-bench calls it.
@@ -175,10 +148,7 @@ fn measure(
     let held = held_sizes(checkpoint, args.quant.holding());
     let setting = Setting {
         chunk: args.batch_size,
-        kv: KvFormats {
-            keys: args.cache_type_k.into(),
-            values: args.cache_type_v.into(),
-        },
+        kv: args.cache.formats(),
     };
     let machine = Machine {
         type_k: setting.kv.keys.name(),

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use cadre_engine::GenerateOptions;
 
+use crate::cache::CacheArgs;
 use crate::chat::{Chat, ChatOptions, Ended};
 use crate::cli::App;
 use crate::failure::Failure;
@@ -50,6 +51,8 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "N", default_value_t = 0)]
     ctx_size: usize,
     #[command(flatten)]
+    cache: CacheArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -69,6 +72,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let options = ChatOptions {
         system: args.system.clone(),
         n_ctx: (args.ctx_size > 0).then_some(args.ctx_size),
+        kv: args.cache.formats(),
         template,
         generate: GenerateOptions {
             max_new_tokens: match args.n_predict {

@@ -10,6 +10,7 @@ use cadre_engine::eval::{self, Perplexity, Score, Windows};
 use clap::Subcommand;
 use serde::Serialize;
 
+use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::data;
 use crate::failure::Failure;
@@ -33,6 +34,8 @@ enum What {
 struct PerplexityArgs {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    cache: CacheArgs,
     /// JSON lines with `domain` and `text`, or plain text; may be given several times.
     #[arg(long, value_name = "FILE", required = true)]
     data: Vec<PathBuf>,
@@ -113,7 +116,8 @@ fn perplexity(app: &App, args: &PerplexityArgs) -> Result<()> {
         .map(|one| one.tokens.len().saturating_sub(1) as u64)
         .sum();
     let progress = bar(&app.env, "tokens", n_total);
-    let result = eval::perplexity(&*loaded.model, &documents, windows, &mut |done, _| {
+    let kv = args.cache.formats();
+    let result = eval::perplexity(&*loaded.model, &documents, windows, kv, &mut |done, _| {
         progress.set_position(done);
         if app.interrupt.requested() {
             ControlFlow::Break(())

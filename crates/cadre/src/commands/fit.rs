@@ -13,6 +13,7 @@ use cadre_kernels::ThreadPool;
 use cadre_kernels::doctor::{bandwidth, default_threads};
 use serde::Serialize;
 
+use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::commands::inspect::check_context;
 use crate::demand::{self, Demand};
@@ -46,6 +47,8 @@ pub(crate) struct Args {
     /// Context, in tokens. By default 4096, or the model's limit if that is shorter.
     #[arg(short, long, value_name = "N")]
     ctx_size: Option<usize>,
+    #[command(flatten)]
+    cache: CacheArgs,
     /// Quantise the weights while loading, as `run` does with the same flag.
     #[arg(long, value_name = "FORMAT", default_value = "none")]
     quant: QuantArg,
@@ -184,11 +187,12 @@ fn report(checkpoint: &Checkpoint, args: &Args, budget: u64, speed: Speed) -> Re
     let (parameters, work) = (sizes.parameters, Work::new(config, &sizes));
     let held = held_sizes(checkpoint, args.quant.holding());
     let n_ctx = demand::context(config, args.ctx_size);
-    let demand = Demand::new(config, held.total, n_ctx);
+    let kv = args.cache.formats();
+    let demand = Demand::new(config, held.total, n_ctx, kv);
     let fits = demand.needed_bytes <= budget;
     let full = held
         .read_per_token
-        .saturating_add(kv_bytes_read(config, n_ctx));
+        .saturating_add(kv_bytes_read(config, kv, n_ctx));
     Report {
         model: checkpoint.origin().to_owned(),
         fits,
@@ -213,7 +217,7 @@ fn report(checkpoint: &Checkpoint, args: &Args, budget: u64, speed: Speed) -> Re
         suggestions: if fits {
             Vec::new()
         } else {
-            suggestions(checkpoint, args.quant, (demand, held), budget)
+            suggestions(checkpoint, args, (demand, held), budget)
         },
     }
 }
@@ -221,24 +225,25 @@ fn report(checkpoint: &Checkpoint, args: &Args, budget: u64, speed: Speed) -> Re
 /// What would fit: a shorter context, smaller weights, more memory.
 fn suggestions(
     checkpoint: &Checkpoint,
-    quant: QuantArg,
+    args: &Args,
     (demand, held): (Demand, Sizes),
     budget: u64,
 ) -> Vec<Suggestion> {
     let config = checkpoint.config();
+    let kv = args.cache.formats();
     let mut suggestions = Vec::new();
-    if let Some(n_ctx) = Demand::longest_context(config, held.total, budget) {
+    if let Some(n_ctx) = Demand::longest_context(config, held.total, budget, kv) {
         suggestions.push(Suggestion {
             kind: "context",
             text: format!("a context of up to {n_ctx} tokens: -c {n_ctx}"),
-            needed_bytes: Demand::new(config, held.total, n_ctx).needed_bytes,
+            needed_bytes: Demand::new(config, held.total, n_ctx, kv).needed_bytes,
             n_ctx: Some(n_ctx),
             format: None,
         });
     }
     let mut smaller = |kind, holding, format, advice: String| {
         let weights = held_sizes(checkpoint, holding).total;
-        let needed = Demand::new(config, weights, demand.n_ctx).needed_bytes;
+        let needed = Demand::new(config, weights, demand.n_ctx, kv).needed_bytes;
         if weights < held.total && needed <= budget {
             suggestions.push(Suggestion {
                 kind,
@@ -249,7 +254,7 @@ fn suggestions(
             });
         }
     };
-    if quant == QuantArg::Stored {
+    if args.quant == QuantArg::Stored {
         let advice = "quantising while loading with --quant q8_0".to_owned();
         smaller("quant", Holding::LoadedQ8_0, "q8_0".to_owned(), advice);
     }

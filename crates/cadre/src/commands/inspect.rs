@@ -7,6 +7,7 @@ use cadre_checkpoint::{
     Checkpoint, FormatSize, Holding, ModelSizes, held_sizes, kv_bytes_per_token, model_sizes,
     tensor_specs,
 };
+use cadre_engine::KvFormats;
 use serde::Serialize;
 
 use crate::cli::App;
@@ -239,8 +240,13 @@ fn report(checkpoint: &Checkpoint, args: &Args) -> Result<Report> {
         norm_topk_prob: config.moe.norm_topk_prob(),
         parameters: sizes.parameters.into(),
         bytes: sizes.bytes.into(),
-        kv_bytes_per_token: kv_bytes_per_token(config),
-        memory: Demand::new(config, weights, demand::context(config, args.ctx_size)),
+        kv_bytes_per_token: kv_bytes_per_token(config, KvFormats::default()),
+        memory: Demand::new(
+            config,
+            weights,
+            demand::context(config, args.ctx_size),
+            KvFormats::default(),
+        ),
         dtypes: formats
             .clone()
             .map(|(f, size)| (f.name(), size.n_tensors))

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use cadre_engine::{Logits, Observer, RoutingEvent, SessionOptions};
 use serde::Serialize;
 
+use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::failure::Failure;
 use crate::model::ModelArgs;
@@ -21,6 +22,8 @@ const N_TOP: usize = 5;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    cache: CacheArgs,
     /// Token ids such as 1,2,3, or @FILE with ids separated by commas or white space.
     #[arg(long, value_name = "IDS")]
     tokens: String,
@@ -81,7 +84,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let mut session = model.session(&SessionOptions {
         n_ctx: Some(n_ctx),
         chunk: CHUNK,
-        ..SessionOptions::default()
+        kv: args.cache.formats(),
     })?;
     let mut collector = Collector {
         wanted: args.routing,

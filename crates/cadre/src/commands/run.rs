@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use cadre_engine::{Finish, GenerateOptions, SessionOptions, generate};
 use serde::Serialize;
 
+use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::experts::{ExpertView, ExpertWatch};
 use crate::failure::Failure;
@@ -38,6 +39,8 @@ pub(crate) struct Args {
     /// Longest prompt and answer together, in tokens; 0 means what the model allows, up to 4096.
     #[arg(short, long, value_name = "N", default_value_t = 0)]
     ctx_size: usize,
+    #[command(flatten)]
+    cache: CacheArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// Stop before this text; may be given several times.
@@ -82,6 +85,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let ids = tokenizer.encode(&prompt)?;
     let options = SessionOptions {
         n_ctx: (args.ctx_size > 0).then_some(args.ctx_size),
+        kv: args.cache.formats(),
         ..SessionOptions::default()
     };
     let mut session = loaded.model.session(&options)?;

@@ -233,6 +233,35 @@ fn logits_of_many_chunks_equal_those_of_a_prefix() {
 }
 
 #[test]
+fn smaller_caches_change_logits_a_little() {
+    let folder = TinyMoe::default().build().unwrap();
+    let path = arg(folder.path());
+    let logits = |more: &[&str]| {
+        let args = [
+            &["logits", "-m", path, "--tokens", "1,2,3,4,5", "-o", "json"],
+            more,
+        ]
+        .concat();
+        numbers(&json(&args)["logits"][4])
+    };
+    let exact = logits(&[]);
+    assert_eq!(logits(&["--cache-type-k", "f32"]), exact);
+    let (half, eighth) = (
+        logits(&["-ctk", "f16", "-ctv", "f16"]),
+        logits(&["-ctk", "q8_0"]),
+    );
+    for (got, bound) in [(half, 1e-3), (eighth, 3e-2)] {
+        assert_ne!(got, exact);
+        let error = got.iter().zip(&exact).map(|(a, b)| (a - b).abs());
+        assert!(error.fold(0.0, f32::max) < bound);
+    }
+    let run = [
+        "run", "-p", "Once", "-n", "3", "--temp", "0", "-ctv", "q8_0",
+    ];
+    assert!(!stdout(&run).is_empty());
+}
+
+#[test]
 fn inspect_counts_by_hand() {
     let model = TinyMoe::default().tied(true).build().unwrap();
     let report = json(&["inspect", "-m", arg(model.path()), "-o", "json"]);

@@ -56,6 +56,11 @@ fn what_fits_says_how_fast() {
             .unwrap()
             < forecast
     );
+    let half = fit(
+        path,
+        &["--mem-budget", "1GiB", "-ctk", "f16", "-ctv", "f16"],
+    );
+    assert_eq!(half["kv_bytes"].as_u64().unwrap() * 2, number("kv_bytes"));
     // 8 bits in blocks of 34 bytes for 32 values; a little is not quantised.
     let smaller = fit(path, &["--mem-budget", "1GiB", "--quant", "q8_0"]);
     let share = smaller["weights_bytes"].as_f64().unwrap() / number("weights_bytes") as f64;
