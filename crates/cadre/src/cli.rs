@@ -78,7 +78,7 @@ pub(crate) struct App {
 
 /// Parses argv and runs the command. Wrong usage ends the process with code 2 in here.
 pub(crate) fn run() -> Result<()> {
-    let cli = Cli::parse_from(env::args().map(spelled_out));
+    let cli = Cli::parse_from(env::arguments().map(spelled_out));
     let env = Env::read();
     start_logging(&env, cli.verbose);
     let app = App {

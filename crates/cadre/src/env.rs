@@ -56,7 +56,7 @@ impl fmt::Debug for Secret {
 }
 
 /// What the program was called with, its own name first.
-pub(crate) fn args() -> impl Iterator<Item = OsString> {
+pub(crate) fn arguments() -> impl Iterator<Item = OsString> {
     std::env::args_os()
 }
 

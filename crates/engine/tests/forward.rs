@@ -188,15 +188,16 @@ fn caches_of_every_format_are_close_and_change_no_bit_with_the_chunk() {
     };
     let (exact, full) = logits(KvFormat::F32, KvFormat::F32, 70);
     for (keys, values, bound, share) in [
-        (KvFormat::F16, KvFormat::F16, 1e-2, 0.5),
-        (KvFormat::F16, KvFormat::Q8_0, 0.2, 49.0 / 128.0),
-        (KvFormat::Q8_0, KvFormat::Q8_0, 0.2, 34.0 / 128.0),
+        (KvFormat::F16, KvFormat::F16, 2e-3, 0.5),
+        (KvFormat::F16, KvFormat::Q8_0, 3e-2, 49.0 / 128.0),
+        (KvFormat::Q8_0, KvFormat::Q8_0, 3e-2, 34.0 / 128.0),
     ] {
         let (got, n_bytes) = logits(keys, values, 70);
         assert_eq!(logits(keys, values, 1).0, got);
         assert_eq!(n_bytes as f64, full as f64 * share);
+        // On average: where two experts are nearly equal, an error of any size makes another be picked.
         let errors = got.iter().zip(&exact).map(|(a, b)| (a - b).abs());
-        let error = errors.fold(0.0, f32::max);
+        let error = errors.sum::<f32>() / exact.iter().map(|v| v.abs()).sum::<f32>();
         assert!(error > 0.0 && error < bound, "{keys} {values}: {error}");
     }
 }

@@ -1,18 +1,14 @@
-//! Attention over the threads: cuts a call into tiles, and long contexts into segments where tiles are few.
+//! Attention over the threads: checks a call and runs its tiles, or their segments where tiles are few.
 
-use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
+use super::KvSizes;
+use super::plan::{Cut, Plan, TILE_ROWS, TilePlan};
 use super::tile::{Attend, HeadsMut, Part, Sink, Span, Tile, Workspace, width};
-use super::{KvSizes, SEGMENT};
-use crate::arch::attention::{MAX_ROWS, SoftRow};
+use crate::arch::attention::SoftRow;
 use crate::compute::Compute;
 use crate::pool::SendPtr;
 
-/// Rows of a tile: enough that a block of keys and values, once in the nearer caches, is used often.
-const TILE_ROWS: usize = 32;
-/// Tasks per thread that even out threads of unequal speed.
-const TASKS_PER_THREAD: usize = 4;
 /// Below this many multiplications a call is cheaper on one thread than shared.
 const MIN_SHARED_PRODUCTS: usize = 1 << 16;
 
@@ -25,17 +21,6 @@ pub struct AttendScratch {
     /// Results by segment, where segments are tasks: `[part, rows of a tile]` and `[part, rows of a tile, width]`.
     part_rows: Vec<SoftRow>,
     part_sums: Vec<f32>,
-}
-
-/// Which rows of which span and stored head make a tile.
-#[derive(Debug)]
-struct TilePlan {
-    span: usize,
-    head: usize,
-    rows: Range<usize>,
-    segments: Range<usize>,
-    /// Index of the first segment's part.
-    first_part: usize,
 }
 
 impl Compute {
@@ -59,18 +44,17 @@ impl Compute {
         let sizes = span(0).kv.sizes();
         let group = attend.n_heads / sizes.n_heads;
         let n_products = check(attend, sizes, (n_spans, span), &out);
-        let n_threads = match n_products < MIN_SHARED_PRODUCTS {
-            true => 1,
-            false => self.pool().n_threads(),
-        };
+        let n_threads = self.pool().n_threads();
+        let shared = n_threads > 1 && n_products >= MIN_SHARED_PRODUCTS;
         let plan = Plan {
             attend,
             group,
             spans: (n_spans, span),
             n_threads,
+            shared,
         };
-        let (tile_rows, split) = plan.cut(&mut scratch.tiles);
-        scratch.reserve(n_threads, tile_rows, &span(0), attend.on_values.is_some());
+        let cut = plan.cut(&mut scratch.tiles);
+        scratch.reserve(n_threads, cut, &span(0), attend.on_values.is_some());
         let sink = Sink {
             per_token: out.per_token,
             per_head: out.per_head,
@@ -84,9 +68,9 @@ impl Compute {
             group,
             rows: plan.rows.clone(),
         };
-        if split {
+        if cut.by_segment {
             let width = width(span(0).kv);
-            scratch.run_parts(self, tile_rows, width, &tile, &sink);
+            scratch.run_parts(self, cut.tile_rows, width, &tile, &sink);
             return;
         }
         let (tiles, free) = (&scratch.tiles, &scratch.free);
@@ -96,7 +80,7 @@ impl Compute {
                 unsafe { tile(&tiles[i]).run(memory, &sink) };
             });
         };
-        if n_threads > 1 {
+        if shared {
             self.pool().run(tiles.len(), &task);
         } else {
             (0..tiles.len()).for_each(task);
@@ -164,67 +148,23 @@ fn check<'s>(
     n_products * attend.n_heads * (sizes.key_dim + sizes.value_dim)
 }
 
-/// How a call is cut.
-struct Plan<'a, 's> {
-    attend: &'a Attend<'a>,
-    group: usize,
-    spans: (usize, &'a (dyn Fn(usize) -> Span<'s> + Sync)),
-    n_threads: usize,
-}
-
-impl Plan<'_, '_> {
-    /// Fills `tiles`; returns the most rows of one, and whether their segments are tasks of their own.
-    ///
-    /// The cut changes no bit of a result, so it is free to suit the number of threads.
-    fn cut(&self, tiles: &mut Vec<TilePlan>) -> (usize, bool) {
-        let n_parts = self.fill(tiles, TILE_ROWS);
-        let wanted = self.n_threads * TASKS_PER_THREAD;
-        if self.n_threads == 1 || tiles.len() >= wanted {
-            return (TILE_ROWS, false);
-        }
-        if n_parts > tiles.len() {
-            return (TILE_ROWS, true);
-        }
-        self.fill(tiles, MAX_ROWS);
-        (MAX_ROWS, false)
-    }
-
-    /// Tiles of at most `tile_rows` rows, later tokens last: the pool starts with the last, which take longest.
-    fn fill(&self, tiles: &mut Vec<TilePlan>, tile_rows: usize) -> usize {
-        tiles.clear();
-        let mut first_part = 0;
-        for i in 0..self.spans.0 {
-            let span = self.spans.1(i);
-            let n_rows = span.n_tokens * self.group;
-            for from in (0..n_rows).step_by(tile_rows) {
-                for head in 0..span.kv.sizes().n_heads {
-                    let rows = from..n_rows.min(from + tile_rows);
-                    let segments = span.segments(self.attend.window, self.group, &rows);
-                    let n_segments = segments.len();
-                    tiles.push(TilePlan {
-                        span: i,
-                        head,
-                        rows,
-                        segments,
-                        first_part,
-                    });
-                    first_part += n_segments;
-                }
-            }
-        }
-        first_part
-    }
-}
-
 impl AttendScratch {
     /// Workspaces for every thread, and room for parts of a full cache, so that growing contexts allocate nothing.
-    fn reserve(&mut self, n_threads: usize, tile_rows: usize, span: &Span<'_>, latent: bool) {
+    fn reserve(&mut self, n_threads: usize, cut: Cut, span: &Span<'_>, latent: bool) {
+        let n_rows = cut.most_parts * TILE_ROWS;
+        if self.part_rows.len() < n_rows {
+            self.part_rows.resize(n_rows, SoftRow::START);
+        }
+        let n_sums = n_rows * width(span.kv);
+        if self.part_sums.len() < n_sums {
+            self.part_sums.resize(n_sums, 0.0);
+        }
         let free = self.free.get_mut().unwrap_or_else(PoisonError::into_inner);
         while free.len() < n_threads {
             free.push(Workspace::default());
         }
         for workspace in free {
-            workspace.reserve(tile_rows, span.kv, latent);
+            workspace.reserve(TILE_ROWS, span.kv, latent);
         }
     }
 
@@ -242,15 +182,11 @@ impl AttendScratch {
             .last()
             .map_or(0, |last| last.first_part + last.segments.len());
         let part_len = tile_rows * width;
-        // Doubling, so that a context that grows by a segment rarely allocates.
-        if self.part_sums.len() < n_parts * part_len {
-            let n_parts = n_parts.next_power_of_two();
-            self.part_sums.resize(n_parts * part_len, 0.0);
-        }
-        if self.part_rows.len() < n_parts * tile_rows {
-            let n_parts = n_parts.next_power_of_two();
-            self.part_rows.resize(n_parts * tile_rows, SoftRow::START);
-        }
+        assert!(
+            self.part_rows.len() >= n_parts * tile_rows
+                && self.part_sums.len() >= n_parts * part_len,
+            "memory was reserved"
+        );
         let rows = SendPtr(self.part_rows.as_mut_ptr());
         let sums = SendPtr(self.part_sums.as_mut_ptr());
         let part = |index: usize, n_rows: usize| {
@@ -298,10 +234,10 @@ fn with_workspace(free: &Mutex<Vec<Workspace>>, task: impl FnOnce(&mut Workspace
     lock().push(memory);
 }
 
-const _: () = assert!(SEGMENT.is_multiple_of(crate::arch::attention::KEY_BLOCK));
-
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::*;
     use crate::attention::{Heads, KvFormat, KvFormats, KvLayer};
     use crate::isa::Isa;

@@ -13,6 +13,7 @@
 
 mod compute;
 mod format;
+mod plan;
 mod store;
 mod tile;
 
