@@ -130,6 +130,10 @@ pub(crate) struct ModelArgs {
     /// Quantise the weights while loading.
     #[arg(long, value_name = "FORMAT", default_value = "none")]
     quant: QuantArg,
+    /// Compute with the weights where the file has them, instead of copying them into an order that memory is read
+    /// fastest in: starts at once, needs no memory of its own, and is slower. The same results.
+    #[arg(long)]
+    no_repack: bool,
 }
 
 /// A model with its text side.
@@ -159,6 +163,7 @@ impl ModelArgs {
         let options = LoadOptions {
             quant: self.quant.quant(),
             n_threads: (self.threads > 0).then_some(self.threads),
+            in_place: self.no_repack,
             ..LoadOptions::default()
         };
         let model = load(&checkpoint, &options)

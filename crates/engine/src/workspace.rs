@@ -11,7 +11,7 @@ use crate::session::SessionShape;
 ///
 /// Nothing in it outlives a pass but the logits that the pass returned. Its size grows with the capacity only, not with
 /// the context. At the shape of Qwen3-30B-A3B (hidden 2048, 128 experts of width 768, top-8) a capacity of 512 tokens
-/// takes 82 MiB: 32 for what the picked experts make of their rows, 12 for the inner values of the experts, 8 for
+/// takes 81 MiB: 32 for what the picked experts make of their rows, 12 for the inner values of the experts, 8 for
 /// quantised inputs of products, 18 for attention, 12 for the stream. A row of logits per
 /// wanted token (0.6 MiB) comes on top when it is first asked for. What no pass has used yet is not resident.
 #[derive(Debug)]

@@ -4,6 +4,7 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use crate::compute::Compute;
 use crate::isa::{self, Isa};
 use crate::pool::ThreadPool;
 
@@ -81,6 +82,39 @@ pub fn bandwidth(pool: &ThreadPool, n_bytes: usize, n_passes: usize) -> Bandwidt
     }
 }
 
+/// What the multipliers do at their best, in operations per second (a product and a sum are two), on all threads of
+/// `compute`.
+#[derive(Clone, Copy, Debug)]
+pub struct Peaks {
+    /// Of 8-bit integers; absent where the kernels have no such instruction.
+    pub int8: Option<f64>,
+    /// Of bf16.
+    pub bf16: Option<f64>,
+}
+
+/// Measures [`Peaks`]; takes some 40 ms.
+pub fn peaks(compute: &Compute) -> Peaks {
+    const ROUNDS: u64 = 1 << 20;
+    let table = compute.kernels().table();
+    let n_threads = compute.pool().n_threads();
+    let measure = |run: unsafe fn(u64) -> u64| {
+        let rate = || {
+            let total = AtomicU64::new(0);
+            let start = Instant::now();
+            compute.pool().run(n_threads * 4, &|_| {
+                // SAFETY: the kernels prove their instruction set.
+                total.fetch_add(unsafe { run(ROUNDS / 8) }, Ordering::Relaxed);
+            });
+            total.into_inner() as f64 / start.elapsed().as_secs_f64().max(1e-9)
+        };
+        (0..3).map(|_| rate()).fold(0.0, f64::max)
+    };
+    Peaks {
+        int8: table.peak_int8.map(measure),
+        bf16: table.peak_bf16.map(measure),
+    }
+}
+
 /// Eight independent sums, so that the loads and not the additions set the pace.
 fn sum(words: &[u64]) -> u64 {
     let mut lanes = [0u64; 8];
@@ -106,6 +140,17 @@ mod tests {
         let report = cpu();
         assert_eq!(report.chosen, crate::Kernels::detect().isa());
         assert!(report.available.contains(&Isa::Scalar) && report.n_threads >= 1);
+    }
+
+    #[test]
+    fn peaks_are_measured_where_there_are_kernels() {
+        for isa in Isa::available() {
+            let kernels = crate::Kernels::for_isa(isa).unwrap();
+            let peaks = peaks(&Compute::new(kernels, 2));
+            assert_eq!(peaks.int8.is_some(), isa >= Isa::Avx512, "{isa}");
+            assert_eq!(peaks.bf16.is_some(), isa >= Isa::Avx512Bf16, "{isa}");
+            assert!(peaks.int8.unwrap_or(1e9) > 1e8 && peaks.bf16.unwrap_or(1e9) > 1e8);
+        }
     }
 
     #[test]

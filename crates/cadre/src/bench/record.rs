@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::fs;
 use std::time::SystemTime;
 
-use cadre_checkpoint::{Checkpoint, model_sizes};
+use cadre_checkpoint::{Checkpoint, Dtype, model_sizes};
 use cadre_engine::ModelInfo;
 use serde::Serialize;
 
@@ -61,6 +61,8 @@ pub(crate) struct Record {
     bound_share: Option<f64>,
     /// Two operations per weight and token of a prompt, without attention.
     gflops: Option<f64>,
+    /// `gflops` as a share of what the multipliers do at their best with such weights (8-bit integers or bf16).
+    peak_share: Option<f64>,
     /// The most memory that was resident after loading or after a repetition so far.
     peak_rss_bytes: Option<u64>,
     #[serde(skip)]
@@ -75,6 +77,8 @@ pub(crate) struct Around {
     /// Weights that one token is multiplied by, and of them those of the head, which only the last token of a prompt
     /// meets.
     pub(crate) weights: (u64, u64),
+    /// Operations per second of the multipliers at their best, where that is known.
+    pub(crate) peak: Option<f64>,
     /// The most memory seen.
     pub(crate) peak_rss_bytes: Option<u64>,
 }
@@ -108,6 +112,7 @@ impl Record {
         let Around {
             bandwidth,
             weights: (all, head),
+            peak,
             peak_rss_bytes,
         } = around;
         let ns: Vec<f64> = samples.iter().map(|sample| sample.ns as f64).collect();
@@ -119,6 +124,7 @@ impl Record {
         let bound_ts = bytes_per_token.map(|bytes| bandwidth / bytes.max(1.0));
         let median_ts = median(&ts);
         let operations = 2.0 * ((all - head) as f64 * n_tokens + head as f64);
+        let gflops = (test.n_prompt > 0).then(|| operations / median(&ns).max(1.0));
         Self {
             machine: machine.clone(),
             n_prompt: test.n_prompt,
@@ -135,7 +141,8 @@ impl Record {
             bytes_per_token,
             bound_ts,
             bound_share: bound_ts.map(|bound| median_ts / bound),
-            gflops: (test.n_prompt > 0).then(|| operations / median(&ns).max(1.0)),
+            gflops,
+            peak_share: gflops.zip(peak).map(|(rate, peak)| 1e9 * rate / peak),
             peak_rss_bytes,
             median_ts,
             samples_ts: ts,
@@ -228,11 +235,16 @@ fn median(values: &[f64]) -> f64 {
 
 /// The architecture, and the format that takes most of the bytes, as in `olmoe Q8_0`.
 fn described(checkpoint: &Checkpoint, info: &ModelInfo) -> String {
-    let formats = model_sizes(checkpoint).formats;
-    let most = formats.iter().max_by_key(|(_, size)| size.n_bytes);
-    most.map_or(info.model_type.clone(), |(format, _)| {
+    most_used(checkpoint).map_or(info.model_type.clone(), |format| {
         format!("{} {}", info.model_type, format.name())
     })
+}
+
+/// The format that most bytes of the weights have.
+pub(crate) fn most_used(checkpoint: &Checkpoint) -> Option<Dtype> {
+    let formats = model_sizes(checkpoint).formats;
+    let most = formats.iter().max_by_key(|(_, size)| size.n_bytes);
+    most.map(|(format, _)| *format)
 }
 
 /// The processor's name, where the system says it in a file.
@@ -322,6 +334,7 @@ mod tests {
         let around = Around {
             bandwidth: 1e9,
             weights: (3_000, 1_000),
+            peak: Some(1e12),
             peak_rss_bytes: None,
         };
         Record::new(&machine(), test, &samples, around)
@@ -353,6 +366,7 @@ mod tests {
         // 2 * (2000 weights * 100 tokens + 1000 of the head once) = 402,000 in 1 us.
         let record = record(100, 0, &[(1_000, 0)]);
         assert_eq!(record.gflops, Some(402.0));
+        assert_eq!(record.peak_share, Some(0.402));
         assert_eq!((record.bound_ts, record.stddev_ts), (None, 0.0));
         assert!(markdown(&[record]).contains("| pp100 |"));
     }

@@ -1,13 +1,13 @@
 //! `cadre bench`: speed of reading prompts and of generating, with llama-bench's flags and keys.
 
 use anyhow::{Context, Result};
-use cadre_checkpoint::{Checkpoint, held_sizes, model_sizes};
+use cadre_checkpoint::{Checkpoint, Dtype, held_sizes, model_sizes};
 use cadre_engine::{LoadOptions, Model, SessionOptions, load};
-use cadre_kernels::doctor::bandwidth;
+use cadre_kernels::doctor::{bandwidth, peaks};
 use clap::ValueEnum;
 
 use crate::bench::{
-    Around, Lists, Machine, Record, Runner, Setting, Test, csv, markdown, rss_bytes,
+    Around, Lists, Machine, Record, Runner, Setting, Test, csv, markdown, most_used, rss_bytes,
 };
 use crate::cache::CacheArgs;
 use crate::cli::App;
@@ -76,6 +76,9 @@ pub(crate) struct Args {
     /// Quantise the weights while loading.
     #[arg(long, value_name = "FORMAT", default_value = "none")]
     quant: QuantArg,
+    /// Compute with the weights where the file has them.
+    #[arg(long)]
+    no_repack: bool,
     /// Start measuring at once.
     #[arg(long)]
     no_warmup: bool,
@@ -140,6 +143,7 @@ fn measure(
     let options = LoadOptions {
         quant: args.quant.quant(),
         n_threads: (threads > 0).then_some(threads),
+        in_place: args.no_repack,
         ..LoadOptions::default()
     };
     let model = load(checkpoint, &options)
@@ -173,6 +177,7 @@ fn measure(
             runner(test)?.sample()?;
         }
     }
+    let peak = peak(checkpoint, &*model);
     // The buffer that bandwidth is measured with is never among these.
     let mut peak_rss_bytes = rss_bytes();
     let mut records = Vec::new();
@@ -196,12 +201,23 @@ fn measure(
         let around = Around {
             bandwidth: f64::midpoint(before, after),
             weights,
+            peak,
             peak_rss_bytes,
         };
         records.push(Record::new(&machine, test, &samples, around));
     }
     progress.finish_and_clear();
     Ok(records)
+}
+
+/// Operations per second that the multipliers could do at best with weights like the model's.
+fn peak(checkpoint: &Checkpoint, model: &dyn Model) -> Option<f64> {
+    let peaks = peaks(model.compute());
+    match most_used(checkpoint)? {
+        Dtype::Bf16 if checkpoint.is_gguf() => peaks.bf16,
+        format if format.is_quantized() && checkpoint.is_gguf() => peaks.int8,
+        _ => None,
+    }
 }
 
 /// Weights that a token is multiplied by, and of them those of the head.

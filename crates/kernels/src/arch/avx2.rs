@@ -20,6 +20,8 @@ pub(super) static TABLE: Table = Table {
     rows_f16,
     rows_bf16,
     products: Products::Rows(avx2_quants::QUANTS),
+    peak_int8: None,
+    peak_bf16: None,
     attention: &super::attention::avx2::TABLE,
     add_weighted_rows,
     max,

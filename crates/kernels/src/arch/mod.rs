@@ -50,6 +50,10 @@ pub(crate) struct Table {
     pub(crate) rows_f16: RowsFn<f16, f32>,
     pub(crate) rows_bf16: RowsFn<bf16, f32>,
     pub(crate) products: Products,
+    /// Rounds of integer products at their fastest, and of bf16: for measuring what products are held against. They
+    /// return how many operations they were.
+    pub(crate) peak_int8: Option<unsafe fn(n: u64) -> u64>,
+    pub(crate) peak_bf16: Option<unsafe fn(n: u64) -> u64>,
     pub(crate) attention: &'static attention::AttentionTable,
     /// `y += sum over j of weights[j] * rows[j]`, with `rows: [weights.len(), y.len()]`.
     pub(crate) add_weighted_rows: unsafe fn(weights: &[f32], rows: &[f32], y: &mut [f32]),

@@ -13,6 +13,8 @@ pub(super) static TABLE: Table = Table {
     rows_f16,
     rows_bf16,
     products: Products::Panels(scalar_panel::panels),
+    peak_int8: None,
+    peak_bf16: None,
     attention: &super::attention::scalar::TABLE,
     add_weighted_rows,
     max,

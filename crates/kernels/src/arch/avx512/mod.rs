@@ -10,6 +10,7 @@
 
 mod multiply;
 mod pack;
+mod peak;
 
 use std::arch::x86_64::*;
 
@@ -24,15 +25,20 @@ use crate::format::Format;
 use crate::interleave::{InPlace, Interleaved};
 use pack::Wide;
 
-pub(super) static TABLE: Table = table(panels);
-pub(super) static TABLE_BF16: Table = table(panels_bf16);
+pub(super) static TABLE: Table = table(panels, None);
+pub(super) static TABLE_BF16: Table = table(panels_bf16, Some(peak::bf16));
 
-const fn table(panels: fn(Format, bool) -> PanelKernels) -> Table {
+const fn table(
+    panels: fn(Format, bool) -> PanelKernels,
+    peak_bf16: Option<unsafe fn(u64) -> u64>,
+) -> Table {
     Table {
         rows_f32,
         rows_f16,
         rows_bf16,
         products: Products::Panels(panels),
+        peak_int8: Some(peak::int8),
+        peak_bf16,
         attention: &super::attention::avx512::TABLE,
         add_weighted_rows,
         max,

@@ -224,8 +224,8 @@ pub(super) unsafe fn pack_q8_0<S: Wide>(slab: &Slab, from: usize, n: usize, pane
     {
         for part in 0..2 {
             for half in 0..2 {
-                // SAFETY: the contract; quants begin after the scale.
                 S::fetch::<BlockQ8_0>(slab, from + at, 2 * part + half, 4);
+                // SAFETY: the contract; quants begin after the scale.
                 let v = unsafe { S::words::<BlockQ8_0>(slab, half, from + at, 2 + 16 * part) };
                 for (word, v) in words[4 * part..].iter_mut().zip(v) {
                     put(word, half, _mm512_xor_si512(v, flip));
@@ -253,8 +253,8 @@ unsafe fn pack_nibbles<S: Wide, B: Layout>(
         .enumerate()
     {
         for half in 0..2 {
-            // SAFETY: the contract.
             S::fetch::<B>(slab, from + at, half, 2);
+            // SAFETY: the contract.
             let v = unsafe { S::words::<B>(slab, half, from + at, offset) };
             for (i, v) in v.into_iter().enumerate() {
                 put(&mut words[i], half, value(low(v)));
@@ -374,8 +374,8 @@ pub(super) unsafe fn pack_q4_k<S: Wide>(slab: &Slab, from: usize, n: usize, pane
         for (part, blocks) in blocks.as_chunks_mut::<2>().0.iter_mut().enumerate() {
             for (quarter, half) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
                 let offset = 16 + 32 * part + 16 * quarter;
-                // SAFETY: the contract; the nibbles follow the scales.
                 S::fetch::<BlockQ4K>(slab, from + at, 4 * part + 2 * quarter + half, 16);
+                // SAFETY: the contract; the nibbles follow the scales.
                 let v = unsafe { S::words::<BlockQ4K>(slab, half, from + at, offset) };
                 for (i, v) in v.into_iter().enumerate() {
                     put(&mut blocks[0][4 * quarter + i], half, low(v));
@@ -401,9 +401,9 @@ pub(super) unsafe fn pack_q5_k<S: Wide>(slab: &Slab, from: usize, n: usize, pane
                 unsafe { S::words::<BlockQ5K>(slab, half, from + at, 16 + 16 * quarter) };
             for (part, blocks) in blocks.as_chunks_mut::<2>().0.iter_mut().enumerate() {
                 let offset = 48 + 32 * part + 16 * quarter;
-                // SAFETY: the contract; the nibbles follow them.
                 let step = 8 * quarter + 4 * half + part;
                 S::fetch::<BlockQ5K>(slab, from + at, step, 16);
+                // SAFETY: the contract; the nibbles follow them.
                 let v = unsafe { S::words::<BlockQ5K>(slab, half, from + at, offset) };
                 for (i, v) in v.into_iter().enumerate() {
                     // The next two bits of every byte, brought to the fifth place.
@@ -435,9 +435,9 @@ pub(super) unsafe fn pack_q6_k<S: Wide>(slab: &Slab, from: usize, n: usize, pane
         let blocks = sub_blocks(panel, at);
         for (part, blocks) in blocks.as_chunks_mut::<4>().0.iter_mut().enumerate() {
             for (quarter, half) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
-                // SAFETY: the contract: per 128 weights 64 bytes of lower and 32 of upper bits.
                 let step = 4 * part + 2 * quarter + half;
                 S::fetch::<BlockQ6K>(slab, from + at, step, 8);
+                // SAFETY: the contract: per 128 weights 64 bytes of lower and 32 of upper bits.
                 let (first, second, upper) = unsafe {
                     let get = |offset| S::words::<BlockQ6K>(slab, half, from + at, offset);
                     (
@@ -552,8 +552,8 @@ pub(super) unsafe fn pack_f32<S: Wide>(slab: &Slab, from: usize, n: usize, panel
     let whole = n - n % 4;
     for at in (0..whole).step_by(4) {
         for half in 0..2 {
-            // SAFETY: the contract: values from + at .. + 4.
             S::fetch::<[f32; 4]>(slab, (from + at) / 4, half, 2);
+            // SAFETY: the contract: values from + at .. + 4.
             let v = unsafe { S::words::<f32>(slab, half, from + at, 0) };
             for (word, v) in panel.words[at..].iter_mut().zip(v) {
                 put(word, half, v);
@@ -585,8 +585,8 @@ unsafe fn pack_half<S: Wide, B: Layout>(
     let whole = n - n % 8;
     for at in (0..whole).step_by(8) {
         for half in 0..2 {
-            // SAFETY: the contract: values from + at .. + 8.
             S::fetch::<[bf16; 8]>(slab, (from + at) / 8, half, 2);
+            // SAFETY: the contract: values from + at .. + 8.
             let v = unsafe { S::words::<B>(slab, half, from + at, 0) };
             for (words, v) in panel.words[at..].as_chunks_mut::<2>().0.iter_mut().zip(v) {
                 let [even, odd] = widen(v);
@@ -643,8 +643,8 @@ pub(super) unsafe fn pack_bf16_pairs<S: Wide>(
     let whole = n - n % 8;
     for at in (0..whole).step_by(8) {
         for half in 0..2 {
-            // SAFETY: the contract: values from + at .. + 8.
             S::fetch::<[bf16; 8]>(slab, (from + at) / 8, half, 2);
+            // SAFETY: the contract: values from + at .. + 8.
             let v = unsafe { S::words::<bf16>(slab, half, from + at, 0) };
             for (word, v) in panel.words[at / 2..].iter_mut().zip(v) {
                 put(word, half, v);
