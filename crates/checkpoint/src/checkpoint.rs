@@ -12,9 +12,9 @@ use crate::digest;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::Gguf;
 use crate::gguf_models;
-use crate::map::map_file;
+use crate::map::FileMap;
 use crate::shards::Shards;
-use crate::tensors::{BlockScales, Entry, Tensors};
+use crate::tensors::{BlockScales, Data, Entry, Tensors};
 use crate::text::{GgufVocab, Tokenizer};
 
 /// File names and contents of a checkpoint that is part of the program.
@@ -33,6 +33,8 @@ pub struct Checkpoint {
     source: Source,
     config: ModelConfig,
     tensors: Tensors,
+    /// Mapped files of a folder.
+    maps: Vec<FileMap>,
     digest: OnceLock<String>,
 }
 
@@ -142,7 +144,8 @@ impl Checkpoint {
         })?;
         let generation = source.text(&origin, "generation_config.json")?;
         let config = ModelConfig::parse(&origin, &config, generation.as_deref())?;
-        let shards = Shards::load(&origin, |name| source.blob(name))?;
+        let mut maps = Vec::new();
+        let shards = Shards::load(&origin, |name| source.blob(name, &mut maps))?;
         let tensors = Tensors::from_hugging_face(&config, shards.tensors)?;
         tracing::debug!(%origin, n_tensors = tensors.map.len(), "opened checkpoint");
         Ok(Self {
@@ -150,6 +153,7 @@ impl Checkpoint {
             source,
             config,
             tensors,
+            maps,
             digest: OnceLock::new(),
         })
     }
@@ -176,6 +180,7 @@ impl Checkpoint {
             source: Source::Gguf(Box::new(gguf)),
             config,
             tensors,
+            maps: Vec::new(),
             digest: OnceLock::new(),
         })
     }
@@ -235,12 +240,29 @@ impl Checkpoint {
 
     fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let entry = self.tensors.map.get(name)?;
+        let bytes = entry.bytes();
+        if !matches!(entry.data, Data::Plain(_)) {
+            // It was gathered: the view does not need the file any more.
+            self.release(entry.source());
+        }
         Some(TensorView {
             dtype: entry.dtype,
             shape: &entry.shape,
-            bytes: entry.bytes(),
+            bytes,
             scales: entry.scales.as_ref(),
         })
+    }
+
+    /// Takes mapped bytes of a tensor, or of a part of one, out of the process's memory, for callers that have made a
+    /// copy of what they need. Nothing is lost: bytes that are touched again are read from the file again, most likely
+    /// from the system's cache of it. Bytes that are in no mapped file of this checkpoint are left alone.
+    pub fn release(&self, bytes: &[u8]) {
+        let of_gguf = self.gguf().map_or(&[][..], Gguf::maps);
+        let _found = self
+            .maps
+            .iter()
+            .chain(of_gguf)
+            .any(|map| map.release(bytes));
     }
 
     /// Number format and shape of a tensor, without touching its values.
@@ -319,7 +341,9 @@ impl Checkpoint {
     /// # Errors
     /// The tensor is missing, has another shape, or holds NaN or an infinity.
     pub fn tensor_f32(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let values = self.tensor_shaped(name, shape)?.to_f32();
+        let view = self.tensor_shaped(name, shape)?;
+        let values = view.to_f32();
+        self.release(&view.bytes);
         match values.iter().position(|value| !value.is_finite()) {
             Some(index) => Err(self.non_finite(name, index, values[index])),
             None => Ok(values),
@@ -508,18 +532,20 @@ impl Source {
         })
     }
 
-    /// A large file of the checkpoint, or `None` when it is absent.
-    fn blob(&self, name: &str) -> Result<Option<Bytes>> {
+    /// A large file of the checkpoint, or `None` when it is absent. One that is mapped for it goes to `maps`.
+    fn blob(&self, name: &str, maps: &mut Vec<FileMap>) -> Result<Option<Bytes>> {
         match self {
             Self::Embedded(files) => Ok(find(files, name).map(Bytes::from_static)),
             Self::Gguf(_) => Ok(None),
             Self::Folder(folder) => {
                 let path = folder.join(name);
-                if path.is_file() {
-                    map_file(&path).map(Some)
-                } else {
-                    Ok(None)
+                if !path.is_file() {
+                    return Ok(None);
                 }
+                let map = FileMap::open(&path)?;
+                let bytes = map.bytes();
+                maps.push(map);
+                Ok(Some(bytes))
             }
         }
     }

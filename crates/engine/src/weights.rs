@@ -75,8 +75,17 @@ impl<'a> Weights<'a> {
     pub(crate) fn placed(&self, matrix: Matrix) -> Matrix {
         match self.in_place {
             true => matrix,
-            false => self.compute.interleaved(&matrix),
+            false => self.copied(matrix.bytes(), self.compute.interleaved(&matrix)),
         }
+    }
+
+    /// The matrix that was made of `source`. If that was copied, its pages of the file are not needed any more: without
+    /// giving them back, loading would take the memory of the weights twice.
+    fn copied(&self, source: &[u8], matrix: Matrix) -> Matrix {
+        if !std::ptr::eq(source.as_ptr(), matrix.bytes().as_ptr()) {
+            self.checkpoint.release(source);
+        }
+        matrix
     }
 
     /// Puts a matrix into the format that was asked for.
@@ -91,7 +100,10 @@ impl<'a> Weights<'a> {
                 self.n_kept.fetch_add(1, Ordering::Relaxed);
                 Ok(stored)
             }
-            result => result.map_err(|source| weight_error(name, source)),
+            result => {
+                let made = result.map_err(|source| weight_error(name, source))?;
+                Ok(self.copied(stored.bytes(), made))
+            }
         }
     }
 
@@ -108,6 +120,7 @@ impl<'a> Weights<'a> {
         [n_out, n_in]: [usize; 2],
     ) -> Result<Matrix> {
         let view = self.checkpoint.tensor_shaped(name, shape)?;
+        let source = view.bytes.clone();
         let matrix = match view.scales {
             None => Matrix::new(view.dtype, n_out, n_in, view.bytes),
             Some(scales) => {
@@ -129,7 +142,7 @@ impl<'a> Weights<'a> {
             // Slower, but it words the error.
             self.checkpoint.check_finite(name)?;
         }
-        Ok(matrix)
+        Ok(self.copied(&source, matrix))
     }
 }
 

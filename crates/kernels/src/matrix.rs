@@ -366,6 +366,12 @@ impl Matrix {
         self.format
     }
 
+    /// The weights as they lie in memory, without the scales of blocks: the bytes that were given, unless they had to
+    /// be copied to be aligned or interleaved.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// Bytes that the weights occupy, scales of blocks included.
     pub fn n_bytes(&self) -> usize {
         let scales = self.scales.as_ref().map_or(0, |scales| {

@@ -23,7 +23,7 @@ use std::path::Path;
 use bytes::Bytes;
 
 use crate::error::{CheckpointError, Result};
-use crate::map::map_file;
+use crate::map::FileMap;
 
 pub use header::GgufTensor;
 use header::Header;
@@ -39,12 +39,15 @@ pub struct Gguf {
     keys: HashMap<String, usize>,
     tensors: Vec<GgufTensor>,
     names: HashMap<String, usize>,
+    /// The files that the tensors lie in.
+    maps: Vec<FileMap>,
 }
 
 /// One file of the set.
 struct Part {
     file: String,
     header: Header,
+    map: Option<FileMap>,
 }
 
 /// What the `split.*` keys of a part say.
@@ -138,7 +141,11 @@ impl Gguf {
     ) -> Result<Self> {
         let file = origin.to_owned();
         let header = Header { entries, tensors };
-        Self::join(vec![Part { file, header }])
+        Self::join(vec![Part {
+            file,
+            header,
+            map: None,
+        }])
     }
 
     fn join(parts: Vec<Part>) -> Result<Self> {
@@ -151,6 +158,7 @@ impl Gguf {
             keys: HashMap::new(),
             tensors: Vec::new(),
             names: HashMap::new(),
+            maps: Vec::new(),
         };
         for part in parts {
             gguf.add(part)?;
@@ -160,7 +168,8 @@ impl Gguf {
     }
 
     fn add(&mut self, part: Part) -> Result<()> {
-        let Part { file, header } = part;
+        let Part { file, header, map } = part;
+        self.maps.extend(map);
         for (key, value) in header.entries {
             // How the file is split is no property of the model, and each part has its own alignment.
             if split::is_split_key(&key) || key == header::ALIGNMENT_KEY {
@@ -191,6 +200,11 @@ impl Gguf {
     #[must_use]
     pub fn origin(&self) -> &str {
         &self.origin
+    }
+
+    /// The files that are mapped: none of one that is read from memory.
+    pub(crate) fn maps(&self) -> &[FileMap] {
+        &self.maps
     }
 
     /// All tensors, in the order of the files.
@@ -226,12 +240,21 @@ impl Gguf {
 
 impl Part {
     fn open(path: &Path) -> Result<Self> {
-        Self::read(path.display().to_string(), &map_file(path)?)
+        let map = FileMap::open(path)?;
+        let part = Self::read(path.display().to_string(), &map.bytes())?;
+        Ok(Self {
+            map: Some(map),
+            ..part
+        })
     }
 
     fn read(file: String, bytes: &Bytes) -> Result<Self> {
         match Header::read(bytes) {
-            Ok(header) => Ok(Self { file, header }),
+            Ok(header) => Ok(Self {
+                file,
+                header,
+                map: None,
+            }),
             Err(problem) => Err(damaged(&file, problem)),
         }
     }
