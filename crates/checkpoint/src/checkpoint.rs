@@ -1,6 +1,6 @@
 //! Opening a checkpoint and handing out its configuration, tensors and tokenizer.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -233,8 +233,8 @@ impl Checkpoint {
     #[must_use]
     pub fn digest(&self) -> &str {
         self.digest.get_or_init(|| {
-            let tensors = self.tensors.map.iter();
-            digest::digest(&self.config, tensors)
+            let tensors = self.tensors.sorted();
+            digest::digest(&self.config, tensors.into_iter())
         })
     }
 
@@ -282,7 +282,7 @@ impl Checkpoint {
         self.tensors.map.get(name)
     }
 
-    /// Name, number format and shape of every tensor, sorted by name, without touching their values.
+    /// Name, number format and shape of every tensor, in the order of the files, without touching their values.
     pub fn tensor_infos(&self) -> impl Iterator<Item = (&str, Dtype, &[usize])> {
         let tensors = self.tensors.map.iter();
         tensors.map(|(name, entry)| (name.as_str(), entry.dtype, &*entry.shape))
@@ -290,7 +290,8 @@ impl Checkpoint {
 
     /// Names of all tensors, sorted. Stacked expert tensors appear under per-expert names.
     pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.map.keys().map(String::as_str)
+        let tensors = self.tensors.sorted().into_iter();
+        tensors.map(|(name, _)| name.as_str())
     }
 
     /// A tensor as it is stored.
@@ -394,13 +395,12 @@ impl Checkpoint {
                 n_missing: 1 + missing.count(),
             });
         }
-        let wanted: BTreeMap<&str, &Vec<usize>> = specs
+        let wanted: HashMap<&str, &Vec<usize>> = specs
             .iter()
             .map(|(name, shape)| (name.as_str(), shape))
             .collect();
-        let mut unexpected = stored
-            .iter()
-            .filter(|(name, _)| !wanted.contains_key(name.as_str()));
+        let sorted = self.tensors.sorted().into_iter();
+        let mut unexpected = sorted.filter(|(name, _)| !wanted.contains_key(name.as_str()));
         if let Some((name, entry)) = unexpected.next() {
             return Err(CheckpointError::UnexpectedTensor {
                 origin: self.origin.clone(),

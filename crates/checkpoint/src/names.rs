@@ -73,6 +73,9 @@ pub(crate) fn meaning(stored: &str, n_layers: usize) -> Meaning {
     if let Some(reason) = ignored(stored, n_layers) {
         return Meaning::Ignored(reason);
     }
+    if is_canonical_expert(stored) {
+        return Meaning::Tensor(stored.to_owned());
+    }
     let mut name = without_wrapper(stored);
     for (dialect, canonical) in SPELLINGS {
         if name.contains(dialect) {
@@ -92,6 +95,20 @@ pub(crate) fn meaning(stored: &str, n_layers: usize) -> Meaning {
         Some(weight) => Meaning::Scales(weight.to_owned()),
         None => Meaning::Tensor(name),
     }
+}
+
+/// Whether this is a matrix of one expert under its canonical name, as nearly all tensors of a large model are: the
+/// table need not be searched for it.
+fn is_canonical_expert(stored: &str) -> bool {
+    let inside = stored
+        .strip_prefix("model.layers.")
+        .and_then(|rest| rest.split_once('.'))
+        .and_then(|(_, rest)| rest.strip_prefix("mlp.experts."));
+    let Some((expert, part)) = inside.and_then(|rest| rest.split_once('.')) else {
+        return false;
+    };
+    let parts = ["gate_proj.weight", "up_proj.weight", "down_proj.weight"];
+    expert.bytes().all(|digit| digit.is_ascii_digit()) && parts.contains(&part)
 }
 
 /// Drops what multimodal wrappers put around the language model.
@@ -167,6 +184,10 @@ mod tests {
         for (dialect, canonical) in cases {
             let name = tensor(&format!("model.layers.1.{dialect}"));
             assert_eq!(name, format!("model.layers.1.{canonical}"));
+        }
+        for same in ["gate_proj", "up_proj", "down_proj"] {
+            let name = format!("model.layers.1.mlp.experts.12.{same}.weight");
+            assert_eq!(tensor(&name), name);
         }
         assert_eq!(tensor("language_model.lm_head.weight"), "lm_head.weight");
         assert_eq!(

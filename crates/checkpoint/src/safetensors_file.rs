@@ -4,11 +4,11 @@
 //! `data_offsets`; the data. The tensors must cover the data without gaps or overlaps, as the format demands.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
 use std::fmt;
 use std::io::{self, Read};
 use std::ops::Range;
 
+use ahash::AHashSet;
 use bytes::Bytes;
 use cadre_kernels::Format;
 use safetensors::Dtype;
@@ -114,7 +114,7 @@ impl<'de> Deserialize<'de> for Header {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-                let (mut tensors, mut seen) = (Vec::new(), HashSet::new());
+                let (mut tensors, mut seen) = (Vec::new(), AHashSet::new());
                 while let Some(Name(name)) = map.next_key()? {
                     if !seen.insert(name.clone()) {
                         return Err(A::Error::custom(format!("`{name}` is there twice")));
@@ -229,7 +229,7 @@ fn check(info: Info, data: u64, start: usize) -> Result<(Dtype, Vec<usize>, Rang
         ));
     }
     // A tensor without values may still claim dimensions that no memory has.
-    let shape = shape.iter().map(|dim| usize::try_from(*dim));
+    let shape = shape.into_iter().map(usize::try_from);
     let shape: Vec<usize> = shape
         .collect::<Result<_, _>>()
         .map_err(|error| error.to_string())?;

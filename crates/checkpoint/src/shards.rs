@@ -1,10 +1,12 @@
 //! The safetensors files of a checkpoint and the index over them.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
+use std::sync::Arc;
 
+use ahash::{AHashMap, AHashSet};
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, Visitor};
@@ -30,7 +32,7 @@ struct IndexFile<'a> {
 }
 
 /// Tensor names to file names, borrowed from the JSON where it has no escapes.
-type WeightMap<'a> = HashMap<Cow<'a, str>, Cow<'a, str>>;
+type WeightMap<'a> = AHashMap<Cow<'a, str>, Cow<'a, str>>;
 
 impl Shards {
     /// Reads the header of every shard. `fetch` gives a file of the checkpoint by its name, or
@@ -82,9 +84,12 @@ impl Shards {
     /// Adds one file.
     fn push(&mut self, origin: &str, name: &str, bytes: &Bytes) -> Result<()> {
         let file = format!("{origin}/{name}");
-        for tensor in read_safetensors(&file, bytes)? {
+        let tensors = read_safetensors(&file, bytes)?;
+        let file: Arc<str> = file.into();
+        self.tensors.reserve(tensors.len());
+        for tensor in tensors {
             self.tensors.push(Raw {
-                file: file.clone(),
+                file: Arc::clone(&file),
                 name: tensor.name,
                 dtype: tensor.dtype,
                 shape: tensor.shape,
@@ -106,7 +111,7 @@ fn unique<'de, D: Deserializer<'de>>(deserializer: D) -> Result<WeightMap<'de>, 
         }
 
         fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-            let mut found = HashMap::new();
+            let mut found = WeightMap::new();
             while let Some((Text(name), Text(file))) = map.next_entry()? {
                 match found.entry(name) {
                     Entry::Vacant(slot) => slot.insert(file),
@@ -149,7 +154,7 @@ fn check_against_index(
     if stored.len() == n_listed {
         return Ok(());
     }
-    let stored: HashSet<&str> = stored.iter().map(|tensor| &*tensor.name).collect();
+    let stored: AHashSet<&str> = stored.iter().map(|tensor| &*tensor.name).collect();
     let listed = weight_map.iter().filter(|(_, file)| *file == shard);
     let mut lacking: Vec<&str> = listed
         .map(|(name, _)| &**name)

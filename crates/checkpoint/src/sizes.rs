@@ -97,16 +97,17 @@ pub fn model_sizes(checkpoint: &Checkpoint) -> ModelSizes {
     };
     for (name, format, shape) in checkpoint.tensor_infos() {
         let (n, n_bytes) = (values(shape), stored_bytes(format, shape));
-        sizes.parameters.add(config, name, n);
-        sizes.bytes.add(config, name, n_bytes);
+        let place = Place::of(name);
+        sizes.parameters.add(config, place, n);
+        sizes.bytes.add(config, place, n_bytes);
         let of_format = sizes.formats.entry(format).or_default();
         of_format.n_tensors += 1;
         of_format.n_bytes += n_bytes;
-        let layer = layer_of(name).and_then(|layer| sizes.layers.get_mut(layer));
+        let layer = place.layer.and_then(|layer| sizes.layers.get_mut(layer));
         if let Some(layer) = layer {
             layer.parameters += n;
             layer.n_bytes += n_bytes;
-            layer.expert_parameters += if is_expert(name) { n } else { 0 };
+            layer.expert_parameters += if place.is_expert { n } else { 0 };
             *layer.formats.entry(format).or_default() += 1;
         }
     }
@@ -127,7 +128,7 @@ pub fn held_sizes(checkpoint: &Checkpoint, holding: Holding) -> Sizes {
     };
     for (name, format, shape) in checkpoint.tensor_infos() {
         let n_bytes = held_bytes(config, quantise, (name, format, shape));
-        sizes.add(config, name, n_bytes);
+        sizes.add(config, Place::of(name), n_bytes);
     }
     sizes.finish(config);
     sizes
@@ -144,7 +145,7 @@ fn file_sizes(checkpoint: &Checkpoint, wanted: TargetDtype) -> Sizes {
         let stored = checkpoint.tensor_info(&name);
         let stored = stored.map_or(Dtype::F32, |(format, _)| format);
         let format = for_gguf(wanted, &form, stored, (&name, &shape)).dtype;
-        sizes.add(&form, &name, stored_bytes(format, &shape));
+        sizes.add(&form, Place::of(&name), stored_bytes(format, &shape));
     }
     sizes.finish(&form);
     sizes
@@ -278,26 +279,44 @@ fn loaded_bytes(config: &ModelConfig, (name, format, shape): Tensor<'_>) -> u64 
     }
 }
 
-fn is_expert(name: &str) -> bool {
-    name.contains(".mlp.experts.")
+/// Where in the model a tensor belongs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Place {
+    layer: Option<usize>,
+    /// Part of an expert that is not shared.
+    is_expert: bool,
+    /// The input embedding.
+    is_table: bool,
 }
 
-fn layer_of(name: &str) -> Option<usize> {
-    let rest = name.strip_prefix("model.layers.")?;
-    rest.split('.').next()?.parse().ok()
+impl Place {
+    /// The place of the tensor of this canonical name.
+    fn of(name: &str) -> Self {
+        let Some(rest) = name.strip_prefix("model.layers.") else {
+            return Self {
+                is_table: name == "model.embed_tokens.weight",
+                ..Self::default()
+            };
+        };
+        let (layer, inside) = rest.split_once('.').unwrap_or((rest, ""));
+        Self {
+            layer: layer.parse().ok(),
+            is_expert: inside.starts_with("mlp.experts."),
+            is_table: false,
+        }
+    }
 }
 
 impl Sizes {
     /// Counts one tensor, experts apart.
-    fn add(&mut self, config: &ModelConfig, name: &str, size: u64) {
+    fn add(&mut self, config: &ModelConfig, place: Place, size: u64) {
         self.total += size;
-        if is_expert(name) {
+        if place.is_expert {
             self.experts += size;
             return;
         }
         self.active += size;
-        let is_table = name == "model.embed_tokens.weight" && !config.tie_word_embeddings;
-        self.read_per_token += if is_table {
+        self.read_per_token += if place.is_table && !config.tie_word_embeddings {
             size / (config.vocab_size as u64).max(1)
         } else {
             size
@@ -417,11 +436,11 @@ mod tests {
     fn a_token_reads_its_experts_and_one_row_of_the_embedding() {
         let config = config();
         let mut sizes = Sizes::default();
-        sizes.add(&config, "model.embed_tokens.weight", 100 * 256);
+        sizes.add(&config, Place::of("model.embed_tokens.weight"), 100 * 256);
         for layer in 0..8 {
             for expert in 0..4 {
                 let name = format!("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight");
-                sizes.add(&config, &name, 10);
+                sizes.add(&config, Place::of(&name), 10);
             }
         }
         sizes.finish(&config);

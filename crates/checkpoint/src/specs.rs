@@ -39,23 +39,28 @@ struct Specs<'a> {
 
 impl Specs<'_> {
     fn push(&mut self, name: &str, shape: &[usize]) {
-        self.list
-            .push((format!("{}{name}", self.prefix), shape.to_vec()));
+        self.part(name, "", shape);
+    }
+
+    /// The weight or the bias of `name`.
+    fn part(&mut self, name: &str, part: &str, shape: &[usize]) {
+        let name = [&self.prefix, name, part].concat();
+        self.list.push((name, shape.to_vec()));
     }
 
     /// A norm over the residual stream.
     fn norm(&mut self, name: &str) {
         let hidden = self.config.hidden_size;
-        self.push(&format!("{name}.weight"), &[hidden]);
+        self.part(name, ".weight", &[hidden]);
         if self.config.norm.has_bias() {
-            self.push(&format!("{name}.bias"), &[hidden]);
+            self.part(name, ".bias", &[hidden]);
         }
     }
 
     fn linear(&mut self, name: &str, [n_out, n_in]: [usize; 2], bias: bool) {
-        self.push(&format!("{name}.weight"), &[n_out, n_in]);
+        self.part(name, ".weight", &[n_out, n_in]);
         if bias {
-            self.push(&format!("{name}.bias"), &[n_out]);
+            self.part(name, ".bias", &[n_out]);
         }
     }
 
@@ -137,9 +142,12 @@ impl Specs<'_> {
 
     fn feed_forward(&mut self, prefix: &str, width: usize, bias: bool) {
         let hidden = self.config.hidden_size;
-        self.linear(&format!("{prefix}.gate_proj"), [width, hidden], bias);
-        self.linear(&format!("{prefix}.up_proj"), [width, hidden], bias);
-        self.linear(&format!("{prefix}.down_proj"), [hidden, width], bias);
+        let n_outside = self.prefix.len();
+        self.prefix.push_str(prefix);
+        self.linear(".gate_proj", [width, hidden], bias);
+        self.linear(".up_proj", [width, hidden], bias);
+        self.linear(".down_proj", [hidden, width], bias);
+        self.prefix.truncate(n_outside);
     }
 
     fn moe(&mut self) {

@@ -4,9 +4,11 @@
 //! and up interleaved, matrices transposed, 4-bit weights and their scales apart) are gathered when they are asked for.
 
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry as Slot;
+use std::sync::Arc;
 
 use bytes::Bytes;
+use indexmap::IndexMap;
+use indexmap::map::Entry as Slot;
 
 use crate::Dtype;
 use crate::config::{Activation, ModelConfig};
@@ -17,7 +19,7 @@ use crate::names::{Fused, FusedPart, Meaning, meaning};
 #[derive(Debug, Clone)]
 pub(crate) struct Raw {
     /// File (with its origin), for errors.
-    pub(crate) file: String,
+    pub(crate) file: Arc<str>,
     pub(crate) name: String,
     pub(crate) dtype: Dtype,
     /// Slowest dimension first.
@@ -138,7 +140,8 @@ impl Entry {
 /// All tensors of a checkpoint.
 #[derive(Debug, Default)]
 pub(crate) struct Tensors {
-    pub(crate) map: BTreeMap<String, Entry>,
+    /// In the order of the files, which is also that of the memory behind them.
+    pub(crate) map: IndexMap<String, Entry, ahash::RandomState>,
     /// Stored tensors that the computation does not use, and why.
     pub(crate) ignored: Vec<(String, &'static str)>,
 }
@@ -146,7 +149,10 @@ pub(crate) struct Tensors {
 impl Tensors {
     /// Files the tensors of a Hugging Face checkpoint under their canonical names.
     pub(crate) fn from_hugging_face(config: &ModelConfig, raws: Vec<Raw>) -> Result<Self> {
-        let mut tensors = Self::default();
+        let mut tensors = Self {
+            map: IndexMap::with_capacity_and_hasher(raws.len(), ahash::RandomState::new()),
+            ignored: Vec::new(),
+        };
         let mut parts = Parts::default();
         // gpt-oss interleaves gate and up and stores its matrices transposed; nothing in the file says so.
         let transposed = matches!(config.activation, Activation::SwigluOai { .. });
@@ -171,6 +177,13 @@ impl Tensors {
         }
         tensors.finish(parts)?;
         Ok(tensors)
+    }
+
+    /// All tensors, sorted by name.
+    pub(crate) fn sorted(&self) -> Vec<(&String, &Entry)> {
+        let mut tensors: Vec<_> = self.map.iter().collect();
+        tensors.sort_unstable_by_key(|(name, _)| *name);
+        tensors
     }
 
     /// Files `entry` under `name`; twice is an error.
@@ -315,7 +328,7 @@ impl Tensors {
         let (Some(blocks), Some(scales)) = (&pair.blocks, &pair.scales) else {
             let found = pair.blocks.as_ref().or(pair.scales.as_ref());
             let (file, name) = found.map_or((String::new(), String::new()), |raw| {
-                (raw.file.clone(), raw.name.clone())
+                (raw.file.to_string(), raw.name.clone())
             });
             let problem =
                 format!("tensor `{name}` has no partner: `_blocks` and `_scales` belong together");
@@ -325,7 +338,7 @@ impl Tensors {
         let expected = [n_experts, rows, per_row];
         if nibbles != MXFP4_NIBBLES || scales.shape != expected {
             return Err(CheckpointError::WrongShape {
-                origin: scales.file.clone(),
+                origin: scales.file.to_string(),
                 name: scales.name.clone(),
                 found: scales.shape.clone(),
                 expected: expected.to_vec(),
@@ -370,7 +383,7 @@ impl Tensors {
     ) -> Result<()> {
         let complain = |problem: String| {
             Err(CheckpointError::Index {
-                file: raw.file.clone(),
+                file: raw.file.to_string(),
                 problem,
             })
         };
@@ -433,7 +446,7 @@ impl Parts {
     fn add_mxfp4(&mut self, fused: Fused, raw: Raw) -> Result<()> {
         if raw.dtype != Dtype::U8 {
             return Err(CheckpointError::UnsupportedDtype {
-                origin: raw.file,
+                origin: raw.file.to_string(),
                 name: raw.name,
                 dtype: raw.dtype.to_string(),
             });
@@ -454,7 +467,7 @@ impl Parts {
 /// MXFP4 is known to the kernels under its GGUF name.
 fn mxfp4(raw: &Raw) -> Result<Dtype> {
     Dtype::from_name("MXFP4").ok_or_else(|| CheckpointError::UnsupportedDtype {
-        origin: raw.file.clone(),
+        origin: raw.file.to_string(),
         name: raw.name.clone(),
         dtype: "MXFP4".to_owned(),
     })
@@ -469,7 +482,7 @@ fn projections(fused: &Fused, raw: &Raw, rows: usize) -> Result<&'static [&'stat
         return Ok(&["gate_proj", "up_proj"]);
     }
     Err(CheckpointError::Index {
-        file: raw.file.clone(),
+        file: raw.file.to_string(),
         problem: format!(
             "tensor `{}` of {:?} should hold as many gate as up rows",
             raw.name, raw.shape
@@ -480,7 +493,7 @@ fn projections(fused: &Fused, raw: &Raw, rows: usize) -> Result<&'static [&'stat
 fn dims<const N: usize>(raw: &Raw, meaning: &str) -> Result<[usize; N]> {
     let shape = raw.shape.as_slice().try_into();
     shape.map_err(|_| CheckpointError::Index {
-        file: raw.file.clone(),
+        file: raw.file.to_string(),
         problem: format!(
             "tensor `{}` has shape {:?}, expected {meaning}",
             raw.name, raw.shape
@@ -492,7 +505,7 @@ fn n_bytes(raw: &Raw, n_values: usize) -> Result<usize> {
     raw.dtype
         .n_bytes(n_values)
         .ok_or_else(|| CheckpointError::Index {
-            file: raw.file.clone(),
+            file: raw.file.to_string(),
             problem: format!(
                 "tensor `{}` of {:?} does not split into whole blocks of {}",
                 raw.name, raw.shape, raw.dtype
