@@ -1,9 +1,9 @@
 //! Panels: a few rows of a weight matrix, unpacked and transposed so that the lanes of a vector are rows.
 //!
-//! A product takes its weights panel by panel: 32 rows by up to 512 bytes of unpacked columns, which stay in the first
-//! cache while all tokens are multiplied by them. Packing costs about as much as multiplying two tokens, so a single
-//! token runs at the speed of memory and many run at the speed of the multipliers; both are the same code, which is why
-//! a token's result does not depend on its company.
+//! With many tokens, a product takes its weights panel by panel: 32 rows by up to 512 bytes of unpacked columns, which
+//! stay in the first cache while all tokens are multiplied by them. With few, an instruction set may have functions that
+//! multiply what they unpack at once ([`FewFn`]): memory is then never idle. They compute the same in the same order,
+//! which is why a token's result does not depend on its company.
 //!
 //! A panel is made of words of 4 bytes: four 8-bit integers, two bf16, or one f32 of consecutive columns of a row.
 
@@ -16,6 +16,10 @@ pub(crate) const TOKEN_BLOCK: usize = 64;
 /// Words whose products of floats are summed up apart, which loses less than adding one by one. Panels of floats are
 /// multiples of it.
 pub(crate) const FLOAT_STEP: usize = 32;
+/// The most tokens that [`FewFn`]s take.
+pub(crate) const FEW_TOKENS: usize = 8;
+/// Powers of two up to [`FEW_TOKENS`].
+pub(crate) const N_FEW: usize = FEW_TOKENS.ilog2() as usize + 1;
 /// What signed integers are stored with: `q + 128`, so that they are unsigned.
 pub(crate) const SIGNED_BIAS: i32 = 128;
 
@@ -117,3 +121,11 @@ pub(crate) type PackFn = unsafe fn(slab: &Slab, from: usize, n: usize, panel: &m
 /// [`TOKEN_BLOCK`]; `xs[t]` points to `n` units. `ahead` may be any address.
 pub(crate) type MultiplyFn<X> =
     unsafe fn(panel: &Panel, n: usize, xs: &[*const X], sums: &mut [Lanes<f32>], ahead: Ahead);
+
+/// Unpacks and multiplies in one pass: `sums[t][row] += dot(row, xs[t])` over the `n` units of a slab's rows.
+///
+/// # Safety
+/// The CPU has the table's instruction set. The slab's rows hold `n` units, and `xs[t]` points to as many; `xs` and
+/// `sums` are of the length that the function is for. The panel is for scratch.
+pub(crate) type FewFn<X> =
+    unsafe fn(slab: &Slab, n: usize, xs: &[*const X], sums: &mut [Lanes<f32>], panel: &mut Panel);

@@ -4,22 +4,15 @@ use std::cell::RefCell;
 
 use half::{bf16, f16};
 
-use crate::arch::{PanelKernels, Products, Quants, Rows};
+use crate::arch::{Kernel, PanelKernels, Products, Quants, Rows};
 use crate::blocks::{
     ActQ8, ActQ8K, BlockIq4Nl, BlockIq4Xs, BlockMxfp4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1,
     BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8K, Pod,
 };
 use crate::format::Format;
 use crate::matrix::Matrix;
-use crate::panel::{
-    Ahead, Lanes, MultiplyFn, PANEL_ROWS, PANEL_WORDS, PackFn, Panel, Slab, TOKEN_BLOCK,
-};
+use crate::panel::{Ahead, FEW_TOKENS, Lanes, PANEL_ROWS, PANEL_WORDS, Panel, Slab, TOKEN_BLOCK};
 use crate::table::Kernels;
-
-/// Below this many tokens, packing takes longer than multiplying.
-const FEW_TOKENS: usize = 4;
-/// Words of a panel for few tokens.
-const FEW_WORDS: usize = 32;
 
 /// What activations a format is multiplied by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -211,6 +204,16 @@ impl Part<'_> {
     }
 }
 
+/// How a slab is taken apart into panels.
+struct Parts {
+    /// Units of a row.
+    n_units: usize,
+    per_panel: usize,
+    /// Where that is which is fetched while panels are multiplied; null when nothing is.
+    ahead: *const u8,
+    row_bytes: usize,
+}
+
 /// A panel's worth of rows of one weight, for some tokens.
 struct Work<'a> {
     row: usize,
@@ -239,7 +242,7 @@ impl Work<'_> {
         let first = self.first;
         let n_rows = if w.is_interleaved() { 1 } else { self.n_rows };
         // What comes next is fetched while packing or while multiplying, whichever takes longer.
-        let few = sums.len() < FEW_TOKENS;
+        let few = sums.len() <= FEW_TOKENS;
         let next = if few && !w.is_interleaved() {
             self.next
         } else {
@@ -253,107 +256,112 @@ impl Work<'_> {
         };
         let (n_in, len) = (w.n_in(), w.format().block_len());
         let blocks = n_in / len;
-        // Panels hold 4 bytes of a row a word. A few tokens take a little at a time, to keep memory busy.
-        let words = if few { FEW_WORDS } else { PANEL_WORDS };
-        let per_panel = |bytes_per_unit: usize| (words * 4 / bytes_per_unit).max(1);
+        let parts = |n_units: usize, bytes_per_unit: usize| Parts {
+            n_units,
+            // Panels hold 4 bytes of a row a word.
+            per_panel: (PANEL_WORDS * 4 / bytes_per_unit).max(1),
+            ahead,
+            row_bytes: w.row_bytes(),
+        };
         let float = w.acts() == ActFormat::F32;
         // SAFETY: `kernels` proves the instruction set; the matrix holds the rows in blocks of its format; the rows of
         // the activations are as long as those of the matrix, which `rows` checks.
         unsafe {
             match panels(w.format(), w.is_interleaved()) {
-                PanelKernels::Q8(pack, multiply) if !float => {
-                    let parts = (blocks, per_panel(len), ahead, w.row_bytes());
-                    self.by_panels(
-                        &slab,
-                        parts,
-                        pack,
-                        multiply,
-                        (acts.q8, blocks),
-                        (panel, sums),
-                    );
+                PanelKernels::Q8(kernel) if !float => {
+                    let rows = (acts.q8, blocks);
+                    self.by_panels(&slab, parts(blocks, len), kernel, rows, (panel, sums));
                 }
-                PanelKernels::Q8K(pack, multiply) if !float => {
-                    let parts = (blocks, per_panel(len), ahead, w.row_bytes());
+                PanelKernels::Q8K(kernel) if !float => {
                     let rows = (acts.q8_k, blocks);
-                    self.by_panels(&slab, parts, pack, multiply, rows, (panel, sums));
+                    self.by_panels(&slab, parts(blocks, len), kernel, rows, (panel, sums));
                 }
-                PanelKernels::Bf16(_, _, pack, multiply) if !float => {
-                    let parts = (n_in, per_panel(2), ahead, w.row_bytes());
+                PanelKernels::Bf16(_, kernel) if !float => {
                     let rows = (acts.bf16, n_in.next_multiple_of(2));
-                    self.by_panels(&slab, parts, pack, multiply, rows, (panel, sums));
+                    self.by_panels(&slab, parts(n_in, 2), kernel, rows, (panel, sums));
                 }
-                PanelKernels::F32(pack, multiply) | PanelKernels::Bf16(pack, multiply, ..) => {
+                PanelKernels::F32(kernel) | PanelKernels::Bf16(kernel, _) => {
                     let x = if float { acts.f32 } else { acts.rounded };
-                    let parts = (n_in, per_panel(4), ahead, w.row_bytes());
-                    self.by_panels(&slab, parts, pack, multiply, (x, n_in), (panel, sums));
+                    self.by_panels(&slab, parts(n_in, 4), kernel, (x, n_in), (panel, sums));
                 }
                 PanelKernels::Expand | PanelKernels::Q8(..) | PanelKernels::Q8K(..) => {
-                    let PanelKernels::F32(pack, multiply) = panels(Format::F32, false) else {
+                    let PanelKernels::F32(kernel) = panels(Format::F32, false) else {
                         unreachable!("f32 is multiplied as it is")
                     };
                     self.expand(kernels, w, expanded);
                     let row_bytes = n_in * size_of::<f32>();
                     let first = expanded.as_ptr().cast();
                     let slab = Slab::new(first, row_bytes, self.n_rows, std::ptr::null());
-                    let parts = (n_in, per_panel(4), std::ptr::null(), row_bytes);
-                    self.by_panels(
-                        &slab,
-                        parts,
-                        pack,
-                        multiply,
-                        (acts.f32, n_in),
-                        (panel, sums),
-                    );
+                    let parts = Parts {
+                        ahead: std::ptr::null(),
+                        row_bytes,
+                        ..parts(n_in, 4)
+                    };
+                    self.by_panels(&slab, parts, kernel, (acts.f32, n_in), (panel, sums));
                 }
             }
         }
     }
 
-    /// Multiplies panel by panel: `n_units` of a row, at most `per_panel` at a time.
+    /// Multiplies panel by panel, or a few tokens at once.
     ///
     /// # Safety
-    /// The CPU has the kernels' instruction set, and the slab's rows hold `n_units` of their type.
+    /// The CPU has the kernel's instruction set, and the slab's rows hold the units of their type.
     unsafe fn by_panels<X: Copy>(
         &self,
         slab: &Slab,
-        (n_units, per_panel, ahead, row_bytes): (usize, usize, *const u8, usize),
-        pack: PackFn,
-        multiply: MultiplyFn<X>,
+        parts: Parts,
+        kernel: Kernel<X>,
         (x, row_units): (&[X], usize),
         (panel, sums): (&mut Panel, &mut [Lanes<f32>]),
     ) {
-        for from in (0..n_units).step_by(per_panel) {
-            let n = per_panel.min(n_units - from);
+        let n_units = parts.n_units;
+        // The tokens from `first` on, each from unit `from` on.
+        let tokens = |first: usize, n_tokens: usize, from: usize| {
+            let mut xs = [std::ptr::null(); TOKEN_BLOCK];
+            for (t, x_t) in xs[..n_tokens].iter_mut().enumerate() {
+                let row = self.x_row(first + t);
+                *x_t = x[row * row_units..][..row_units][from..].as_ptr();
+            }
+            xs
+        };
+        let n_tokens = sums.len();
+        if let Some(few) = kernel.few.filter(|few| n_tokens <= few.up_to) {
+            let mut done = 0;
+            while done < n_tokens {
+                let log = (n_tokens - done).min(FEW_TOKENS).ilog2();
+                let n = 1 << log;
+                let (xs, sums) = (tokens(done, n, 0), &mut sums[done..][..n]);
+                // SAFETY: the caller's promise; the tokens were sliced.
+                unsafe { few.of[log as usize](slab, n_units, &xs[..n], sums, panel) };
+                done += n;
+            }
+            return;
+        }
+        for from in (0..n_units).step_by(parts.per_panel) {
+            let n = parts.per_panel.min(n_units - from);
             // SAFETY: the caller's promise.
-            unsafe { pack(slab, from, n, panel) };
-            let mut ahead = self.ahead(ahead, (from, n, n_units), row_bytes);
+            unsafe { (kernel.pack)(slab, from, n, panel) };
+            let mut ahead = self.ahead(&parts, from, n);
             for (block, sums) in sums.chunks_mut(TOKEN_BLOCK).enumerate() {
-                let mut xs = [std::ptr::null(); TOKEN_BLOCK];
-                for (t, x_t) in xs[..sums.len()].iter_mut().enumerate() {
-                    let row = self.x_row(block * TOKEN_BLOCK + t);
-                    *x_t = x[row * row_units..][..row_units][from..][..n].as_ptr();
-                }
+                let xs = tokens(block * TOKEN_BLOCK, sums.len(), from);
                 // SAFETY: as above; the panel was packed with `n` units, and the tokens were sliced.
-                unsafe { multiply(panel, n, &xs[..sums.len()], sums, ahead) };
+                unsafe { (kernel.multiply)(panel, n, &xs[..sums.len()], sums, ahead) };
                 ahead.n_bytes = 0;
             }
         }
     }
 
-    /// What to fetch while units `from..from + n` of a row of `n_units` are multiplied.
-    fn ahead(
-        &self,
-        base: *const u8,
-        (from, n, n_units): (usize, usize, usize),
-        row_bytes: usize,
-    ) -> Ahead {
+    /// What to fetch while units `from..from + n` are multiplied.
+    fn ahead(&self, parts: &Parts, from: usize, n: usize) -> Ahead {
+        let base = parts.ahead;
         if base.is_null() {
             return Ahead {
                 from: base,
                 n_bytes: 0,
             };
         }
-        let bytes = |units: usize| units * PANEL_ROWS * row_bytes / n_units;
+        let bytes = |units: usize| units * PANEL_ROWS * parts.row_bytes / parts.n_units;
         // Interleaved, the next panel follows at once; in place, it is the same columns of the next rows.
         let skip = if base == self.first { n } else { 0 };
         Ahead {

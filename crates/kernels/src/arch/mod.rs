@@ -21,7 +21,7 @@ use crate::blocks::{
 };
 use crate::format::Format;
 use crate::isa::Isa;
-use crate::panel::{MultiplyFn, PackFn};
+use crate::panel::{FewFn, MultiplyFn, N_FEW, PackFn};
 
 /// Arguments of a block of matrix product: `y[t * y_stride + r] = dot(w row r, x row t)`.
 ///
@@ -81,14 +81,31 @@ pub(crate) enum Products {
 
 /// How the weights of a format become panels, and what they are multiplied by.
 pub(crate) enum PanelKernels {
-    Q8(PackFn, MultiplyFn<ActQ8>),
-    Q8K(PackFn, MultiplyFn<ActQ8K>),
+    Q8(Kernel<ActQ8>),
+    Q8K(Kernel<ActQ8K>),
     /// Weights of any float format, activations as they come.
-    F32(PackFn, MultiplyFn<f32>),
-    /// Weights and activations in bf16; the first two for activations as they come.
-    Bf16(PackFn, MultiplyFn<f32>, PackFn, MultiplyFn<bf16>),
+    F32(Kernel<f32>),
+    /// Weights in bf16: for activations as they come, and for those in bf16.
+    Bf16(Kernel<f32>, Kernel<bf16>),
     /// The format has to be expanded to f32 first.
     Expand,
+}
+
+/// Products of a format with activations of type `X`.
+pub(crate) struct Kernel<X> {
+    pub(crate) pack: PackFn,
+    pub(crate) multiply: MultiplyFn<X>,
+    /// The same bits without a panel, where that may be faster.
+    pub(crate) few: Option<Few<X>>,
+}
+
+/// Products that unpack the rows again for every few tokens.
+#[derive(Clone, Copy)]
+pub(crate) struct Few<X> {
+    /// For 1, 2, 4 and 8 tokens.
+    pub(crate) of: [FewFn<X>; N_FEW],
+    /// Up to how many tokens that is faster than packing.
+    pub(crate) up_to: usize,
 }
 
 /// Products of rows with the block formats.

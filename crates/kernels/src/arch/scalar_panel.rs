@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::PanelKernels;
+use super::{Kernel, PanelKernels};
 use crate::blocks::{
     ActQ8, ActQ8K, Block32, Block256, BlockIq4Nl, BlockIq4Xs, BlockMxfp4, BlockQ2K, BlockQ3K,
     BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8K,
@@ -10,7 +10,7 @@ use crate::blocks::{
 };
 use crate::format::Format;
 use crate::interleave::{InPlace, Interleaved, Layout, Source};
-use crate::panel::{Ahead, FLOAT_STEP, Lanes, PANEL_ROWS, Panel, SIGNED_BIAS, Slab};
+use crate::panel::{Ahead, FLOAT_STEP, Lanes, PANEL_ROWS, PackFn, Panel, SIGNED_BIAS, Slab};
 
 /// Words of a block of 32 integers, and of a super-block.
 const WORDS_32: usize = Q8_BLOCK / 4;
@@ -26,25 +26,55 @@ pub(super) fn panels(format: Format, interleaved: bool) -> PanelKernels {
 
 fn panels_of<S: Source>(format: Format) -> PanelKernels {
     match format {
-        Format::F32 => PanelKernels::F32(pack_f32::<S>, multiply_f32),
-        Format::F16 => PanelKernels::F32(pack_f16::<S>, multiply_f32),
-        Format::Bf16 => PanelKernels::F32(pack_bf16::<S>, multiply_f32),
-        Format::Q8_0 => PanelKernels::Q8(pack_32::<S, BlockQ8_0>, multiply_32::<false>),
-        Format::Q4_0 => PanelKernels::Q8(pack_32::<S, BlockQ4_0>, multiply_32::<false>),
-        Format::Q5_0 => PanelKernels::Q8(pack_32::<S, BlockQ5_0>, multiply_32::<false>),
-        Format::Iq4Nl => PanelKernels::Q8(pack_32::<S, BlockIq4Nl>, multiply_32::<false>),
-        Format::Mxfp4 => PanelKernels::Q8(pack_32::<S, BlockMxfp4>, multiply_32::<false>),
-        Format::Q4_1 => PanelKernels::Q8(pack_32::<S, BlockQ4_1>, multiply_32::<true>),
-        Format::Q5_1 => PanelKernels::Q8(pack_32::<S, BlockQ5_1>, multiply_32::<true>),
-        Format::Q2K => PanelKernels::Q8K(pack_256::<S, BlockQ2K, 16>, multiply_256::<16, true>),
-        Format::Q3K => PanelKernels::Q8K(pack_256::<S, BlockQ3K, 16>, multiply_256::<16, false>),
-        Format::Q4K => PanelKernels::Q8K(pack_256::<S, BlockQ4K, 8>, multiply_256::<8, true>),
-        Format::Q5K => PanelKernels::Q8K(pack_256::<S, BlockQ5K, 8>, multiply_256::<8, true>),
-        Format::Q6K => PanelKernels::Q8K(pack_256::<S, BlockQ6K, 16>, multiply_256::<16, false>),
-        Format::Q8K => PanelKernels::Q8K(pack_256::<S, BlockQ8K, 8>, multiply_256::<8, false>),
-        Format::Iq4Xs => PanelKernels::Q8K(pack_256::<S, BlockIq4Xs, 8>, multiply_256::<8, false>),
+        Format::F32 => kernel_f32(pack_f32::<S>),
+        Format::F16 => kernel_f32(pack_f16::<S>),
+        Format::Bf16 => kernel_f32(pack_bf16::<S>),
+        Format::Q8_0 => kernel_32::<S, BlockQ8_0>(),
+        Format::Q4_0 => kernel_32::<S, BlockQ4_0>(),
+        Format::Q4_1 => kernel_32::<S, BlockQ4_1>(),
+        Format::Q5_0 => kernel_32::<S, BlockQ5_0>(),
+        Format::Q5_1 => kernel_32::<S, BlockQ5_1>(),
+        Format::Iq4Nl => kernel_32::<S, BlockIq4Nl>(),
+        Format::Mxfp4 => kernel_32::<S, BlockMxfp4>(),
+        Format::Q2K => kernel_256::<S, BlockQ2K, 16>(),
+        Format::Q3K => kernel_256::<S, BlockQ3K, 16>(),
+        Format::Q4K => kernel_256::<S, BlockQ4K, 8>(),
+        Format::Q5K => kernel_256::<S, BlockQ5K, 8>(),
+        Format::Q6K => kernel_256::<S, BlockQ6K, 16>(),
+        Format::Q8K => kernel_256::<S, BlockQ8K, 8>(),
+        Format::Iq4Xs => kernel_256::<S, BlockIq4Xs, 8>(),
         Format::F8E4M3 | Format::U8 => PanelKernels::Expand,
     }
+}
+
+fn kernel_f32(pack: PackFn) -> PanelKernels {
+    PanelKernels::F32(Kernel {
+        pack,
+        multiply: multiply_f32,
+        few: None,
+    })
+}
+
+fn kernel_32<S: Source, B: Block32 + Layout>() -> PanelKernels {
+    PanelKernels::Q8(Kernel {
+        pack: pack_32::<S, B>,
+        multiply: match B::HAS_MIN {
+            true => multiply_32::<true>,
+            false => multiply_32::<false>,
+        },
+        few: None,
+    })
+}
+
+fn kernel_256<S: Source, B: Block256 + Layout, const SCALES: usize>() -> PanelKernels {
+    PanelKernels::Q8K(Kernel {
+        pack: pack_256::<S, B, SCALES>,
+        multiply: match B::HAS_MIN {
+            true => multiply_256::<SCALES, true>,
+            false => multiply_256::<SCALES, false>,
+        },
+        few: None,
+    })
 }
 
 /// # Safety

@@ -8,22 +8,31 @@
     reason = "tiles are indexed by row and token, which unrolls into registers"
 )]
 
+mod few;
+mod floats;
 mod multiply;
 mod pack;
 mod peak;
+mod source;
+mod unpack_256;
+mod unpack_32;
 
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{PanelKernels, Products, Table, avx2_quants, rows_by_tiles};
+use super::{Few, Kernel, PanelKernels, Products, Table, avx2_quants, rows_by_tiles};
 use crate::blocks::{
-    ActQ8, ActScale, BlockIq4Nl, BlockIq4Xs, BlockQ2K, BlockQ3K, BlockQ4_1, BlockQ5_0, BlockQ5_1,
-    BlockQ8K, Q8_BLOCK,
+    ActQ8, ActScale, BlockIq4Nl, BlockIq4Xs, BlockMxfp4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1,
+    BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8K, Q8_BLOCK,
 };
 use crate::format::Format;
 use crate::interleave::{InPlace, Interleaved};
-use pack::Wide;
+use few::{few, few_32, few_256, few_bf16, few_f32};
+use floats::Floats;
+use source::Wide;
+use unpack_32::Unpack32;
+use unpack_256::Unpack256;
 
 pub(super) static TABLE: Table = table(panels, None);
 pub(super) static TABLE_BF16: Table = table(panels_bf16, Some(peak::bf16));
@@ -63,41 +72,81 @@ fn panels(format: Format, interleaved: bool) -> PanelKernels {
 }
 
 fn panels_of<S: Wide>(format: Format) -> PanelKernels {
-    use PanelKernels::{F32, Q8, Q8K};
-    use multiply::{multiply_32, multiply_256, multiply_f32};
     match format {
-        Format::F32 => F32(pack::pack_f32::<S>, multiply_f32),
-        Format::F16 => F32(pack::pack_f16::<S>, multiply_f32),
-        Format::Bf16 => F32(pack::pack_bf16::<S>, multiply_f32),
-        Format::Q8_0 => Q8(pack::pack_q8_0::<S>, multiply_32::<false>),
-        Format::Q4_0 => Q8(pack::pack_q4_0::<S>, multiply_32::<false>),
-        Format::Mxfp4 => Q8(pack::pack_mxfp4::<S>, multiply_32::<false>),
-        Format::Q5_0 => Q8(pack::pack_32::<S, BlockQ5_0>, multiply_32::<false>),
-        Format::Iq4Nl => Q8(pack::pack_32::<S, BlockIq4Nl>, multiply_32::<false>),
-        Format::Q4_1 => Q8(pack::pack_32::<S, BlockQ4_1>, multiply_32::<true>),
-        Format::Q5_1 => Q8(pack::pack_32::<S, BlockQ5_1>, multiply_32::<true>),
-        Format::Q2K => Q8K(pack::pack_256::<S, BlockQ2K, 16>, multiply_256::<16, true>),
-        Format::Q3K => Q8K(pack::pack_256::<S, BlockQ3K, 16>, multiply_256::<16, false>),
-        Format::Q4K => Q8K(pack::pack_q4_k::<S>, multiply_256::<8, true>),
-        Format::Q5K => Q8K(pack::pack_q5_k::<S>, multiply_256::<8, true>),
-        Format::Q6K => Q8K(pack::pack_q6_k::<S>, multiply_256::<16, false>),
-        Format::Q8K => Q8K(pack::pack_256::<S, BlockQ8K, 8>, multiply_256::<8, false>),
-        Format::Iq4Xs => Q8K(pack::pack_256::<S, BlockIq4Xs, 8>, multiply_256::<8, false>),
+        Format::F32 => PanelKernels::F32(kernel_f32::<S, floats::F32>()),
+        Format::F16 => PanelKernels::F32(kernel_f32::<S, floats::F16>()),
+        Format::Bf16 => PanelKernels::F32(kernel_f32::<S, floats::Bf16>()),
+        Format::Q8_0 => kernel_32::<S, BlockQ8_0>(),
+        Format::Q4_0 => kernel_32::<S, BlockQ4_0>(),
+        Format::Q4_1 => kernel_32::<S, BlockQ4_1>(),
+        Format::Q5_0 => kernel_32::<S, BlockQ5_0>(),
+        Format::Q5_1 => kernel_32::<S, BlockQ5_1>(),
+        Format::Iq4Nl => kernel_32::<S, BlockIq4Nl>(),
+        Format::Mxfp4 => kernel_32::<S, BlockMxfp4>(),
+        Format::Q2K => kernel_256::<S, BlockQ2K>(),
+        Format::Q3K => kernel_256::<S, BlockQ3K>(),
+        Format::Q4K => kernel_256::<S, BlockQ4K>(),
+        Format::Q5K => kernel_256::<S, BlockQ5K>(),
+        Format::Q6K => kernel_256::<S, BlockQ6K>(),
+        Format::Q8K => kernel_256::<S, BlockQ8K>(),
+        Format::Iq4Xs => kernel_256::<S, BlockIq4Xs>(),
         Format::F8E4M3 | Format::U8 => PanelKernels::Expand,
+    }
+}
+
+/// Unpacking blocks of 32 and floats costs so little that panels pay only for many tokens.
+const FEW_32: usize = 64;
+
+fn kernel_32<S: Wide, B: Unpack32>() -> PanelKernels {
+    PanelKernels::Q8(Kernel {
+        pack: pack::pack_32::<S, B>,
+        multiply: match B::HAS_MIN {
+            true => multiply::multiply_32::<true>,
+            false => multiply::multiply_32::<false>,
+        },
+        few: few!(few_32::<S, B>, FEW_32),
+    })
+}
+
+fn kernel_256<S: Wide, B: Unpack256>() -> PanelKernels {
+    PanelKernels::Q8K(Kernel {
+        pack: pack::pack_256::<S, B>,
+        multiply: match (B::SCALES, B::HAS_MIN) {
+            (16, true) => multiply::multiply_256::<16, true>,
+            (16, false) => multiply::multiply_256::<16, false>,
+            (_, true) => multiply::multiply_256::<8, true>,
+            (_, false) => multiply::multiply_256::<8, false>,
+        },
+        few: few!(few_256::<S, B>, B::FEW),
+    })
+}
+
+fn kernel_f32<S: Wide, F: Floats>() -> Kernel<f32> {
+    Kernel {
+        pack: pack::pack_floats::<S, F>,
+        multiply: multiply::multiply_f32,
+        few: few!(few_f32::<S, F>, FEW_32),
+    }
+}
+
+fn kernel_bf16<S: Wide>() -> Kernel<bf16> {
+    Kernel {
+        pack: pack::pack_floats::<S, floats::Pairs>,
+        multiply: multiply::multiply_bf16,
+        few: few!(few_bf16::<S>, FEW_32),
     }
 }
 
 /// The panels of `format` on CPUs that multiply bf16.
 fn panels_bf16(format: Format, interleaved: bool) -> PanelKernels {
-    let pairs = match interleaved {
-        true => pack::pack_bf16_pairs::<Interleaved>,
-        false => pack::pack_bf16_pairs::<InPlace>,
-    };
-    match (format, panels(format, interleaved)) {
-        (Format::Bf16, PanelKernels::F32(pack, multiply)) => {
-            PanelKernels::Bf16(pack, multiply, pairs, multiply::multiply_bf16)
+    match (panels(format, interleaved), format, interleaved) {
+        (PanelKernels::F32(float), Format::Bf16, true) => {
+            PanelKernels::Bf16(float, kernel_bf16::<Interleaved>())
         }
-        (_, kernels) => kernels,
+        (PanelKernels::F32(float), Format::Bf16, false) => {
+            PanelKernels::Bf16(float, kernel_bf16::<InPlace>())
+        }
+        (kernels, ..) => kernels,
     }
 }
 

@@ -9,6 +9,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
+use super::source::each;
 use crate::blocks::{ActQ8, ActQ8K};
 use crate::panel::{Ahead, FLOAT_STEP, Lanes, PANEL_ROWS, Panel};
 
@@ -130,6 +131,25 @@ fn in_order<T>(acc: &mut Pair<T>) {
     }
 }
 
+/// The 4 bytes at `x`, for every row.
+///
+/// # Safety
+/// There are 4 bytes.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(super) unsafe fn broadcast<T>(x: *const T) -> __m512i {
+    // SAFETY: the caller's promise.
+    _mm512_set1_epi32(unsafe { x.cast::<i32>().read_unaligned() })
+}
+
+/// Pairs of bf16.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(super) fn as_bf16(v: __m512i) -> __m512bh {
+    // SAFETY: registers of one size, any bits are a value.
+    unsafe { std::mem::transmute::<__m512i, __m512bh>(v) }
+}
+
 /// `acc[t] + w . xs[t]` over words of four activations.
 ///
 /// # Safety
@@ -145,8 +165,7 @@ unsafe fn dots<const N: usize, const W: usize>(
         let w = load(&words[i]);
         for t in 0..N {
             // SAFETY: four activations.
-            let x = unsafe { xs[t].add(4 * i).cast::<i32>().read_unaligned() };
-            let x = _mm512_set1_epi32(x);
+            let x = unsafe { broadcast(xs[t].add(4 * i)) };
             acc[t][0] = _mm512_dpbusd_epi32(acc[t][0], w[0], x);
             acc[t][1] = _mm512_dpbusd_epi32(acc[t][1], w[1], x);
             in_order(&mut acc[t]);
@@ -182,24 +201,38 @@ unsafe fn block_32<const N: usize, const HAS_MIN: bool>(
     sums: &mut [Lanes<f32>; N],
 ) {
     // SAFETY: block `at` of every token.
-    let xs = xs.map(|x| unsafe { &*x.add(at) });
-    let acc = xs.map(|x| [_mm512_set1_epi32(if HAS_MIN { 0 } else { x.bias }); 2]);
+    let xs = each(*xs, |x| unsafe { &*x.add(at) });
+    let acc = each(xs, |x| {
+        [_mm512_set1_epi32(if HAS_MIN { 0 } else { x.bias }); 2]
+    });
     let words = &panel.words.as_chunks::<WORDS_32>().0[at];
     // SAFETY: 32 activations.
-    let acc = unsafe { dots(words, xs.map(|x| x.qs.as_ptr()), acc) };
+    let acc = unsafe { dots(words, each(xs, |x| x.qs.as_ptr()), acc) };
     let (d, m) = (load_f32(&panel.d[at]), load_f32(&panel.m[at]));
     for t in 0..N {
         let mut sum = load_f32(&sums[t]);
         for h in 0..2 {
-            let scale = _mm512_mul_ps(d[h], _mm512_set1_ps(xs[t].d));
-            let share = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[t][h]), scale);
-            sum[h] = _mm512_add_ps(sum[h], share);
-            if HAS_MIN {
-                let min = _mm512_mul_ps(m[h], _mm512_set1_ps(xs[t].sum));
-                sum[h] = _mm512_add_ps(sum[h], min);
-            }
+            sum[h] = add_32(sum[h], acc[t][h], (d[h], HAS_MIN.then_some(m[h])), xs[t]);
         }
         store_f32(&mut sums[t], sum);
+    }
+}
+
+/// Adds what a block of 32 is worth to the sums of 16 rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+pub(super) fn add_32(
+    sum: __m512,
+    dots: __m512i,
+    (d, m): (__m512, Option<__m512>),
+    x: &ActQ8,
+) -> __m512 {
+    let scale = _mm512_mul_ps(d, _mm512_set1_ps(x.d));
+    let share = _mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale);
+    let sum = _mm512_add_ps(sum, share);
+    match m {
+        Some(m) => _mm512_add_ps(sum, _mm512_mul_ps(m, _mm512_set1_ps(x.sum))),
+        None => sum,
     }
 }
 
@@ -230,13 +263,13 @@ unsafe fn block_256<const N: usize, const SCALES: usize, const HAS_MIN: bool>(
     sums: &mut [Lanes<f32>; N],
 ) {
     // SAFETY: super-block `at` of every token.
-    let xs = xs.map(|x| unsafe { &*x.add(at) });
+    let xs = each(*xs, |x| unsafe { &*x.add(at) });
     let zero = [[_mm512_setzero_si512(); 2]; N];
     let mut scaled = zero;
     for (j, scale) in panel.scales[at][..SCALES].iter().enumerate() {
         // SAFETY: the activations that share the scale.
         let acc = unsafe {
-            let xs = xs.map(|x| x.qs.as_ptr().add(256 / SCALES * j));
+            let xs = each(xs, |x| x.qs.as_ptr().add(256 / SCALES * j));
             match SCALES {
                 8 => dots(&panel.words.as_chunks::<8>().0[8 * at + j], xs, zero),
                 _ => dots(&panel.words.as_chunks::<4>().0[16 * at + j], xs, zero),
@@ -250,20 +283,12 @@ unsafe fn block_256<const N: usize, const SCALES: usize, const HAS_MIN: bool>(
             }
         }
     }
-    let mut rest = if HAS_MIN { zero } else { scaled };
+    let mut rest = zero;
     for (j, pair) in panel.pairs[at].iter().enumerate() {
         let pair = load(pair);
         for t in 0..N {
             // SAFETY: two of the sixteen sums.
-            let sums = unsafe {
-                xs[t]
-                    .sums
-                    .as_ptr()
-                    .add(2 * j)
-                    .cast::<i32>()
-                    .read_unaligned()
-            };
-            let sums = _mm512_set1_epi32(sums);
+            let sums = unsafe { broadcast(xs[t].sums.as_ptr().add(2 * j)) };
             for h in 0..2 {
                 rest[t][h] = _mm512_dpwssd_epi32(rest[t][h], pair[h], sums);
             }
@@ -271,22 +296,33 @@ unsafe fn block_256<const N: usize, const SCALES: usize, const HAS_MIN: bool>(
     }
     let (d, m) = (load_f32(&panel.d[at]), load_f32(&panel.m[at]));
     for t in 0..N {
-        let x_d = _mm512_set1_ps(xs[t].d);
         let mut sum = load_f32(&sums[t]);
         for h in 0..2 {
-            let scale = _mm512_mul_ps(d[h], x_d);
-            let rest = _mm512_cvtepi32_ps(rest[t][h]);
-            let share = if HAS_MIN {
-                let mins = _mm512_mul_ps(_mm512_mul_ps(m[h], x_d), rest);
-                let scaled = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(scaled[t][h]));
-                _mm512_sub_ps(scaled, mins)
-            } else {
-                _mm512_mul_ps(scale, rest)
-            };
-            sum[h] = _mm512_add_ps(sum[h], share);
+            let dots = (scaled[t][h], rest[t][h]);
+            sum[h] = add_256(sum[h], dots, (d[h], HAS_MIN.then_some(m[h])), xs[t].d);
         }
         store_f32(&mut sums[t], sum);
     }
+}
+
+/// Adds what a super-block is worth to the sums of 16 rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+#[inline]
+pub(super) fn add_256(
+    sum: __m512,
+    (scaled, rest): (__m512i, __m512i),
+    (d, m): (__m512, Option<__m512>),
+    x_d: f32,
+) -> __m512 {
+    let x_d = _mm512_set1_ps(x_d);
+    let scale = _mm512_mul_ps(d, x_d);
+    let share = if let Some(m) = m {
+        let mins = _mm512_mul_ps(_mm512_mul_ps(m, x_d), _mm512_cvtepi32_ps(rest));
+        _mm512_sub_ps(_mm512_mul_ps(scale, _mm512_cvtepi32_ps(scaled)), mins)
+    } else {
+        _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_add_epi32(scaled, rest)))
+    };
+    _mm512_add_ps(sum, share)
 }
 
 /// # Safety
@@ -318,7 +354,7 @@ unsafe fn step_f32<const N: usize>(
 ) {
     let mut acc = [[_mm512_setzero_ps(); 2]; N];
     for (i, word) in panel.words[from..][..n].iter().enumerate() {
-        let w = load(word).map(|v| _mm512_castsi512_ps(v));
+        let w = each(load(word), |v| _mm512_castsi512_ps(v));
         for t in 0..N {
             // SAFETY: value from + i of the token.
             let x = _mm512_set1_ps(unsafe { *xs[t].add(from + i) });
@@ -367,15 +403,12 @@ unsafe fn step_bf16<const N: usize>(
     xs: &[*const bf16; N],
     sums: &mut [Lanes<f32>; N],
 ) {
-    // SAFETY: registers of one size, any bits are a value.
-    let as_bf16 = |v: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(v) };
     let mut acc = [[_mm512_setzero_ps(); 2]; N];
     for (i, word) in panel.words[from..][..n].iter().enumerate() {
-        let w = load(word).map(as_bf16);
+        let w = each(load(word), |v| as_bf16(v));
         for t in 0..N {
             // SAFETY: pair from + i of the token.
-            let x = unsafe { xs[t].add(2 * (from + i)).cast::<i32>().read_unaligned() };
-            let x = as_bf16(_mm512_set1_epi32(x));
+            let x = as_bf16(unsafe { broadcast(xs[t].add(2 * (from + i))) });
             for h in 0..2 {
                 acc[t][h] = _mm512_dpbf16_ps(acc[t][h], w[h], x);
             }
