@@ -73,6 +73,14 @@ impl Slab {
         }
     }
 
+    /// [`PANEL_ROWS`] interleaved rows.
+    pub(crate) fn interleaved_at(base: *const u8) -> Self {
+        Self {
+            rows: [base; PANEL_ROWS],
+            next: std::ptr::null(),
+        }
+    }
+
     /// Block `block` of row `row`.
     ///
     /// # Safety

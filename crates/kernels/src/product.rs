@@ -239,19 +239,16 @@ impl Work<'_> {
             }
             Products::Panels(panels) => panels,
         };
-        let first = self.first;
-        let n_rows = if w.is_interleaved() { 1 } else { self.n_rows };
         // What comes next is fetched while packing or while multiplying, whichever takes longer.
         let few = sums.len() <= FEW_TOKENS;
-        let next = if few && !w.is_interleaved() {
-            self.next
-        } else {
-            std::ptr::null()
+        let next = if few { self.next } else { std::ptr::null() };
+        let slab = match w.is_interleaved() {
+            true => Slab::interleaved_at(self.first),
+            false => Slab::new(self.first, w.row_bytes(), self.n_rows, next),
         };
-        let slab = Slab::new(first, w.row_bytes(), n_rows, next);
         let ahead = match (few, w.is_interleaved()) {
             (true, _) => std::ptr::null(),
-            (false, true) => first,
+            (false, true) => self.first,
             (false, false) => self.next,
         };
         let (n_in, len) = (w.n_in(), w.format().block_len());

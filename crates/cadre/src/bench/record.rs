@@ -51,7 +51,7 @@ pub(crate) struct Record {
     n_seqs: usize,
     /// Of `samples_ts`.
     median_ts: f64,
-    /// Reading memory with the same threads, right before and after.
+    /// Reading memory with the same threads, before and after every repetition; the median.
     bandwidth_bytes_per_s: f64,
     /// Bytes of weights and cache that a generated token needs, mean; shared by sequences decoded together.
     bytes_per_token: Option<f64>,
@@ -222,7 +222,8 @@ fn deviation(values: &[f64]) -> f64 {
     (squares / (values.len() - 1) as f64).sqrt()
 }
 
-fn median(values: &[f64]) -> f64 {
+/// The middle value, or the mean of the two in the middle.
+pub(crate) fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;

@@ -7,7 +7,8 @@ use cadre_kernels::doctor::{bandwidth, peaks};
 use clap::ValueEnum;
 
 use crate::bench::{
-    Around, Lists, Machine, Record, Runner, Setting, Test, csv, markdown, most_used, rss_bytes,
+    Around, Lists, Machine, Record, Runner, Setting, Test, csv, markdown, median, most_used,
+    rss_bytes,
 };
 use crate::cache::CacheArgs;
 use crate::cli::App;
@@ -183,8 +184,9 @@ fn measure(
     let mut records = Vec::new();
     for (at, &test) in tests.iter().enumerate() {
         let mut runner = runner(test)?;
-        let before = bandwidth(pool, PASS, N_PASSES).median;
         let mut samples = Vec::new();
+        // Other users of the memory come and go, so that it is measured around every repetition.
+        let mut bandwidths = vec![bandwidth(pool, PASS, N_PASSES).median];
         for repetition in 0..args.repetitions {
             app.interrupt.check()?;
             progress.set_message(format!(
@@ -196,10 +198,10 @@ fn measure(
             ));
             samples.push(runner.sample()?);
             peak_rss_bytes = peak_rss_bytes.max(rss_bytes());
+            bandwidths.push(bandwidth(pool, PASS, N_PASSES).median);
         }
-        let after = bandwidth(pool, PASS, N_PASSES).median;
         let around = Around {
-            bandwidth: f64::midpoint(before, after),
+            bandwidth: median(&bandwidths),
             weights,
             peak,
             peak_rss_bytes,

@@ -142,36 +142,27 @@ fn load_half<T>(row: &Lanes<T>, half: usize) -> __m512i {
 #[inline]
 unsafe fn dots_256<S: Wide, B: Unpack256, const N: usize>(
     slab: &Slab,
-    (half, at): (usize, usize),
+    place: (usize, usize),
     xs: [&ActQ8K; N],
     panel: &Panel,
 ) -> [(__m512i, __m512i); N] {
     let zero = _mm512_setzero_si512();
     let mut out = [(zero, zero); N];
-    // Words that share a scale.
-    let run = 64 / B::SCALES;
-    for part in 0..PARTS {
-        S::fetch::<B>(slab, at, PARTS * half + part, 2 * PARTS);
-        // SAFETY: the contract.
-        let words = unsafe { B::words::<S>(slab, half, at, part) };
-        for (i, words) in words.as_flattened().chunks_exact(run).enumerate() {
-            let scale = part * (2 * WORDS / run) + i;
-            let scale_of = load_half(&panel.scales[0][scale], half);
-            for t in 0..N {
-                let mut dots = zero;
-                for (j, word) in words.iter().enumerate() {
-                    let from = 4 * (run * scale + j);
-                    // SAFETY: four of 256 activations.
-                    let x = unsafe { broadcast(xs[t].qs.as_ptr().add(from)) };
-                    dots = _mm512_dpbusd_epi32(dots, *word, x);
-                }
-                let share = _mm512_mullo_epi32(dots, scale_of);
-                out[t].0 = _mm512_add_epi32(out[t].0, share);
+    // SAFETY: the contract.
+    unsafe {
+        if B::BY_PAIRS {
+            for part in (0..PARTS).step_by(2) {
+                dots_part::<S, B, N, false>(slab, (place, part), xs, panel, &mut out);
+                dots_part::<S, B, N, true>(slab, (place, part + 1), xs, panel, &mut out);
+            }
+        } else {
+            for part in 0..PARTS {
+                dots_part::<S, B, N, false>(slab, (place, part), xs, panel, &mut out);
             }
         }
     }
     for (j, pair) in panel.pairs[0].iter().enumerate() {
-        let pair = load_half(pair, half);
+        let pair = load_half(pair, place.0);
         for t in 0..N {
             // SAFETY: two of the sixteen sums.
             let sums = unsafe { broadcast(xs[t].sums.as_ptr().add(2 * j)) };
@@ -179,6 +170,39 @@ unsafe fn dots_256<S: Wide, B: Unpack256, const N: usize>(
         }
     }
     out
+}
+
+/// # Safety
+/// See `FewFn`; inlined where the CPU is known to have the instruction set.
+#[inline(always)]
+unsafe fn dots_part<S: Wide, B: Unpack256, const N: usize, const ODD: bool>(
+    slab: &Slab,
+    ((half, at), part): ((usize, usize), usize),
+    xs: [&ActQ8K; N],
+    panel: &Panel,
+    out: &mut [(__m512i, __m512i); N],
+) {
+    S::fetch::<B>(slab, at, PARTS * half + part, 2 * PARTS);
+    // SAFETY: the contract.
+    let words = unsafe { B::words::<S, ODD>(slab, half, at, part) };
+    // Words that share a scale.
+    let run = 64 / B::SCALES;
+    for (i, words) in words.as_flattened().chunks_exact(run).enumerate() {
+        let scale = part * (2 * WORDS / run) + i;
+        // SAFETY: the contract; activations of the words' columns.
+        unsafe {
+            let scale_of = load_half(&panel.scales[0][scale], half);
+            for t in 0..N {
+                let mut dots = _mm512_setzero_si512();
+                for (j, word) in words.iter().enumerate() {
+                    let x = broadcast(xs[t].qs.as_ptr().add(4 * (run * scale + j)));
+                    dots = _mm512_dpbusd_epi32(dots, *word, x);
+                }
+                let share = _mm512_mullo_epi32(dots, scale_of);
+                out[t].0 = _mm512_add_epi32(out[t].0, share);
+            }
+        }
+    }
 }
 
 /// # Safety

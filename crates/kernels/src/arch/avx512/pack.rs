@@ -4,7 +4,7 @@ use super::floats::{Floats, last_word};
 use super::source::{Wide, put, put_f32};
 use super::unpack_32::{Unpack32, WORDS};
 use super::unpack_256::{PARTS, Unpack256};
-use crate::panel::{Panel, Slab};
+use crate::panel::{Lanes, Panel, Slab};
 
 /// # Safety
 /// See `PackFn`.
@@ -50,15 +50,38 @@ pub(super) unsafe fn pack_256<S: Wide, B: Unpack256>(
             unsafe { B::scales::<S>(slab, half, from + at, panel, at) };
         }
         let words = panel.words.as_chunks_mut::<{ 2 * WORDS }>().0;
-        for (part, words) in words[PARTS * at..][..PARTS].iter_mut().enumerate() {
-            for half in 0..2 {
-                S::fetch::<B>(slab, from + at, 2 * part + half, 2 * PARTS);
-                // SAFETY: the contract.
-                let v = unsafe { B::words::<S>(slab, half, from + at, part) };
-                for (word, v) in words.iter_mut().zip(v.as_flattened()) {
-                    put(word, half, *v);
+        let words = &mut words[PARTS * at..][..PARTS];
+        // SAFETY: as above.
+        unsafe {
+            if B::BY_PAIRS {
+                for part in (0..PARTS).step_by(2) {
+                    pack_part::<S, B, false>(slab, (from + at, part), words);
+                    pack_part::<S, B, true>(slab, (from + at, part + 1), words);
+                }
+            } else {
+                for part in 0..PARTS {
+                    pack_part::<S, B, false>(slab, (from + at, part), words);
                 }
             }
+        }
+    }
+}
+
+/// # Safety
+/// See `PackFn`, for super-block `at`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
+#[inline]
+unsafe fn pack_part<S: Wide, B: Unpack256, const ODD: bool>(
+    slab: &Slab,
+    (at, part): (usize, usize),
+    words: &mut [[Lanes<u32>; 2 * WORDS]],
+) {
+    for half in 0..2 {
+        S::fetch::<B>(slab, at, 2 * part + half, 2 * PARTS);
+        // SAFETY: the contract.
+        let v = unsafe { B::words::<S, ODD>(slab, half, at, part) };
+        for (word, v) in words[part].iter_mut().zip(v.as_flattened()) {
+            put(word, half, *v);
         }
     }
 }

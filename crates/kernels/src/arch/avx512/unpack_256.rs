@@ -1,9 +1,10 @@
 //! Super-blocks of 256 weights, unpacked 16 rows at a time: packing and products with few tokens share it.
 
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 use super::source::{Wide, each, put, put_f32};
-use super::unpack_32::{IQ4, WORDS, high, join, look_up, low, nibbles, scale_f16, widen};
+use super::unpack_32::{IQ4, WORDS, join, look_up, nibbles, scale_f16, widen};
 use crate::blocks::{
     Block256, BlockIq4Xs, BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K, BlockQ8K,
 };
@@ -23,11 +24,20 @@ pub(super) trait Unpack256: Block256 + Layout {
     /// Up to how many tokens unpacking again for every few pays.
     const FEW: usize;
 
+    /// Whether the bits of even and odd parts lie at different places, which then are compiled apart.
+    const BY_PAIRS: bool;
+
     /// Part `part` of the integers of super-block `at` of a half's rows, without a sign: `q + 128` where they have one.
+    /// `ODD` says whether the part is odd, in formats [by pairs](Self::BY_PAIRS).
     ///
     /// # Safety
     /// As for [`Wide::words`].
-    unsafe fn words<S: Wide>(slab: &Slab, half: usize, at: usize, part: usize) -> Part;
+    unsafe fn words<S: Wide, const ODD: bool>(
+        slab: &Slab,
+        half: usize,
+        at: usize,
+        part: usize,
+    ) -> Part;
 
     /// Puts a half's scales into super-block `slot` of the panel: `d`, `m`, `scales` and `pairs`.
     ///
@@ -39,22 +49,25 @@ pub(super) trait Unpack256: Block256 + Layout {
 /// Implements [`Unpack256`]: what makes the integers of a part, given what loads 32 bytes from an offset; and what puts
 /// the scales.
 macro_rules! unpack_256 {
-    ($block:ty, $n_scales:literal, $few:literal, $scales:ident, |$load:ident, $part:ident| $integers:expr) => {
+    ($block:ty, $n_scales:literal, $few:literal, $by_pairs:literal, $scales:ident, |$load:ident, $part:pat_param| $integers:expr) => {
         impl Unpack256 for $block {
             const SCALES: usize = $n_scales;
             const FEW: usize = $few;
+            const BY_PAIRS: bool = $by_pairs;
 
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-            #[inline]
-            unsafe fn words<S: Wide>(slab: &Slab, half: usize, at: usize, $part: usize) -> Part {
+            #[inline(always)]
+            unsafe fn words<S: Wide, const ODD: bool>(
+                slab: &Slab,
+                half: usize,
+                at: usize,
+                part: usize,
+            ) -> Part {
+                let $part = (part, i32::from(ODD));
                 // SAFETY: the contract; the offsets lie inside of the block.
-                let $load = |offset| unsafe {
-                    join(
-                        S::words::<Self>(slab, half, at, offset),
-                        S::words::<Self>(slab, half, at, offset + 16),
-                    )
-                };
-                $integers
+                unsafe {
+                    let $load = Loader::<S, Self>::new(slab, half, at);
+                    $integers
+                }
             }
 
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
@@ -73,100 +86,247 @@ macro_rules! unpack_256 {
     };
 }
 
-unpack_256!(BlockQ2K, 16, 8, scales_q2_k, |load, part| {
-    let v = shift_right(load(16 + 32 * (part / 2)), 4 * (part % 2));
-    let mask = _mm512_set1_epi8(3);
-    each([v, shift_right(v, 2)], |v| {
-        each(v, |v| _mm512_and_si512(v, mask))
-    })
-});
-unpack_256!(BlockQ3K, 16, 8, scales_q3_k, |load, part| {
-    let v = shift_right(load(32 + 32 * (part / 2)), 4 * (part % 2));
-    // Bits 2 part and 2 part + 1 of every byte are the third ones.
-    let bits = shift_right(load(0), 2 * part);
-    let (lower, upper) = (_mm512_set1_epi8(3), _mm512_set1_epi8(4));
+unpack_256!(BlockQ2K, 16, 8, true, scales_q2_k, |load, (part, odd)| {
+    let (of, by) = (load.from(16 + 32 * (part / 2)), -4 * odd);
     [
-        insert(v, lower, each(bits, |v| _mm512_slli_epi16::<2>(v)), upper),
-        insert(
-            shift_right(v, 2),
-            lower,
-            each(bits, |v| _mm512_slli_epi16::<1>(v)),
-            upper,
+        only(Bits { of, by, mask: 3 }),
+        only(Bits {
+            of,
+            by: by - 2,
+            mask: 3,
+        }),
+    ]
+});
+unpack_256!(BlockQ3K, 16, 8, true, scales_q3_k, |load, (part, odd)| {
+    let (of, by) = (load.from(32 + 32 * (part / 2)), -4 * odd);
+    // The lowest two bits of every byte are the third ones.
+    let third = shift_right(load.from(0), 2 * part);
+    [
+        merge(
+            Bits { of, by, mask: 3 },
+            Bits {
+                of: third,
+                by: 2,
+                mask: 4,
+            },
+        ),
+        merge(
+            Bits {
+                of,
+                by: by - 2,
+                mask: 3,
+            },
+            Bits {
+                of: third,
+                by: 1,
+                mask: 4,
+            },
         ),
     ]
 });
-unpack_256!(BlockQ4K, 8, 32, scales_six_bits, |load, part| {
-    let v = load(16 + 32 * part);
-    [each(v, |v| low(v)), each(v, |v| high(v))]
-});
-unpack_256!(BlockQ5K, 8, 8, scales_six_bits, |load, part| {
-    let v = load(48 + 32 * part);
-    // Bits 2 part and 2 part + 1 of every byte are the fifth ones.
-    let bits = shift_right(load(16), 2 * part);
-    let (lower, upper) = (_mm512_set1_epi8(15), _mm512_set1_epi8(16));
+unpack_256!(
+    BlockQ4K,
+    8,
+    32,
+    false,
+    scales_six_bits,
+    |load, (part, _)| {
+        let of = load.from(16 + 32 * part);
+        [
+            only(Bits {
+                of,
+                by: 0,
+                mask: 15,
+            }),
+            only(Bits {
+                of,
+                by: -4,
+                mask: 15,
+            }),
+        ]
+    }
+);
+unpack_256!(BlockQ5K, 8, 8, false, scales_six_bits, |load, (part, _)| {
+    let of = load.from(48 + 32 * part);
+    // The lowest two bits of every byte are the fifth ones.
+    let fifth = shift_right(load.from(16), 2 * part);
     [
-        insert(v, lower, each(bits, |v| _mm512_slli_epi16::<4>(v)), upper),
-        insert(
-            each(v, |v| _mm512_srli_epi16::<4>(v)),
-            lower,
-            each(bits, |v| _mm512_slli_epi16::<3>(v)),
-            upper,
+        merge(
+            Bits {
+                of,
+                by: 0,
+                mask: 15,
+            },
+            Bits {
+                of: fifth,
+                by: 4,
+                mask: 16,
+            },
+        ),
+        merge(
+            Bits {
+                of,
+                by: -4,
+                mask: 15,
+            },
+            Bits {
+                of: fifth,
+                by: 3,
+                mask: 16,
+            },
         ),
     ]
 });
-unpack_256!(BlockQ6K, 16, 8, scales_q6_k, |load, part| {
-    let (half, pair) = (part / 2, part % 2);
-    let bits = shift_right(load(128 + 32 * half), 4 * pair);
-    let (lower, upper) = (_mm512_set1_epi8(15), _mm512_set1_epi8(0x30));
-    let lower_of = |at: usize| shift_right(load(64 * half + 32 * at), 4 * pair);
+unpack_256!(BlockQ6K, 16, 8, true, scales_q6_k, |load, (part, odd)| {
+    let by = -4 * odd;
+    let from = 64 * (part / 2);
+    let (first, second) = (load.from(from), load.from(from + 32));
+    let upper = load.from(128 + from / 2);
     [
-        insert(
-            lower_of(0),
-            lower,
-            each(bits, |v| _mm512_slli_epi16::<4>(v)),
-            upper,
+        merge(
+            Bits {
+                of: first,
+                by,
+                mask: 15,
+            },
+            Bits {
+                of: upper,
+                by: 4 + by,
+                mask: 0x30,
+            },
         ),
-        insert(
-            lower_of(1),
-            lower,
-            each(bits, |v| _mm512_slli_epi16::<2>(v)),
-            upper,
+        merge(
+            Bits {
+                of: second,
+                by,
+                mask: 15,
+            },
+            Bits {
+                of: upper,
+                by: 2 + by,
+                mask: 0x30,
+            },
         ),
     ]
 });
-unpack_256!(BlockQ8K, 8, 32, scales_q8_k, |load, part| {
-    let flip = _mm512_set1_epi8(i8::MIN);
-    let v = [load(4 + 64 * part), load(36 + 64 * part)];
-    each(v, |v| each(v, |v| _mm512_xor_si512(v, flip)))
+unpack_256!(BlockQ8K, 8, 32, false, scales_q8_k, |load, (part, _)| {
+    let (flip, from) = (_mm512_set1_epi8(i8::MIN), 4 + 64 * part);
+    let mut v = [load.from(from), load.from(from + 32)];
+    for v in v.as_flattened_mut() {
+        *v = _mm512_xor_si512(*v, flip);
+    }
+    v
 });
-unpack_256!(BlockIq4Xs, 8, 8, scales_iq4_xs, |load, part| {
-    let [a, b, c, d, e, f, g, h] = load(8 + 32 * part);
-    let look_up = |v| look_up(&IQ4, nibbles(v));
-    [look_up([a, b, c, d]), look_up([e, f, g, h])]
+unpack_256!(BlockIq4Xs, 8, 8, false, scales_iq4_xs, |load, (part, _)| {
+    let [a, b, c, d, e, f, g, h] = load.from(8 + 32 * part);
+    [
+        look_up(&IQ4, nibbles([a, b, c, d])),
+        look_up(&IQ4, nibbles([e, f, g, h])),
+    ]
 });
 
 /// Bits of bytes moved right; those that come from the neighbour are for the caller to mask.
-#[target_feature(enable = "avx512f,avx512bw")]
-#[inline]
-fn shift_right(v: [__m512i; WORDS], n: usize) -> [__m512i; WORDS] {
-    let n = _mm_cvtsi32_si128(n as i32);
-    each(v, |v| _mm512_srl_epi16(v, n))
+///
+/// # Safety
+/// The CPU has AVX-512.
+#[inline(always)]
+unsafe fn shift_right(mut v: [__m512i; WORDS], n: usize) -> [__m512i; WORDS] {
+    for v in &mut v {
+        // SAFETY: the caller's promise.
+        *v = unsafe { _mm512_srl_epi16(*v, _mm_cvtsi32_si128(n as i32)) };
+    }
+    v
 }
 
-/// `a & a_mask | b & b_mask`.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn insert(
-    mut a: [__m512i; WORDS],
-    a_mask: __m512i,
-    b: [__m512i; WORDS],
-    b_mask: __m512i,
-) -> [__m512i; WORDS] {
-    for (a, b) in a.iter_mut().zip(b) {
-        let b = _mm512_and_si512(b, b_mask);
-        *a = _mm512_or_si512(_mm512_and_si512(*a, a_mask), b);
+/// What loads a block. These are functions, not closures, because closures that are called twice stay apart.
+struct Loader<'a, S, B> {
+    slab: &'a Slab,
+    half: usize,
+    at: usize,
+    what: PhantomData<(S, B)>,
+}
+
+impl<'a, S: Wide, B: Layout> Loader<'a, S, B> {
+    /// # Safety
+    /// As for [`Wide::words`], for all that is loaded.
+    #[inline(always)]
+    unsafe fn new(slab: &'a Slab, half: usize, at: usize) -> Self {
+        Self {
+            slab,
+            half,
+            at,
+            what: PhantomData,
+        }
     }
-    a
+
+    /// 32 bytes of each row.
+    #[inline(always)]
+    fn from(&self, offset: usize) -> [__m512i; WORDS] {
+        // SAFETY: the loader was made by that promise.
+        unsafe {
+            join(
+                S::words::<B>(self.slab, self.half, self.at, offset),
+                S::words::<B>(self.slab, self.half, self.at, offset + 16),
+            )
+        }
+    }
+}
+
+/// Bits of bytes moved left, or right by a negative number; those that come from the neighbour are for the caller to
+/// mask.
+///
+/// # Safety
+/// The CPU has AVX-512.
+#[inline(always)]
+unsafe fn shift(v: __m512i, by: i32) -> __m512i {
+    // SAFETY: the caller's promise. Once inlined, these are shifts by constants.
+    unsafe {
+        match by {
+            0 => v,
+            1.. => _mm512_sll_epi16(v, _mm_cvtsi32_si128(by)),
+            _ => _mm512_srl_epi16(v, _mm_cvtsi32_si128(-by)),
+        }
+    }
+}
+
+/// Some bits of bytes.
+#[derive(Clone, Copy)]
+struct Bits {
+    of: [__m512i; WORDS],
+    /// How far they are moved to the left.
+    by: i32,
+    /// Which ones they are, once moved.
+    mask: i8,
+}
+
+/// Bits of `a`, and others of `b`.
+///
+/// # Safety
+/// The CPU has AVX-512.
+#[inline(always)]
+unsafe fn merge(a: Bits, b: Bits) -> [__m512i; WORDS] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut out = only(a);
+        for (out, b) in out.iter_mut().zip(only(b)) {
+            *out = _mm512_or_si512(*out, b);
+        }
+        out
+    }
+}
+
+/// The bits alone.
+///
+/// # Safety
+/// The CPU has AVX-512.
+#[inline(always)]
+unsafe fn only(bits: Bits) -> [__m512i; WORDS] {
+    let mut out = bits.of;
+    for v in &mut out {
+        // SAFETY: the caller's promise.
+        *v = unsafe { _mm512_and_si512(shift(*v, bits.by), _mm512_set1_epi8(bits.mask)) };
+    }
+    out
 }
 
 /// Four bits each of 16 scales and minima, and what they are worth in the last word.

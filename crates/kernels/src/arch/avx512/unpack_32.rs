@@ -32,15 +32,15 @@ pub(super) trait Unpack32: Block32 + Layout {
 macro_rules! unpack_32 {
     ($block:ty, $scales:ident, |$words:ident, $word:ident| $integers:expr) => {
         impl Unpack32 for $block {
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-            #[inline]
+            #[inline(always)]
             unsafe fn words<S: Wide>(slab: &Slab, half: usize, at: usize) -> [__m512i; WORDS] {
                 // SAFETY: the contract; the offsets lie inside of the block.
-                let $words = |offset| unsafe { S::words::<Self>(slab, half, at, offset) };
-                // SAFETY: as above.
-                let $word = |offset| unsafe { S::word::<Self>(slab, half, at, offset) };
-                let _ = &$word;
-                $integers
+                unsafe {
+                    let $words = |offset| S::words::<Self>(slab, half, at, offset);
+                    let $word = |offset| S::word::<Self>(slab, half, at, offset);
+                    let _ = &$word;
+                    $integers
+                }
             }
 
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
@@ -82,14 +82,14 @@ unpack_32!(BlockMxfp4, scale_e8, |words, word| {
 /// The lower four bits of bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 #[inline]
-pub(super) fn low(v: __m512i) -> __m512i {
+fn low(v: __m512i) -> __m512i {
     _mm512_and_si512(v, _mm512_set1_epi8(15))
 }
 
 /// The upper four bits of bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 #[inline]
-pub(super) fn high(v: __m512i) -> __m512i {
+fn high(v: __m512i) -> __m512i {
     low(_mm512_srli_epi16::<4>(v))
 }
 
