@@ -1,8 +1,9 @@
 //! Interleaved rows: a matrix stored so that 32 rows are read as one stream.
 //!
 //! The rows of a panel lie side by side: for every block first the bytes that do not fill words of 4 (one or two, a
-//! scale), row after row, then the first word of each row, then the second, and so on. It is the same bytes in another
-//! order. Packing is then loading, and memory is read in sequence, which is what it is fastest at.
+//! scale), row after row; then, for the first 16 rows, the first word of each, then the second, and so on; then the same
+//! for the other 16. It is the same bytes in another order. Unpacking is then loading, and memory is read in sequence,
+//! which is what it is fastest at.
 
 use crate::blocks::{
     BlockIq4Nl, BlockIq4Xs, BlockMxfp4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
@@ -13,6 +14,10 @@ use crate::panel::{PANEL_ROWS, Slab};
 
 /// Bytes of a word.
 const WORD: usize = 4;
+/// Rows whose words lie side by side.
+const HALF: usize = PANEL_ROWS / 2;
+/// Bytes of a word of each of them.
+const HALF_BYTES: usize = HALF * WORD;
 
 /// Where the bytes of a block are when its rows are interleaved.
 pub(crate) trait Layout: Copy {
@@ -20,6 +25,17 @@ pub(crate) trait Layout: Copy {
     const N_ODD: usize = size_of::<Self>() % WORD;
     /// Where they are in the block.
     const ODD: usize = 0;
+
+    /// Where word `word` of the first row of half `half` is, from the block's beginning. Words of floats are blocks of
+    /// their own.
+    #[inline(always)]
+    fn place(half: usize, word: usize) -> usize {
+        let n_words = size_of::<Self>() / WORD;
+        match n_words {
+            0 | 1 => (2 * word + half) * HALF_BYTES,
+            _ => Self::N_ODD * PANEL_ROWS + (half * n_words + word) * HALF_BYTES,
+        }
+    }
 
     /// The word that byte `offset` of the block belongs to.
     #[inline(always)]
@@ -103,7 +119,7 @@ impl Source for Interleaved {
             std::ptr::copy_nonoverlapping(from.add(row * B::N_ODD), out.add(B::ODD), B::N_ODD);
             let out = if B::ODD == 0 { out.add(B::N_ODD) } else { out };
             for word in 0..size / WORD {
-                let word_of_row = B::N_ODD * PANEL_ROWS + (word * PANEL_ROWS + row) * WORD;
+                let word_of_row = B::place(row / HALF, word) + row % HALF * WORD;
                 std::ptr::copy_nonoverlapping(from.add(word_of_row), out.add(word * WORD), WORD);
             }
             block.assume_init()
@@ -156,15 +172,14 @@ impl Shape {
                 }
             }
             let from = from + self.words();
-            for (word, out) in words
-                .as_chunks_mut::<{ WORD * PANEL_ROWS }>()
-                .0
-                .iter_mut()
-                .enumerate()
-            {
-                for (out, row) in out.as_chunks_mut::<WORD>().0.iter_mut().zip(rows) {
-                    if let Some(word) = row[from + word * WORD..].first_chunk() {
-                        *out = *word;
+            let halves = words.chunks_exact_mut(words.len() / 2);
+            for (words, rows) in halves.zip(rows.chunks_exact(HALF)) {
+                let words = words.as_chunks_mut::<HALF_BYTES>().0;
+                for (word, out) in words.iter_mut().enumerate() {
+                    for (out, row) in out.as_chunks_mut::<WORD>().0.iter_mut().zip(rows) {
+                        if let Some(word) = row[from + word * WORD..].first_chunk() {
+                            *out = *word;
+                        }
                     }
                 }
             }
@@ -183,9 +198,10 @@ impl Shape {
                 let (odd, words) = block.split_at(self.n_odd * PANEL_ROWS);
                 let odd = &odd[row * self.n_odd..][..self.n_odd];
                 out[self.odd..][..self.n_odd].copy_from_slice(odd);
-                let words = words.as_chunks::<WORD>().0.chunks_exact(PANEL_ROWS);
+                let words = &words[row / HALF * (words.len() / 2)..];
+                let words = words.as_chunks::<WORD>().0.chunks_exact(HALF);
                 for (out, word) in out[self.words()..].as_chunks_mut().0.iter_mut().zip(words) {
-                    *out = word[row];
+                    *out = word[row % HALF];
                 }
             }
             take(at * per_piece * self.size, piece);
@@ -234,6 +250,8 @@ mod tests {
             slab[64..76],
             [2, 3, 4, 5, 102, 103, 104, 105, 102, 103, 104, 105]
         );
-        assert_eq!(slab[192..196], [6, 7, 8, 9]);
+        // The second word, and the first one of row 16.
+        assert_eq!(slab[128..132], [6, 7, 8, 9]);
+        assert_eq!(slab[320..324], [102, 103, 104, 105]);
     }
 }

@@ -1,12 +1,15 @@
 //! A small persistent thread pool: spin briefly, then park; no allocation per call.
 //!
+//! Each thread works through neighbouring tasks from the first to the last, which is the order in which memory is read
+//! best. Who has none left takes the last one of somebody else.
+//!
 //! One call at a time runs on the workers. A call made while another is running, or from inside a task,
 //! runs on its own thread, so calls never wait for each other and cannot deadlock.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{self, AssertUnwindSafe};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -28,8 +31,10 @@ pub struct ThreadPool {
 type Task = dyn Fn(usize) + Sync;
 
 struct Shared {
-    /// Tasks of the current call that nobody has taken: a task's index is what is left after taking it.
-    untaken: AtomicUsize,
+    /// Tasks of the current call that nobody has taken, for each thread; the caller's come first.
+    shares: Box<[Share]>,
+    /// Counts calls.
+    round: AtomicUsize,
     /// Tasks of the current call that have not ended.
     unfinished: AtomicUsize,
     /// The current call's function. Written only when `unfinished` is 0, read only by who took a task.
@@ -42,16 +47,47 @@ struct Shared {
     wake: Condvar,
 }
 
+/// Tasks `first..end`, as `first | end << 32`. Alone in its pair of cache lines.
+#[derive(Default)]
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn put(&self, first: u32, end: u32) {
+        self.0
+            .store(u64::from(first) | u64::from(end) << 32, Ordering::Release);
+    }
+
+    /// Takes the first task, or the last one.
+    fn take(&self, is_first: bool) -> Option<u32> {
+        let rest = |tasks: u64| {
+            let (first, end) = (tasks as u32, (tasks >> 32) as u32);
+            (first < end).then(|| match is_first {
+                true => tasks + 1,
+                false => tasks - (1 << 32),
+            })
+        };
+        let before = self
+            .0
+            .fetch_update(Ordering::Acquire, Ordering::Relaxed, rest)
+            .ok()?;
+        Some(match is_first {
+            true => before as u32,
+            false => (before >> 32) as u32 - 1,
+        })
+    }
+}
+
 impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Shared")
-            .field("untaken", &self.untaken)
+            .field("round", &self.round)
             .finish_non_exhaustive()
     }
 }
 
 // SAFETY: `task` is the only field that is not Sync. It is written by the one caller that holds `busy`
-// while no task is untaken or unfinished, and read only between taking a task and ending it, so a write
+// while every task is taken and has ended, and read only between taking a task and ending it, so a write
 // and a read never overlap; taking (acquire) pairs with publishing (release).
 unsafe impl Sync for Shared {}
 // SAFETY: the pointer is only used as described above, while the caller keeps the function alive.
@@ -63,7 +99,8 @@ impl ThreadPool {
     /// When the system refuses a thread, the pool has as many as it could get.
     pub fn new(n_threads: usize) -> Self {
         let shared = Arc::new(Shared {
-            untaken: AtomicUsize::new(0),
+            shares: (0..n_threads.max(1)).map(|_| Share::default()).collect(),
+            round: AtomicUsize::new(0),
             unfinished: AtomicUsize::new(0),
             task: UnsafeCell::new(&raw const *NO_TASK),
             failure: Mutex::new(None),
@@ -77,7 +114,7 @@ impl ThreadPool {
                 let shared = Arc::clone(&shared);
                 thread::Builder::new()
                     .name(format!("cadre-{i}"))
-                    .spawn(move || shared.work())
+                    .spawn(move || shared.work(i))
                     .ok()
             })
             .collect();
@@ -98,12 +135,9 @@ impl ThreadPool {
     /// # Panics
     /// With the first panic of a task, after all tasks have ended.
     pub fn run(&self, n_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-        let guard = if n_tasks > 1 && !self.workers.is_empty() {
-            self.busy.try_lock().ok()
-        } else {
-            None
-        };
-        let Some(guard) = guard else {
+        let count = u32::try_from(n_tasks).ok().filter(|n| *n > 1);
+        let guard = (!self.workers.is_empty()).then(|| self.busy.try_lock().ok());
+        let (Some(count), Some(guard)) = (count, guard.flatten()) else {
             (0..n_tasks).for_each(task);
             return;
         };
@@ -115,14 +149,19 @@ impl ThreadPool {
         // SAFETY: `busy` is held and the last call's tasks have ended, so nobody reads the pointer.
         unsafe { *shared.task.get() = task };
         shared.unfinished.store(n_tasks, Ordering::Relaxed);
+        let n_shares = self.n_threads() as u64;
+        let from = |at: u64| (u64::from(count) * at / n_shares) as u32;
+        for (at, share) in (0..n_shares).zip(&shared.shares) {
+            share.put(from(at), from(at + 1));
+        }
         // Sequentially consistent with the workers' `sleepers`: either a worker that is about to park
-        // sees the tasks, or this thread sees the sleeper.
-        shared.untaken.store(n_tasks, Ordering::SeqCst);
+        // sees the call, or this thread sees the sleeper.
+        shared.round.fetch_add(1, Ordering::SeqCst);
         if shared.sleepers.load(Ordering::SeqCst) > 0 {
             let _lock = shared.lock.lock().unwrap_or_else(PoisonError::into_inner);
             shared.wake.notify_all();
         }
-        while shared.take_and_run() {}
+        while shared.take_and_run(0) {}
         let mut spins = 0u32;
         while shared.unfinished.load(Ordering::Acquire) > 0 {
             spins += 1;
@@ -187,16 +226,17 @@ impl Drop for ThreadPool {
 static NO_TASK: &Task = &|_| {};
 
 impl Shared {
-    /// Takes one task and runs it; false when none is left.
-    fn take_and_run(&self) -> bool {
-        let taken = self
-            .untaken
-            .fetch_update(Ordering::Acquire, Ordering::Relaxed, |n| n.checked_sub(1));
-        let Ok(before) = taken else { return false };
+    /// Takes one task and runs it, as thread `me`; false when none is left.
+    fn take_and_run(&self, me: usize) -> bool {
+        let others = self.shares[me + 1..].iter().chain(&self.shares[..me]);
+        let mut stolen = others.filter_map(|share| share.take(false));
+        let Some(index) = self.shares[me].take(true).or_else(|| stolen.next()) else {
+            return false;
+        };
         // SAFETY: having taken a task, this thread may read the pointer until it ends the task; the
         // caller keeps the function alive until then.
         let task = unsafe { &**self.task.get() };
-        if let Err(failure) = panic::catch_unwind(AssertUnwindSafe(|| task(before - 1))) {
+        if let Err(failure) = panic::catch_unwind(AssertUnwindSafe(|| task(index as usize))) {
             self.failure
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -206,26 +246,29 @@ impl Shared {
         true
     }
 
-    fn work(&self) {
-        let mut spins = 0;
+    fn work(&self, me: usize) {
+        let (mut spins, mut seen) = (0, 0);
         while !self.stop.load(Ordering::Relaxed) {
-            if self.untaken.load(Ordering::Relaxed) > 0 {
-                while self.take_and_run() {}
+            let round = self.round.load(Ordering::Acquire);
+            if round != seen {
+                seen = round;
+                while self.take_and_run(me) {}
                 spins = 0;
             } else if spins < SPINS {
                 spins += 1;
                 std::hint::spin_loop();
             } else {
-                self.park();
+                self.park(seen);
                 spins = 0;
             }
         }
     }
 
-    fn park(&self) {
+    /// Sleeps until there is another call than `seen`.
+    fn park(&self, seen: usize) {
         let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
         self.sleepers.fetch_add(1, Ordering::SeqCst);
-        while self.untaken.load(Ordering::SeqCst) == 0 && !self.stop.load(Ordering::SeqCst) {
+        while self.round.load(Ordering::SeqCst) == seen && !self.stop.load(Ordering::SeqCst) {
             lock = self.wake.wait(lock).unwrap_or_else(PoisonError::into_inner);
         }
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
@@ -265,6 +308,15 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn tasks_are_taken_from_the_front_and_stolen_from_the_back() {
+        let share = Share::default();
+        assert_eq!((share.take(true), share.take(false)), (None, None));
+        share.put(3, 6);
+        assert_eq!((share.take(false), share.take(true)), (Some(5), Some(3)));
+        assert_eq!((share.take(true), share.take(false)), (Some(4), None));
     }
 
     #[test]

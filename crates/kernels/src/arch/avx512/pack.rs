@@ -18,7 +18,7 @@ pub(super) unsafe fn pack_32<S: Wide, B: Unpack32>(
     let blocks = panel.words.as_chunks_mut::<WORDS>().0[..n].iter_mut();
     for (at, words) in blocks.enumerate() {
         for half in 0..2 {
-            S::fetch::<B>(slab, from + at, half, 2);
+            S::fetch::<B>(slab, from + at, (half, 2), B::IS_PLAIN);
             // SAFETY: the contract.
             let (v, (d, m)) = unsafe {
                 let scales = B::scales::<S>(slab, half, from + at);
@@ -77,7 +77,7 @@ unsafe fn pack_part<S: Wide, B: Unpack256, const ODD: bool>(
     words: &mut [[Lanes<u32>; 2 * WORDS]],
 ) {
     for half in 0..2 {
-        S::fetch::<B>(slab, at, 2 * part + half, 2 * PARTS);
+        S::fetch::<B>(slab, at, (2 * part + half, 2 * PARTS), false);
         // SAFETY: the contract.
         let v = unsafe { B::words::<S, ODD>(slab, half, at, part) };
         for (word, v) in words[part].iter_mut().zip(v.as_flattened()) {
@@ -101,7 +101,7 @@ pub(super) unsafe fn pack_floats<S: Wide, F: Floats>(
     let whole = n - n % F::VALUES;
     for at in (0..whole).step_by(F::VALUES) {
         for half in 0..2 {
-            S::fetch::<[u8; 16]>(slab, (from + at) / F::VALUES, half, 2);
+            S::fetch::<[u8; 16]>(slab, (from + at) / F::VALUES, (half, 2), true);
             // SAFETY: the contract: 16 bytes of values.
             let v = unsafe { F::words::<S>(slab, half, from + at) };
             for (word, v) in panel.words[at / per_word..].iter_mut().zip(v) {

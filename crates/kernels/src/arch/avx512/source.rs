@@ -36,18 +36,19 @@ pub(super) trait Wide: Source {
     unsafe fn odd<B: Layout, T: Copy + Default>(slab: &Slab, half: usize, at: usize) -> [T; HALF];
 
     /// Fetches the `step`-th of `n_steps` parts of what is needed as far ahead of block `at` as pays, in sequence:
-    /// memory likes it more than the order in which bits are unpacked.
-    fn fetch<B>(slab: &Slab, at: usize, step: usize, n_steps: usize);
+    /// memory likes it more than the order in which bits are unpacked. What is `plain` is read in sequence, and comes
+    /// by itself but for a nudge: more would get in the way.
+    fn fetch<B>(slab: &Slab, at: usize, step: (usize, usize), plain: bool);
 }
 
-/// The `step`-th of `n_steps` parts of `n_bytes`.
+/// The `step`-th of `n_steps` parts of `n_bytes`, one of so many bytes.
 #[inline(always)]
-fn fetch_part(from: *const u8, n_bytes: usize, step: usize, n_steps: usize) {
-    let mut offset = n_bytes * step / n_steps / LINE * LINE;
+fn fetch_part(from: *const u8, n_bytes: usize, (step, n_steps): (usize, usize), every: usize) {
+    let mut offset = n_bytes * step / n_steps / every * every;
     while offset < n_bytes * (step + 1) / n_steps {
         // SAFETY: fetching ahead is allowed at any address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(offset).cast()) };
-        offset += LINE;
+        offset += every;
     }
 }
 
@@ -86,10 +87,10 @@ impl Wide for InPlace {
     }
 
     #[inline(always)]
-    fn fetch<B>(slab: &Slab, at: usize, step: usize, n_steps: usize) {
+    fn fetch<B>(slab: &Slab, at: usize, step: (usize, usize), _plain: bool) {
         if !slab.next.is_null() {
             let n_bytes = PANEL_ROWS * size_of::<B>();
-            fetch_part(slab.next.wrapping_add(at * n_bytes), n_bytes, step, n_steps);
+            fetch_part(slab.next.wrapping_add(at * n_bytes), n_bytes, step, LINE);
         }
     }
 }
@@ -100,7 +101,7 @@ impl Wide for Interleaved {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
     #[inline]
     unsafe fn word<B: Layout>(slab: &Slab, half: usize, at: usize, offset: usize) -> __m512i {
-        let from = B::N_ODD * PANEL_ROWS + B::word(offset) * PANEL_ROWS * 4 + half * HALF * 4;
+        let from = B::place(half, B::word(offset));
         // SAFETY: the caller's promise: the words of 16 rows.
         unsafe { _mm512_loadu_si512(slab.interleaved::<B>(at).add(from).cast()) }
     }
@@ -110,8 +111,7 @@ impl Wide for Interleaved {
     unsafe fn words<B: Layout>(slab: &Slab, half: usize, at: usize, offset: usize) -> [__m512i; 4] {
         let mut out = [_mm512_setzero_si512(); 4];
         for (i, out) in out.iter_mut().enumerate() {
-            let from = B::word(offset) + i;
-            let from = B::N_ODD * PANEL_ROWS + from * PANEL_ROWS * 4 + half * HALF * 4;
+            let from = B::place(half, B::word(offset) + i);
             // SAFETY: the caller's promise: the words of 16 rows.
             *out = unsafe { _mm512_loadu_si512(slab.interleaved::<B>(at).add(from).cast()) };
         }
@@ -129,10 +129,10 @@ impl Wide for Interleaved {
     }
 
     #[inline(always)]
-    fn fetch<B>(slab: &Slab, at: usize, step: usize, n_steps: usize) {
+    fn fetch<B>(slab: &Slab, at: usize, step: (usize, usize), plain: bool) {
         let n_bytes = PANEL_ROWS * size_of::<B>();
         let from = slab.start().wrapping_add(at * n_bytes + DISTANCE);
-        fetch_part(from, n_bytes, step, n_steps);
+        fetch_part(from, n_bytes, step, if plain { 2 * LINE } else { LINE });
     }
 }
 

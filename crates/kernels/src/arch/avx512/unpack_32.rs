@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::source::{HALF, Wide, each};
 use crate::blocks::{
     Block32, BlockIq4Nl, BlockMxfp4, BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0,
-    IQ4_VALUES, MXFP4_VALUES,
+    IQ4_VALUES, MXFP4_VALUES, Q8_BLOCK,
 };
 use crate::interleave::Layout;
 use crate::panel::Slab;
@@ -15,6 +15,9 @@ pub(super) const WORDS: usize = 8;
 
 /// A format whose blocks are unpacked in registers.
 pub(super) trait Unpack32: Block32 + Layout {
+    /// Whether integers are stored as they are.
+    const IS_PLAIN: bool = size_of::<Self>() > Q8_BLOCK;
+
     /// The integers of block `at` of a half's rows, without a sign: `q + 128` unless the format has a minimum.
     ///
     /// # Safety
