@@ -132,17 +132,16 @@ impl Layer {
         })
     }
 
-    /// Bytes of the matrices; norms are negligible.
-    fn n_bytes(&self) -> usize {
-        let attention = match &self.attention {
-            AnyAttention::Grouped(block) => block.n_bytes(),
-            AnyAttention::Latent(block) => block.n_bytes(),
-        };
-        let ffn = match &self.ffn {
-            AnyFeedForward::Moe(block) => block.n_bytes(),
-            AnyFeedForward::Dense(block) => block.n_bytes(),
-        };
-        attention + ffn
+    /// Adds its matrices to `all`.
+    fn matrices<'a>(&'a self, all: &mut Vec<&'a Matrix>) {
+        match &self.attention {
+            AnyAttention::Grouped(block) => block.matrices(all),
+            AnyAttention::Latent(block) => block.matrices(all),
+        }
+        match &self.ffn {
+            AnyFeedForward::Moe(block) => block.matrices(all),
+            AnyFeedForward::Dense(block) => block.matrices(all),
+        }
     }
 }
 
@@ -295,10 +294,21 @@ fn info(b: &Builder<'_>) -> ModelInfo {
 }
 
 impl Decoder {
+    /// Every matrix; norms and biases are negligible.
+    pub(crate) fn matrices(&self) -> Vec<&Matrix> {
+        let mut all = vec![&self.embed_tokens];
+        if let Some(linear) = &self.head.linear {
+            linear.matrices(&mut all);
+        }
+        for layer in &self.layers {
+            layer.matrices(&mut all);
+        }
+        all
+    }
+
     fn weight_bytes(&self) -> u64 {
-        let head = self.head.linear.as_ref().map_or(0, Linear::n_bytes);
-        let layers = self.layers.iter().map(Layer::n_bytes).sum::<usize>();
-        (self.embed_tokens.n_bytes() + head + layers) as u64
+        let matrices = self.matrices();
+        matrices.iter().map(|matrix| matrix.n_bytes() as u64).sum()
     }
 }
 

@@ -1,6 +1,6 @@
 //! The interface of every model, and of what watches it.
 
-use cadre_kernels::Compute;
+use cadre_kernels::{Compute, Matrix};
 use cadre_routing::Routing;
 
 use crate::batch::Sequence;
@@ -15,6 +15,9 @@ pub trait Model: Send + Sync + std::fmt::Debug {
 
     /// Kernels and threads that the model computes with.
     fn compute(&self) -> &Compute;
+
+    /// Every matrix of weights as it lies in memory.
+    fn matrices(&self) -> Vec<&Matrix>;
 
     /// A new, empty session.
     ///

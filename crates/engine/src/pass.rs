@@ -3,7 +3,7 @@
 //! The rows of all sequences lie one after the other, and every product over the weights takes all of them. What a row
 //! becomes does not depend on the rows beside it.
 
-use cadre_kernels::Compute;
+use cadre_kernels::{Compute, Matrix};
 use cadre_routing::RoutingError;
 
 use crate::batch::{Sequence, Span, n_rows, span_of};
@@ -36,6 +36,10 @@ impl Model for Decoder {
 
     fn compute(&self) -> &Compute {
         &self.compute
+    }
+
+    fn matrices(&self) -> Vec<&Matrix> {
+        Decoder::matrices(self)
     }
 
     fn session(&self, options: &SessionOptions) -> Result<Session> {

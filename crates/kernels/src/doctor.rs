@@ -4,6 +4,7 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use crate::blocks::bytes_of;
 use crate::compute::Compute;
 use crate::isa::{self, Isa};
 use crate::pool::ThreadPool;
@@ -56,22 +57,10 @@ pub struct Bandwidth {
 ///
 /// Use several times the last-level cache, or the cache is measured; 256 MiB takes about 10 ms per pass.
 pub fn bandwidth(pool: &ThreadPool, n_bytes: usize, n_passes: usize) -> Bandwidth {
-    const WORDS_PER_TASK: usize = 1 << 16;
     // Ones, not zeros: pages of zeros may never be given memory.
     let words = vec![1u64; (n_bytes / size_of::<u64>()).max(1)];
     let mut rates: Vec<f64> = (0..n_passes.max(1))
-        .map(|_| {
-            let total = AtomicU64::new(0);
-            let start = Instant::now();
-            pool.run(words.len().div_ceil(WORDS_PER_TASK), &|i| {
-                let from = i * WORDS_PER_TASK;
-                let to = words.len().min(from + WORDS_PER_TASK);
-                total.fetch_add(sum(&words[from..to]), Ordering::Relaxed);
-            });
-            let seconds = start.elapsed().as_secs_f64();
-            black_box(total.into_inner());
-            size_of_val(words.as_slice()) as f64 / seconds.max(1e-9)
-        })
+        .map(|_| reading(pool, &[bytes_of(&words)]))
         .collect();
     rates.sort_by(f64::total_cmp);
     Bandwidth {
@@ -80,6 +69,27 @@ pub fn bandwidth(pool: &ThreadPool, n_bytes: usize, n_passes: usize) -> Bandwidt
         best: rates[rates.len() - 1],
         median: rates[rates.len() / 2],
     }
+}
+
+/// How fast `pool` reads `pieces` of memory once, in bytes per second; the more they are beyond the last-level cache, the
+/// better the measurement. Memory is not equally fast everywhere: this is the speed of these pieces.
+pub fn reading(pool: &ThreadPool, pieces: &[&[u8]]) -> f64 {
+    const BYTES_PER_TASK: usize = 1 << 19;
+    let tasks: Vec<&[u8]> = pieces
+        .iter()
+        .flat_map(|piece| piece.chunks(BYTES_PER_TASK))
+        .collect();
+    let total = AtomicU64::new(0);
+    let start = Instant::now();
+    pool.run(tasks.len(), &|i| {
+        // SAFETY: any bytes are numbers.
+        let (_, words, _) = unsafe { tasks[i].align_to::<u64>() };
+        total.fetch_add(sum(words), Ordering::Relaxed);
+    });
+    let seconds = start.elapsed().as_secs_f64();
+    black_box(total.into_inner());
+    let n_bytes: usize = pieces.iter().map(|piece| piece.len()).sum();
+    n_bytes as f64 / seconds.max(1e-9)
 }
 
 /// What the multipliers do at their best, in operations per second (a product and a sum are two), on all threads of

@@ -51,7 +51,7 @@ pub(crate) struct Record {
     n_seqs: usize,
     /// Of `samples_ts`.
     median_ts: f64,
-    /// Reading memory with the same threads, before and after every repetition; the median.
+    /// Reading the weights with the same threads, before and after every repetition; the median.
     bandwidth_bytes_per_s: f64,
     /// Bytes of weights and cache that a generated token needs, mean; shared by sequences decoded together.
     bytes_per_token: Option<f64>,

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use cadre_checkpoint::{Checkpoint, Dtype, held_sizes, model_sizes};
 use cadre_engine::{LoadOptions, Model, SessionOptions, load};
-use cadre_kernels::doctor::{bandwidth, peaks};
+use cadre_kernels::doctor::{bandwidth, peaks, reading};
 use clap::ValueEnum;
 
 use crate::bench::{
@@ -19,6 +19,8 @@ use crate::output::{Out, spinner};
 /// Bytes read per pass: several times the last-level cache of common machines.
 const PASS: usize = 256 << 20;
 const N_PASSES: usize = 3;
+/// More bytes than this are not read to measure memory.
+const LARGE: usize = 4 << 30;
 /// Tokens of the first warm-up: enough for every expert of most models to be met, so that its pages are there.
 const WARM_UP: usize = 512;
 
@@ -186,7 +188,7 @@ fn measure(
         let mut runner = runner(test)?;
         let mut samples = Vec::new();
         // Other users of the memory come and go, so that it is measured around every repetition.
-        let mut bandwidths = vec![bandwidth(pool, PASS, N_PASSES).median];
+        let mut bandwidths = vec![read_weights(&*model)];
         for repetition in 0..args.repetitions {
             app.interrupt.check()?;
             progress.set_message(format!(
@@ -198,7 +200,7 @@ fn measure(
             ));
             samples.push(runner.sample()?);
             peak_rss_bytes = peak_rss_bytes.max(rss_bytes());
-            bandwidths.push(bandwidth(pool, PASS, N_PASSES).median);
+            bandwidths.push(read_weights(&*model));
         }
         let around = Around {
             bandwidth: median(&bandwidths),
@@ -210,6 +212,21 @@ fn measure(
     }
     progress.finish_and_clear();
     Ok(records)
+}
+
+/// Bytes per second of reading the weights where they lie: memory is not equally fast everywhere. A model that the
+/// last-level cache may hold is held against memory all the same.
+fn read_weights(model: &dyn Model) -> f64 {
+    let pool = model.compute().pool();
+    let matrices = model.matrices();
+    let total: usize = matrices.iter().map(|matrix| matrix.bytes().len()).sum();
+    if total < PASS {
+        return bandwidth(pool, PASS, N_PASSES).median;
+    }
+    // An even part of a large model.
+    let pieces: Vec<_> = matrices.iter().map(|matrix| matrix.bytes()).collect();
+    let pieces: Vec<_> = pieces.into_iter().step_by((total / LARGE).max(1)).collect();
+    reading(pool, &pieces)
 }
 
 /// Operations per second that the multipliers could do at best with weights like the model's.

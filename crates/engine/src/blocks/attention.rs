@@ -1,7 +1,7 @@
 //! Causal self-attention with grouped queries, in all the variants of the models: biases, norms on queries and keys,
 //! sliding windows, sinks, clamps.
 
-use cadre_kernels::{Attend, AttendScratch, Compute, Heads, HeadsMut, MatmulScratch};
+use cadre_kernels::{Attend, AttendScratch, Compute, Heads, HeadsMut, MatmulScratch, Matrix};
 
 use super::{LayerKv, Linear, Norm, RopeAngles, Step};
 use crate::batch::Sequence;
@@ -56,10 +56,11 @@ impl AttentionScratch {
 }
 
 impl Attention {
-    /// Bytes of the matrices.
-    pub(crate) fn n_bytes(&self) -> usize {
-        let linears = [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj];
-        linears.iter().map(|linear| linear.n_bytes()).sum()
+    /// Adds its matrices to `all`.
+    pub(crate) fn matrices<'a>(&'a self, all: &mut Vec<&'a Matrix>) {
+        for linear in [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj] {
+            linear.matrices(all);
+        }
     }
 
     /// Stores keys and values of every row of `x_td`.

@@ -1,6 +1,6 @@
 //! Where the MoE block gets its experts from: the one type to change when they do not all fit in memory.
 
-use cadre_kernels::{Compute, Grouped, MatmulScratch};
+use cadre_kernels::{Compute, Grouped, MatmulScratch, Matrix};
 
 use super::{FeedForward, FeedForwardScratch};
 
@@ -31,9 +31,11 @@ impl Experts {
         self.experts.len()
     }
 
-    /// Bytes of the weights.
-    pub(crate) fn n_bytes(&self) -> usize {
-        self.experts.iter().map(FeedForward::n_bytes).sum()
+    /// Adds its matrices to `all`.
+    pub(crate) fn matrices<'a>(&'a self, all: &mut Vec<&'a Matrix>) {
+        for expert in &self.experts {
+            expert.matrices(all);
+        }
     }
 
     /// Computes every row by its expert, from the tokens' `x_td` into `y_pd`, `[rows, d]`.

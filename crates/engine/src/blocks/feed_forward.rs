@@ -31,9 +31,11 @@ impl FeedForwardScratch {
 }
 
 impl FeedForward {
-    /// Bytes of the weights.
-    pub(crate) fn n_bytes(&self) -> usize {
-        self.gate_proj.n_bytes() + self.up_proj.n_bytes() + self.down_proj.n_bytes()
+    /// Adds its matrices to `all`.
+    pub(crate) fn matrices<'a>(&'a self, all: &mut Vec<&'a Matrix>) {
+        for linear in [&self.gate_proj, &self.up_proj, &self.down_proj] {
+            linear.matrices(all);
+        }
     }
 
     /// `out_td = self(x_td)`.

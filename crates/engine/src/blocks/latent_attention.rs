@@ -86,16 +86,20 @@ impl LatentScratch {
 }
 
 impl LatentAttention {
-    /// Bytes of the matrices.
-    pub(crate) fn n_bytes(&self) -> usize {
-        let q = match &self.q {
-            QueryProjection::Direct(linear) => linear.n_bytes(),
+    /// Adds its matrices to `all`.
+    pub(crate) fn matrices<'a>(&'a self, all: &mut Vec<&'a Matrix>) {
+        match &self.q {
+            QueryProjection::Direct(linear) => linear.matrices(all),
             QueryProjection::LowRank {
                 q_a_proj, q_b_proj, ..
-            } => q_a_proj.n_bytes() + q_b_proj.n_bytes(),
-        };
-        let per_head = self.k_b.iter().chain(&self.v_b).map(Matrix::n_bytes);
-        q + self.kv_a_proj.n_bytes() + self.o_proj.n_bytes() + per_head.sum::<usize>()
+            } => {
+                q_a_proj.matrices(all);
+                q_b_proj.matrices(all);
+            }
+        }
+        self.kv_a_proj.matrices(all);
+        self.o_proj.matrices(all);
+        all.extend(self.k_b.iter().chain(&self.v_b));
     }
 
     /// Stores latent and rotary key of every row of `x_td`.

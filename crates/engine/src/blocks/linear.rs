@@ -16,8 +16,9 @@ impl Linear {
         self.weight.n_out()
     }
 
-    pub(crate) fn n_bytes(&self) -> usize {
-        self.weight.n_bytes()
+    /// Adds its matrices to `all`.
+    pub(crate) fn matrices<'a>(&'a self, all: &mut Vec<&'a Matrix>) {
+        all.push(&self.weight);
     }
 
     /// `y_to = self(x_ti)`.

@@ -3,7 +3,7 @@
 //! The order of the stages is the order of the functions below. A token's output adds its experts in the
 //! order of its routing, so it does not depend on the other tokens of the pass.
 
-use cadre_kernels::{Compute, MatmulScratch};
+use cadre_kernels::{Compute, MatmulScratch, Matrix};
 use cadre_routing::{Policy, Routing, RoutingError};
 
 use super::experts::ExpertRows;
@@ -86,13 +86,13 @@ impl MoeScratch {
 }
 
 impl Moe {
-    /// Bytes of the router and all experts.
-    pub(crate) fn n_bytes(&self) -> usize {
-        let shared = self
-            .shared
-            .as_ref()
-            .map_or(0, |shared| shared.expert.n_bytes());
-        self.gate.n_bytes() + self.experts.n_bytes() + shared
+    /// Adds its matrices to `all`.
+    pub(crate) fn matrices<'a>(&'a self, all: &mut Vec<&'a Matrix>) {
+        self.gate.matrices(all);
+        self.experts.matrices(all);
+        if let Some(shared) = &self.shared {
+            shared.expert.matrices(all);
+        }
     }
 
     /// `out_td = sum over picks of weight * expert(x_td)`; tells `observer` about the routing, if it watches.

@@ -45,6 +45,8 @@ pub(crate) unsafe trait Pod: Copy + Send + Sync + 'static {}
 
 // SAFETY: numbers; any bits are a value.
 unsafe impl Pod for f32 {}
+// SAFETY: as above.
+unsafe impl Pod for u64 {}
 // SAFETY: a wrapper around u16.
 unsafe impl Pod for half::f16 {}
 // SAFETY: a wrapper around u16.
