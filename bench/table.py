@@ -35,7 +35,7 @@ Random weights at the shapes of published models, cut to few layers. `pp512` is 
 other; `tg64x8` are 64 steps of 8 sequences decoded together, tokens of all sequences counted. Medians over the rounds. llama.cpp runs twice: with its
 default settings, and with the fastest that a small grid found for each test (repacking, mapping, flash attention, one cache or one per sequence).
 
-What limits each figure is in the last columns. Decoding is bound by bytes: *bound* is the read bandwidth measured in the same processes,
+What limits each figure is in the last columns. Decoding is bound by bytes: *bound* is how fast the same process reads these weights,
 divided by the bytes of weights and cache that a token needs (for several sequences, the experts that any of them picked, once), and *share* is the median
 speed as a part of it. Prompts are bound by arithmetic: *GFLOP/s* counts two operations per weight and token, attention left out.
 """
