@@ -3,9 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// An instruction set with its own kernels, worst first.
+/// An instruction set with its own kernels; within an architecture, worst first.
 ///
-/// Other CPUs (ARM included) run [`Isa::Scalar`], which the compiler vectorises for the target's baseline.
+/// Other CPUs run [`Isa::Scalar`], which the compiler vectorises for the target's baseline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Isa {
     /// Portable Rust: the twin that the others are tested against.
@@ -16,11 +16,22 @@ pub enum Isa {
     Avx512,
     /// [`Isa::Avx512`] with products of bf16.
     Avx512Bf16,
+    /// NEON, which every 64-bit ARM CPU has.
+    Neon,
+    /// [`Isa::Neon`] with dot products of 8-bit integers.
+    NeonDotprod,
 }
 
 impl Isa {
     /// Every instruction set that Cadre knows, worst first.
-    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    pub const ALL: [Isa; 6] = [
+        Isa::Scalar,
+        Isa::Avx2,
+        Isa::Avx512,
+        Isa::Avx512Bf16,
+        Isa::Neon,
+        Isa::NeonDotprod,
+    ];
 
     /// The best one that this CPU has.
     pub fn detect() -> Isa {
@@ -55,16 +66,20 @@ impl Isa {
                 "avx512vnni",
             ]),
             Isa::Avx512Bf16 => Isa::Avx512.is_available() && cpu_has(&["avx512bf16"]),
+            Isa::Neon => cpu_has(&["neon"]),
+            Isa::NeonDotprod => cpu_has(&["neon", "dotprod"]),
         }
     }
 
-    /// Its name in flags and reports: `scalar`, `avx2`, `avx512`, `avx512_bf16`.
+    /// Its name in flags and reports: `scalar`, `avx2`, `avx512`, `avx512_bf16`, `neon`, `neon_dotprod`.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512_bf16",
+            Isa::Neon => "neon",
+            Isa::NeonDotprod => "neon_dotprod",
         }
     }
 }
@@ -77,7 +92,9 @@ impl fmt::Display for Isa {
 
 /// The error of parsing an [`Isa`] from text.
 #[derive(Debug, thiserror::Error)]
-#[error("unknown instruction set \"{0}\"; known: scalar, avx2, avx512, avx512_bf16")]
+#[error(
+    "unknown instruction set \"{0}\"; known: scalar, avx2, avx512, avx512_bf16, neon, neon_dotprod"
+)]
 pub struct UnknownIsa(String);
 
 impl FromStr for Isa {
@@ -108,7 +125,12 @@ pub(crate) fn features() -> Vec<(&'static str, bool)> {
             ("avx512bf16", has!("avx512bf16")),
         ]
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    {
+        use std::arch::is_aarch64_feature_detected as has;
+        vec![("neon", has!("neon")), ("dotprod", has!("dotprod"))]
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     {
         Vec::new()
     }
@@ -138,10 +160,10 @@ mod tests {
         for isa in Isa::ALL {
             assert_eq!(isa.name().parse::<Isa>().unwrap(), isa);
         }
-        let error = "neon".parse::<Isa>().unwrap_err().to_string();
-        assert!(
-            error.contains("neon") && error.contains("avx512"),
-            "{error}"
-        );
+        let error = "sve".parse::<Isa>().unwrap_err().to_string();
+        assert!(error.contains("sve"), "{error}");
+        for isa in Isa::ALL {
+            assert!(error.contains(isa.name()), "{error}");
+        }
     }
 }

@@ -59,6 +59,7 @@ pub(crate) struct Slab {
     /// where the first does.
     rows: [*const u8; PANEL_ROWS],
     /// Where the rows that come next begin, to be fetched while these are packed; null when they are not to be.
+    #[allow(dead_code, reason = "not every instruction set fetches ahead")]
     pub(crate) next: *const u8,
 }
 
@@ -93,6 +94,7 @@ impl Slab {
 
     /// Where the first row begins.
     #[inline(always)]
+    #[allow(dead_code, reason = "not every instruction set fetches ahead")]
     pub(crate) fn start(&self) -> *const u8 {
         self.rows[0]
     }
@@ -111,6 +113,7 @@ impl Slab {
 /// Memory that will be needed next, to be fetched a little at a time while something else is computed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ahead {
+    #[allow(dead_code, reason = "not every instruction set fetches ahead")]
     pub(crate) from: *const u8,
     pub(crate) n_bytes: usize,
 }

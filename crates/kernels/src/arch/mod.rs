@@ -10,6 +10,8 @@ mod avx2;
 mod avx2_quants;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 mod scalar_panel;
 
@@ -74,6 +76,7 @@ pub(crate) struct Table {
 /// How an instruction set multiplies by weights.
 pub(crate) enum Products {
     /// Dot products of rows where they lie.
+    #[allow(dead_code, reason = "AVX2 alone does")]
     Rows(Quants),
     /// Rows unpacked into panels first; the second argument says whether they are interleaved.
     Panels(fn(Format, bool) -> PanelKernels),
@@ -86,6 +89,7 @@ pub(crate) enum PanelKernels {
     /// Weights of any float format, activations as they come.
     F32(Kernel<f32>),
     /// Weights in bf16: for activations as they come, and for those in bf16.
+    #[allow(dead_code, reason = "AVX-512 alone does")]
     Bf16(Kernel<f32>, Kernel<bf16>),
     /// The format has to be expanded to f32 first.
     Expand,
@@ -100,6 +104,7 @@ pub(crate) struct Kernel<X> {
 }
 
 /// Products that unpack the rows again for every few tokens.
+#[allow(dead_code, reason = "AVX-512 alone does")]
 #[derive(Clone, Copy)]
 pub(crate) struct Few<X> {
     /// For 1, 2, 4 and 8 tokens.
@@ -139,7 +144,10 @@ pub(crate) fn table(isa: Isa) -> Option<&'static Table> {
         Isa::Avx512 => Some(&avx512::TABLE),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Bf16 => Some(&avx512::TABLE_BF16),
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => Some(&neon::TABLE),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDotprod => Some(&neon::TABLE_DOTPROD),
         _ => None,
     }
 }
@@ -149,7 +157,7 @@ pub(crate) fn table(isa: Isa) -> Option<&'static Table> {
 ///
 /// A tile computes each of its elements by the same sequence whatever its size, so the cut into tiles
 /// changes speed and no bit of the result. `$r1` rows are taken together for a single token.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! rows_by_tiles {
     ($name:ident, $tile:ident $(<$block:ty>)?, $w:ty, $x:ty, $features:literal, $r:literal x $n:literal, $r1:literal) => {
         /// # Safety
@@ -204,18 +212,18 @@ macro_rules! rows_by_tiles {
         }
     };
 }
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use rows_by_tiles;
 
 /// `ln 2` to 9 bits, so that its product with a small integer is exact, and what is left of it.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 const LN2_HIGH: f32 = 355.0 / 512.0;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 const LN2_LOW: f32 = -2.121_944_4e-4;
 
 /// The series of `exp`, highest power first: 1/7!, ..., 1/1!, 1. On |r| <= ln(2)/2 what follows it is
 /// below 5e-9 relative.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[expect(
     clippy::excessive_precision,
     reason = "written as the decimals of the reciprocals"

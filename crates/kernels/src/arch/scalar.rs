@@ -53,6 +53,10 @@ fn dot_f16(w: &[f16], x: &[f32]) -> f32 {
 
 /// What a super-block adds to a dot product, from its sums in integers.
 #[inline(always)]
+#[allow(
+    dead_code,
+    reason = "the vector kernels over rows use it, and not every CPU has them"
+)]
 pub(super) fn share<B: Block256>(w: &Quants256, d: f32, scaled: i32, mins: i32) -> f32 {
     let scaled = w.d * d * scaled as f32;
     if B::HAS_MIN {

@@ -9,6 +9,8 @@
 pub(super) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(super) mod neon;
 pub(super) mod scalar;
 
 use std::ops::Range;
@@ -191,7 +193,7 @@ impl Panels {
 /// Defines a [`ProductFn`] for each way to load a panel, with `tile::<Load, ROWS, PANELS>` covering the result.
 ///
 /// For 1 to 8 rows, the panels that are taken together.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! products {
     ($features:literal, [$v1:literal, $v2:literal, $v3:literal, $v4:literal, $v5:literal, $v6:literal, $v7:literal, $v8:literal]) => {
         /// # Safety
@@ -232,7 +234,7 @@ macro_rules! products {
         }
     };
 }
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use products;
 
 #[cfg(test)]
