@@ -13,7 +13,7 @@ use crate::error::{CheckpointError, Result};
 use crate::gguf::Gguf;
 use crate::gguf_models;
 use crate::map::FileMap;
-use crate::shards::Shards;
+use crate::shards::{Blob, Shards};
 use crate::tensors::{BlockScales, Data, Entry, Tensors};
 use crate::text::{GgufVocab, Tokenizer};
 
@@ -144,8 +144,7 @@ impl Checkpoint {
         })?;
         let generation = source.text(&origin, "generation_config.json")?;
         let config = ModelConfig::parse(&origin, &config, generation.as_deref())?;
-        let mut maps = Vec::new();
-        let shards = Shards::load(&origin, |name| source.blob(name, &mut maps))?;
+        let shards = Shards::load(&origin, |name| source.blob(name))?;
         let tensors = Tensors::from_hugging_face(&config, shards.tensors)?;
         tracing::debug!(%origin, n_tensors = tensors.map.len(), "opened checkpoint");
         Ok(Self {
@@ -153,7 +152,7 @@ impl Checkpoint {
             source,
             config,
             tensors,
-            maps,
+            maps: shards.maps,
             digest: OnceLock::new(),
         })
     }
@@ -240,6 +239,8 @@ impl Checkpoint {
 
     fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let entry = self.tensors.map.get(name)?;
+        // Callers go through tensors in about the order of the files.
+        let _found = self.maps().any(|map| map.ask_ahead(entry.source()));
         let bytes = entry.bytes();
         if !matches!(entry.data, Data::Plain(_)) {
             // It was gathered: the view does not need the file any more.
@@ -257,12 +258,12 @@ impl Checkpoint {
     /// copy of what they need. Nothing is lost: bytes that are touched again are read from the file again, most likely
     /// from the system's cache of it. Bytes that are in no mapped file of this checkpoint are left alone.
     pub fn release(&self, bytes: &[u8]) {
+        let _found = self.maps().any(|map| map.release(bytes));
+    }
+
+    fn maps(&self) -> impl Iterator<Item = &FileMap> {
         let of_gguf = self.gguf().map_or(&[][..], Gguf::maps);
-        let _found = self
-            .maps
-            .iter()
-            .chain(of_gguf)
-            .any(|map| map.release(bytes));
+        self.maps.iter().chain(of_gguf)
     }
 
     /// Number format and shape of a tensor, without touching its values.
@@ -532,10 +533,13 @@ impl Source {
         })
     }
 
-    /// A large file of the checkpoint, or `None` when it is absent. One that is mapped for it goes to `maps`.
-    fn blob(&self, name: &str, maps: &mut Vec<FileMap>) -> Result<Option<Bytes>> {
+    /// A large file of the checkpoint, or `None` when it is absent.
+    fn blob(&self, name: &str) -> Result<Option<Blob>> {
         match self {
-            Self::Embedded(files) => Ok(find(files, name).map(Bytes::from_static)),
+            Self::Embedded(files) => Ok(find(files, name).map(|bytes| Blob {
+                bytes: Bytes::from_static(bytes),
+                map: None,
+            })),
             Self::Gguf(_) => Ok(None),
             Self::Folder(folder) => {
                 let path = folder.join(name);
@@ -543,9 +547,10 @@ impl Source {
                     return Ok(None);
                 }
                 let map = FileMap::open(&path)?;
-                let bytes = map.bytes();
-                maps.push(map);
-                Ok(Some(bytes))
+                Ok(Some(Blob {
+                    bytes: map.bytes(),
+                    map: Some(map),
+                }))
             }
         }
     }

@@ -1,6 +1,7 @@
-//! Mapping a file into memory as shared, read-only bytes, and giving pages of it back.
+//! Mapping a file into memory as shared, read-only bytes, asking for pages of it early, and giving them back.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,6 +13,12 @@ use crate::error::{CheckpointError, Result};
 /// Linux maps up to this much around a page that is touched (`fault_around_bytes`). It is a multiple of every usual
 /// page size too.
 const AROUND: usize = 64 << 10;
+
+/// What is asked for at once: Linux reads no more than its window of reading ahead, and leaves out the rest.
+const STEP: usize = 128 << 10;
+
+/// How far reading is ahead of a reader who goes through the file: enough requests to keep a disk busy meanwhile.
+const AHEAD: usize = 32 << 20;
 
 /// A whole file, mapped read-only. Clones share the map, and so do the bytes taken from it.
 #[derive(Debug, Clone)]
@@ -41,21 +48,66 @@ impl FileMap {
         Bytes::from_owner(self.clone())
     }
 
+    /// Asks the system to read these bytes of the file (cut off at its end) and returns before they are there.
+    ///
+    /// What is touched without having been asked for comes in as pieces whose size the system guesses: too little and
+    /// the reader waits often, too much and it waits for bytes that nobody wants.
+    pub(crate) fn ask_for(&self, range: Range<usize>) {
+        let end = range.end.min(self.0.len());
+        for from in (range.start..end).step_by(STEP) {
+            self.advise_needed(from, STEP.min(end - from));
+        }
+    }
+
+    /// Asks for `bytes` and as much as [`AHEAD`] behind them, of which what was asked for with the bytes before is left
+    /// out. Whether they are a part of this map is answered.
+    pub(crate) fn ask_ahead(&self, bytes: &[u8]) -> bool {
+        let Some(Range { start, end }) = self.range_of(bytes) else {
+            return false;
+        };
+        // What is this small comes in with its neighbours.
+        if bytes.len() >= AROUND {
+            self.ask_for(start..end);
+            self.ask_for(end.max(start + AHEAD)..end + AHEAD);
+        }
+        true
+    }
+
+    #[cfg(unix)]
+    fn advise_needed(&self, offset: usize, len: usize) {
+        let advised = self.0.advise_range(memmap2::Advice::WillNeed, offset, len);
+        if let Err(error) = advised {
+            // Only time is lost by that.
+            tracing::debug!(%error, "a file is not read ahead");
+        }
+    }
+
+    #[cfg(not(unix))]
+    fn advise_needed(&self, _offset: usize, _len: usize) {}
+
+    /// Where `bytes` are in the file if they are a part of this map.
+    fn range_of(&self, bytes: &[u8]) -> Option<Range<usize>> {
+        let (map, part) = (self.0.as_ptr_range(), bytes.as_ptr_range());
+        let is_inside = part.start >= map.start && part.end <= map.end;
+        is_inside.then(|| {
+            let start = map.start.addr();
+            part.start.addr() - start..part.end.addr() - start
+        })
+    }
+
     /// Takes the pages under `bytes` out of this process's memory if they are a part of this map, which is answered.
     /// They stay in the system's cache of files while it has room, and come back when they are touched.
     pub(crate) fn release(&self, bytes: &[u8]) -> bool {
-        let map = self.0.as_ptr_range();
-        let part = bytes.as_ptr_range();
-        let (start, end) = (map.start.addr(), map.end.addr());
-        if part.start.addr() < start || part.end.addr() > end {
+        let Some(Range { start, end }) = self.range_of(bytes) else {
             return false;
-        }
+        };
         // What is this small shares its pages with others, and is not worth a call.
         if bytes.len() >= AROUND {
             // The neighbours that came in when this was read go as well: they may have been released before.
-            let from = (part.start.addr() / AROUND * AROUND).max(start);
-            let to = part.end.addr().next_multiple_of(AROUND).min(end);
-            self.drop_pages(from - start, to - from);
+            let first = self.0.as_ptr().addr();
+            let from = ((first + start) / AROUND * AROUND).max(first) - first;
+            let to = (first + end).next_multiple_of(AROUND) - first;
+            self.drop_pages(from, to.min(self.0.len()) - from);
         }
         true
     }
@@ -124,6 +176,26 @@ mod tests {
         assert!(resident(file.path()) <= 2 << 10);
         map.release(&bytes);
         assert_eq!(resident(file.path()), 0);
+    }
+
+    #[test]
+    fn asking_changes_no_byte_and_takes_any_range() {
+        let (file, values) = file(3 << 20);
+        let map = FileMap::open(file.path()).unwrap();
+        let bytes = map.bytes();
+        for range in [
+            0..0,
+            0..1,
+            7..100_001,
+            (3 << 20) - 1..5 << 20,
+            4 << 20..5 << 20,
+        ] {
+            map.ask_for(range);
+        }
+        assert!(map.ask_ahead(&bytes[1 << 20..2 << 20]));
+        assert!(map.ask_ahead(&bytes) && map.ask_ahead(&bytes[3 << 20..]));
+        assert!(!map.ask_ahead(&values));
+        assert!(bytes == values);
     }
 
     #[test]

@@ -82,6 +82,12 @@ pub fn safetensors_outline(file: &mut dyn Read) -> io::Result<Vec<u8>> {
     Ok(header)
 }
 
+/// Bytes of the file up to the end of its header, as it claims; `None` where it cannot be right.
+pub(crate) fn header_length(bytes: &[u8]) -> Option<usize> {
+    let length = u64::from_le_bytes(*bytes.first_chunk()?);
+    (length <= MAX_HEADER).then_some(8 + length as usize)
+}
+
 /// A tensor in the header.
 struct Line {
     name: String,
