@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use cadre_checkpoint::{Checkpoint, Holding, Tokenizer};
-use cadre_engine::{LoadOptions, Model, Quant, load};
+use cadre_engine::{LoadOptions, Model, Quant, load_watched};
 use clap::ValueEnum;
 use tempfile::TempDir;
 
 use crate::cli::App;
 use crate::embedded;
 use crate::hub::{self, HubRef};
-use crate::output::spinner;
+use crate::output::bytes_bar;
 
 /// The choice of a checkpoint.
 #[derive(Debug, Clone, clap::Args)]
@@ -156,19 +156,20 @@ impl Loaded {
 }
 
 impl ModelArgs {
-    /// Opens and loads the model, with a spinner while it takes.
+    /// Opens and loads the model, with a bar while it takes.
     pub(crate) fn load(&self, app: &App) -> Result<Loaded> {
         let checkpoint = self.checkpoint.open(app)?;
-        let progress = spinner(&app.env, format!("loading {}", checkpoint.origin()));
+        let what = format!("loading {}", checkpoint.origin());
+        let bar = bytes_bar(&app.env, checkpoint.data_bytes(), what);
         let options = LoadOptions {
             quant: self.quant.quant(),
             n_threads: (self.threads > 0).then_some(self.threads),
             in_place: self.no_repack,
             ..LoadOptions::default()
         };
-        let model = load(&checkpoint, &options)
+        let model = load_watched(&checkpoint, &options, &|n_bytes| bar.inc(n_bytes))
             .with_context(|| format!("cannot load {}", checkpoint.origin()));
-        progress.finish_and_clear();
+        bar.finish_and_clear();
         Ok(Loaded {
             checkpoint,
             model: model?,

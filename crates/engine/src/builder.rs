@@ -1,7 +1,7 @@
 //! From tensors to blocks: the parts that architectures share, read as the configuration describes them.
 
-use cadre_checkpoint::{Checkpoint, ModelConfig, NormKind, QkNorm, RouterConfig, Score};
-use cadre_kernels::{Compute, Matrix};
+use cadre_checkpoint::{ModelConfig, NormKind, QkNorm, RouterConfig, Score};
+use cadre_kernels::Matrix;
 use cadre_routing::policies::{
     GroupLimited, GroupLimitedOptions, GroupScore, ScoreFn, SparseMixer, TopK,
 };
@@ -11,7 +11,6 @@ use crate::blocks::{
     Attention, Experts, FeedForward, LatentAttention, Linear, Moe, Norm, QueryProjection, Shared,
 };
 use crate::error::{EngineError, Result};
-use crate::load::LoadOptions;
 use crate::weights::{Weights, weight_error};
 
 /// Builds blocks from the tensors of one checkpoint.
@@ -21,10 +20,10 @@ pub(crate) struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    pub(crate) fn new(checkpoint: &'a Checkpoint, options: &LoadOptions, compute: Compute) -> Self {
+    pub(crate) fn new(weights: Weights<'a>) -> Self {
         Self {
-            config: checkpoint.config(),
-            weights: Weights::new(checkpoint, options, compute),
+            config: weights.config(),
+            weights,
         }
     }
 
@@ -223,11 +222,13 @@ impl<'a> Builder<'a> {
         self.weights
             .compute
             .pool()
-            .for_each_chunk(&mut slots, 1, |expert, slot| {
+            .for_each_chunk(&mut slots, 1, |at, slot| {
+                // The pool takes the last task first, and files are read fastest from the front.
+                let expert = moe.n_experts - 1 - at;
                 let prefix = format!("{prefix}.experts.{expert}");
                 slot[0] = Some(self.feed_forward(&prefix, moe.intermediate_size, moe.expert_bias));
             });
-        let experts: Result<Vec<FeedForward>> = slots.into_iter().flatten().collect();
+        let experts: Result<Vec<FeedForward>> = slots.into_iter().rev().flatten().collect();
         let gate = self
             .weights
             .matrix_f32(&format!("{prefix}.gate.weight"), [moe.n_experts, d])?;

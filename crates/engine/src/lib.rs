@@ -31,7 +31,7 @@ pub use batch::Sequence;
 pub use cadre_kernels::{KvFormat, KvFormats};
 pub use error::{EngineError, Result};
 pub use generate::{Finish, GenerateOptions, Generated, Hooks, generate};
-pub use load::{LoadOptions, Quant, known_model_types, load};
+pub use load::{LoadOptions, Progress, Quant, known_model_types, load, load_watched};
 pub use model::{Logits, Model, ModelInfo, NoObserver, Observer, RoutingEvent};
 pub use sampling::{Sampler, SamplingOptions};
 pub use session::{Session, SessionOptions};

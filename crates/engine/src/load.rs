@@ -10,6 +10,7 @@ use crate::decoder::Decoder;
 use crate::error::{EngineError, Result};
 use crate::model::Model;
 use crate::models as m;
+use crate::weights::Weights;
 
 /// How weights are held in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,6 +36,9 @@ pub struct LoadOptions {
     /// fastest in. Changes no result.
     pub in_place: bool,
 }
+
+/// What is told how loading goes on.
+pub type Progress<'a> = dyn Fn(u64) + Sync + 'a;
 
 type Loader = fn(Builder<'_>) -> Result<Decoder>;
 
@@ -67,6 +71,19 @@ pub fn known_model_types() -> Vec<&'static str> {
 /// An unknown architecture; a tensor that is missing, unexpected, of the wrong shape, or holds NaN or
 /// infinities; an instruction set that this CPU lacks.
 pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Arc<dyn Model>> {
+    load_watched(checkpoint, options, &|_| {})
+}
+
+/// [`load`], which tells `progress` how many bytes of weights it has just read, out of [`Checkpoint::data_bytes`]; from
+/// several threads, and not every small tensor.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_watched(
+    checkpoint: &Checkpoint,
+    options: &LoadOptions,
+    progress: &Progress<'_>,
+) -> Result<Arc<dyn Model>> {
     let config = checkpoint.config();
     let Some((_, loader)) = LOADERS.iter().find(|(name, _)| *name == config.model_type) else {
         let found = config.model_type.clone();
@@ -76,7 +93,8 @@ pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Arc<dyn Mo
         });
     };
     checkpoint.expect_exactly(&tensor_specs(config))?;
-    let model = loader(Builder::new(checkpoint, options, compute(options)?))?;
+    let weights = Weights::new(checkpoint, options, compute(options)?, progress);
+    let model = loader(Builder::new(weights))?;
     Ok(Arc::new(model))
 }
 

@@ -2,12 +2,12 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use cadre_checkpoint::Checkpoint;
+use cadre_checkpoint::{Checkpoint, ModelConfig};
 use cadre_kernels::{Compute, Format, Matrix, MatrixError};
 
 use crate::blocks::Linear;
 use crate::error::{EngineError, Result};
-use crate::load::{LoadOptions, Quant};
+use crate::load::{LoadOptions, Progress, Quant};
 
 /// Reads tensors of one checkpoint, checked for shape and for NaN and infinities.
 pub(crate) struct Weights<'a> {
@@ -17,17 +17,28 @@ pub(crate) struct Weights<'a> {
     pub(crate) compute: Compute,
     /// Matrices that the wanted format cannot hold.
     n_kept: AtomicUsize,
+    progress: &'a Progress<'a>,
 }
 
 impl<'a> Weights<'a> {
-    pub(crate) fn new(checkpoint: &'a Checkpoint, options: &LoadOptions, compute: Compute) -> Self {
+    pub(crate) fn new(
+        checkpoint: &'a Checkpoint,
+        options: &LoadOptions,
+        compute: Compute,
+        progress: &'a Progress<'a>,
+    ) -> Self {
         Self {
             checkpoint,
             quant: options.quant,
             in_place: options.in_place,
             compute,
             n_kept: AtomicUsize::new(0),
+            progress,
         }
+    }
+
+    pub(crate) fn config(&self) -> &'a ModelConfig {
+        self.checkpoint.config()
     }
 
     /// A vector of `n` values.
@@ -142,6 +153,7 @@ impl<'a> Weights<'a> {
             // Slower, but it words the error.
             self.checkpoint.check_finite(name)?;
         }
+        (self.progress)(source.len() as u64);
         Ok(self.copied(&source, matrix))
     }
 }

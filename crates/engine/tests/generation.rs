@@ -3,11 +3,13 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cadre_engine::eval::{Document, Windows, perplexity};
 use cadre_engine::{
     EngineError, Finish, GenerateOptions, Generated, Hooks, KvFormats, LoadOptions, Logits, Model,
     NoObserver, Observer, Quant, RoutingEvent, SamplingOptions, SessionOptions, generate, load,
+    load_watched,
 };
 use cadre_kernels::Isa;
 use cadre_testkit::{Random, TinyMoe};
@@ -459,6 +461,21 @@ fn nan_in_bf16_is_found_too() {
     let error = load(&folder.open().unwrap(), &LoadOptions::default()).unwrap_err();
     assert!(matches!(error, EngineError::Checkpoint(_)), "{error}");
     assert!(error.to_string().contains("NaN"), "{error}");
+}
+
+#[test]
+fn loading_tells_how_far_it_is() {
+    let folder = TinyMoe::default().build().unwrap();
+    let checkpoint = folder.open().unwrap();
+    let n_bytes = AtomicU64::new(0);
+    let progress = |n: u64| {
+        n_bytes.fetch_add(n, Ordering::Relaxed);
+    };
+    load_watched(&checkpoint, &LoadOptions::default(), &progress).unwrap();
+    // All but vectors and routers.
+    let all = checkpoint.data_bytes();
+    let told = n_bytes.into_inner();
+    assert!(told <= all && told > all * 9 / 10, "{told} of {all}");
 }
 
 #[test]
