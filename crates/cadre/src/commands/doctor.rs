@@ -4,8 +4,8 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use cadre_kernels::ThreadPool;
-use cadre_kernels::doctor::{bandwidth, cpu};
+use cadre_kernels::doctor::{bandwidth, cpu, peaks};
+use cadre_kernels::{Compute, Kernels, ThreadPool};
 use serde::Serialize;
 
 use crate::cli::App;
@@ -41,6 +41,7 @@ struct Report {
     threads: usize,
     memory_bytes: Option<u64>,
     memory_bandwidth: Vec<Bandwidth>,
+    peaks: Peaks,
     disk: Option<disk::Measured>,
     model: Model,
 }
@@ -57,6 +58,42 @@ struct Bandwidth {
     threads: usize,
     median: f64,
     best: f64,
+}
+
+/// What the multipliers do at their best with all threads: operations per second, a product and a sum being two.
+#[derive(Debug, Serialize)]
+struct Peaks {
+    threads: usize,
+    /// Of 8-bit integers; absent where the kernels have no such instruction.
+    int8: Option<f64>,
+    /// Of bf16; likewise.
+    bf16: Option<f64>,
+}
+
+impl Peaks {
+    fn measure(threads: usize) -> Self {
+        let measured = peaks(&Compute::new(Kernels::detect(), threads));
+        Self {
+            threads,
+            int8: measured.int8,
+            bf16: measured.bf16,
+        }
+    }
+
+    fn text(&self) -> String {
+        let known = [
+            (self.int8, "GOP/s of 8-bit integers"),
+            (self.bf16, "GFLOP/s of bf16"),
+        ];
+        let known: Vec<String> = known
+            .iter()
+            .filter_map(|(rate, of)| Some(format!("{:.0} {of}", (*rate)? / 1e9)))
+            .collect();
+        match known.is_empty() {
+            true => "no instruction for 8-bit integers or bf16 is used".to_owned(),
+            false => format!("{} with {} thread(s)", known.join(", "), self.threads),
+        }
+    }
 }
 
 /// What the measurements mean for a model held in memory.
@@ -88,6 +125,8 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
             }
         })
         .collect();
+    progress.set_message("measuring the multipliers");
+    let peaks = Peaks::measure(cpu.n_threads);
     progress.set_message("measuring the disk");
     // Ctrl-C waits for the measurement, which removes its file.
     let guard = app.interrupt.guard();
@@ -113,6 +152,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         threads: cpu.n_threads,
         memory_bytes: memory_bytes(),
         memory_bandwidth,
+        peaks,
         disk,
         model: Model {
             name: checkpoint.origin().to_owned(),
@@ -179,6 +219,7 @@ fn text(report: &Report) -> String {
         let rates = format!("{:.1} GB/s, best {:.1}", one.median / 1e9, one.best / 1e9);
         line("reading", format!("{rates} with {} thread(s)", one.threads));
     }
+    line("multiplying", report.peaks.text());
     match &report.disk {
         Some(disk) => line("disk", disk.to_string()),
         None => line("disk", "not measured; pass --disk FOLDER".to_owned()),
@@ -194,4 +235,30 @@ fn text(report: &Report) -> String {
         ),
     );
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peaks_are_said_as_far_as_they_are_known() {
+        let said = |int8, bf16| {
+            Peaks {
+                threads: 2,
+                int8,
+                bf16,
+            }
+            .text()
+        };
+        assert_eq!(
+            said(Some(1.2e12), Some(4.564e11)),
+            "1200 GOP/s of 8-bit integers, 456 GFLOP/s of bf16 with 2 thread(s)"
+        );
+        assert_eq!(
+            said(Some(1e9), None),
+            "1 GOP/s of 8-bit integers with 2 thread(s)"
+        );
+        assert!(said(None, None).starts_with("no instruction"));
+    }
 }

@@ -379,6 +379,14 @@ fn traces_are_recorded_and_shown() {
 fn doctor_and_completions_work() {
     let report = json(&["doctor", "-o", "json"]);
     assert!(report["memory_bandwidth"][0]["median"].as_f64() > Some(0.0));
+    let peaks = &report["peaks"];
+    assert_eq!(peaks["threads"], report["threads"]);
+    // Only the best kernels have instructions for them.
+    for (name, needs) in [("int8", "avx512"), ("bf16", "avx512_bf16")] {
+        let kernels = report["kernels_available"].as_array().unwrap();
+        let has = kernels.iter().any(|kernel| kernel == needs);
+        assert_eq!(peaks[name].as_f64().is_some_and(|rate| rate > 1e8), has);
+    }
     assert!(report["model"]["bound_tokens_per_second"].as_f64() > Some(0.0));
     for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
         assert!(
