@@ -12,6 +12,8 @@ mod hub_server;
 mod inspect;
 #[cfg(unix)]
 mod interrupt;
+#[cfg(target_os = "linux")]
+mod limits;
 mod nano;
 #[cfg(feature = "train")]
 mod train;
