@@ -190,6 +190,21 @@ impl Format {
         self.info().block_bytes
     }
 
+    /// [`Block::PRODUCT_ERROR`] of a block format.
+    pub(crate) fn product_error(self) -> f64 {
+        for_block!(self, B => <B as Block>::PRODUCT_ERROR)
+    }
+
+    /// [`Block::mass`] of every block of a block format, each at the place of the block's first value in `out`.
+    pub(crate) fn masses(self, bytes: &[u8], out: &mut [f32]) {
+        for_block!(self, B => {
+            let blocks = bytes.chunks_exact(size_of::<B>());
+            for (block, out) in blocks.zip(out.chunks_exact_mut(<B as Block>::LEN)) {
+                out[0] = blocks::read::<B>(block).mass() as f32;
+            }
+        });
+    }
+
     /// Whether a block holds more than one value.
     #[must_use]
     pub fn is_quantized(self) -> bool {

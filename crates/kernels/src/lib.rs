@@ -11,6 +11,7 @@
 //!
 //! Shapes: activations are `[n_tokens, n_in]`, weights `[n_out, n_in]`, both row-major.
 
+mod accuracy;
 mod activations;
 mod arch;
 mod attention;

@@ -38,6 +38,14 @@ const _: () = assert!(size_of::<ActQ8>() == 44 && align_of::<ActQ8>() == 4);
 const _: () = assert!(size_of::<ActQ8K>() == 292 && align_of::<ActQ8K>() == 4);
 
 impl ActQ8 {
+    /// How far a product may be off because its activations are these: this times, per block, the largest magnitude of
+    /// an activation and the sum of the magnitudes that make up the weights. A quant is off by half a step of the 127
+    /// (and by what `127 / amax` is rounded), the scale by the rounding to 11 bits.
+    pub const PRODUCT_ERROR: f64 = 0.5001 / 127.0 + 1.0 / 2048.0;
+    /// What the same may be off besides where a scale is too small for a normal f16, in place of its share: 127 times
+    /// half of the smallest f16.
+    pub(crate) const SMALLEST: f64 = 127.0 / (1 << 25) as f64;
+
     /// A block of zeros.
     pub const ZERO: Self = Self {
         d: 0.0,
@@ -48,6 +56,9 @@ impl ActQ8 {
 }
 
 impl ActQ8K {
+    /// As [`ActQ8::PRODUCT_ERROR`]. The scale is an f32, whose rounding is within the last digit.
+    pub const PRODUCT_ERROR: f64 = 0.5001 / 127.0;
+
     /// A block of zeros.
     pub const ZERO: Self = Self {
         d: 0.0,

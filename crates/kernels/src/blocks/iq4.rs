@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{Block32, Block256, Quants32, Quants256, block, nibbles};
+use super::{ActQ8, ActQ8K, Block32, Block256, Quants32, Quants256, block, nibbles};
 
 /// What the 16 codes stand for.
 pub(crate) const IQ4_VALUES: [i8; 16] = [
@@ -35,6 +35,8 @@ block!(BlockIq4Nl, of_32, 18, |block| block.d.is_finite());
 block!(BlockIq4Xs, of_256, 136, |block| block.d.is_finite());
 
 impl Block32 for BlockIq4Nl {
+    const PRODUCT_ERROR: f64 = ActQ8::PRODUCT_ERROR;
+
     fn unpack(&self) -> Quants32 {
         Quants32 {
             qs: nibbles(&self.qs).map(|code| IQ4_VALUES[usize::from(code)]),
@@ -55,6 +57,7 @@ impl BlockIq4Xs {
 }
 
 impl Block256 for BlockIq4Xs {
+    const PRODUCT_ERROR: f64 = ActQ8K::PRODUCT_ERROR;
     const SIGNED: bool = true;
 
     #[inline(always)]

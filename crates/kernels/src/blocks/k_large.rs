@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{Block256, N_SCALES, Quants256, block};
+use super::{ActQ8K, Block256, N_SCALES, Quants256, block};
 
 /// `d * scale * q - dmin * min`, with a 6-bit scale and minimum per 32 weights.
 #[derive(Clone, Copy, Debug)]
@@ -82,6 +82,7 @@ fn scales_and_mins(packed: &[u8; 12], out: &mut Quants256) {
 }
 
 impl Block256 for BlockQ4K {
+    const PRODUCT_ERROR: f64 = ActQ8K::PRODUCT_ERROR;
     const HAS_MIN: bool = true;
 
     #[inline(always)]
@@ -100,6 +101,7 @@ impl Block256 for BlockQ4K {
 }
 
 impl Block256 for BlockQ5K {
+    const PRODUCT_ERROR: f64 = ActQ8K::PRODUCT_ERROR;
     const HAS_MIN: bool = true;
 
     #[inline(always)]
@@ -119,6 +121,7 @@ impl Block256 for BlockQ5K {
 }
 
 impl Block256 for BlockQ6K {
+    const PRODUCT_ERROR: f64 = ActQ8K::PRODUCT_ERROR;
     const OFFSET: i8 = 32;
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{Block256, N_SCALES, Quants256, block};
+use super::{ActQ8K, Block256, N_SCALES, Quants256, block};
 
 /// `d * scale * q - dmin * min`, with a 4-bit scale and minimum per 16 weights.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +34,7 @@ block!(BlockQ2K, of_256, 84, |block| block.d.is_finite()
 block!(BlockQ3K, of_256, 110, |block| block.d.is_finite());
 
 impl Block256 for BlockQ2K {
+    const PRODUCT_ERROR: f64 = ActQ8K::PRODUCT_ERROR;
     const HAS_MIN: bool = true;
 
     #[inline(always)]
@@ -75,6 +76,7 @@ impl BlockQ3K {
 }
 
 impl Block256 for BlockQ3K {
+    const PRODUCT_ERROR: f64 = ActQ8K::PRODUCT_ERROR;
     const OFFSET: i8 = 4;
 
     #[inline(always)]

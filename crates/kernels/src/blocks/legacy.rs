@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{Block32, Q8_BLOCK, Quants32, block, nibbles};
+use super::{ActQ8, Block32, Q8_BLOCK, Quants32, block, nibbles};
 
 /// `(q - 8) * d`.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +56,8 @@ fn five_bits(qh: [u8; 4], qs: &[u8; 16]) -> [u8; Q8_BLOCK] {
 }
 
 impl Block32 for BlockQ4_0 {
+    const PRODUCT_ERROR: f64 = ActQ8::PRODUCT_ERROR;
+
     fn unpack(&self) -> Quants32 {
         Quants32 {
             qs: nibbles(&self.qs).map(|q| q as i8 - 8),
@@ -66,6 +68,7 @@ impl Block32 for BlockQ4_0 {
 }
 
 impl Block32 for BlockQ4_1 {
+    const PRODUCT_ERROR: f64 = ActQ8::PRODUCT_ERROR;
     const HAS_MIN: bool = true;
 
     fn unpack(&self) -> Quants32 {
@@ -78,6 +81,8 @@ impl Block32 for BlockQ4_1 {
 }
 
 impl Block32 for BlockQ5_0 {
+    const PRODUCT_ERROR: f64 = ActQ8::PRODUCT_ERROR;
+
     fn unpack(&self) -> Quants32 {
         Quants32 {
             qs: five_bits(self.qh, &self.qs).map(|q| q as i8 - 16),
@@ -88,6 +93,7 @@ impl Block32 for BlockQ5_0 {
 }
 
 impl Block32 for BlockQ5_1 {
+    const PRODUCT_ERROR: f64 = ActQ8::PRODUCT_ERROR;
     const HAS_MIN: bool = true;
 
     fn unpack(&self) -> Quants32 {

@@ -86,8 +86,16 @@ pub(crate) trait Block: Pod {
     /// Whether every weight is sure to be finite, from the scales alone.
     fn is_surely_finite(&self) -> bool;
 
+    /// How far a product with activations in 8 bits may be from the exact one of the expanded weights: this times the
+    /// sum, over blocks, of the largest magnitude of an activation times [`Block::mass`]. Sums in f32 come on top; see
+    /// [`crate::Matrix::error_bound`].
+    const PRODUCT_ERROR: f64;
+
     /// Expands to `out` (`[LEN]`), by the operations and in the order that GGUF's definition gives.
     fn decode(&self, out: &mut [f32]);
+
+    /// Sum of the magnitudes of scaled quants and minima: that of the weights where there is no minimum.
+    fn mass(&self) -> f64;
 }
 
 /// A block of 32 weights, unpacked.
@@ -104,6 +112,8 @@ pub(crate) struct Quants32 {
 pub(crate) trait Block32: Pod {
     /// Whether weights are `q * d + m`.
     const HAS_MIN: bool = false;
+    /// See [`Block::PRODUCT_ERROR`].
+    const PRODUCT_ERROR: f64;
 
     fn unpack(&self) -> Quants32;
 }
@@ -142,6 +152,8 @@ pub(crate) trait Block256: Pod {
     const SIGNED: bool = false;
     /// What is taken off every quant.
     const OFFSET: i8 = 0;
+    /// See [`Block::PRODUCT_ERROR`].
+    const PRODUCT_ERROR: f64;
 
     /// Fills `out`, apart from fields that the constants above say are unused.
     fn unpack(&self, out: &mut Quants256);
@@ -158,6 +170,7 @@ macro_rules! block {
 
         impl crate::blocks::Block for $block {
             const LEN: usize = crate::blocks::$family::LEN;
+            const PRODUCT_ERROR: f64 = crate::blocks::$family::product_error::<Self>();
 
             #[inline]
             fn is_surely_finite(&self) -> bool {
@@ -167,6 +180,10 @@ macro_rules! block {
 
             fn decode(&self, out: &mut [f32]) {
                 crate::blocks::$family::decode(self, out);
+            }
+
+            fn mass(&self) -> f64 {
+                crate::blocks::$family::mass(self)
             }
         }
     };
@@ -178,6 +195,17 @@ pub(crate) mod of_32 {
     use super::{Block32, Q8_BLOCK};
 
     pub(crate) const LEN: usize = Q8_BLOCK;
+
+    pub(crate) const fn product_error<B: Block32>() -> f64 {
+        B::PRODUCT_ERROR
+    }
+
+    pub(crate) fn mass<B: Block32>(block: &B) -> f64 {
+        let quants = block.unpack();
+        let sum: i32 = quants.qs.iter().map(|q| i32::from(*q).abs()).sum();
+        let min = if B::HAS_MIN { quants.m.abs() } else { 0.0 };
+        f64::from(quants.d.abs()) * f64::from(sum) + LEN as f64 * f64::from(min)
+    }
 
     pub(crate) fn decode<B: Block32>(block: &B, out: &mut [f32]) {
         let quants = block.unpack();
@@ -197,6 +225,26 @@ pub(crate) mod of_256 {
     use super::{Block256, Quants256, SUB_BLOCK, SUPER_BLOCK};
 
     pub(crate) const LEN: usize = SUPER_BLOCK;
+
+    pub(crate) const fn product_error<B: Block256>() -> f64 {
+        B::PRODUCT_ERROR
+    }
+
+    pub(crate) fn mass<B: Block256>(block: &B) -> f64 {
+        let mut quants = Quants256::ZERO;
+        block.unpack(&mut quants);
+        let (d, dmin) = (f64::from(quants.d), f64::from(quants.dmin));
+        let groups = quants.qs.as_chunks::<SUB_BLOCK>().0.iter().enumerate();
+        let of_group = |(at, qs): (usize, &[i8; SUB_BLOCK])| {
+            let sum: i32 = qs.iter().map(|q| i32::from(q - B::OFFSET).abs()).sum();
+            let min = match B::HAS_MIN {
+                true => dmin * f64::from(quants.mins[at]) * SUB_BLOCK as f64,
+                false => 0.0,
+            };
+            (d * f64::from(quants.scales[at]) * f64::from(sum)).abs() + min.abs()
+        };
+        groups.map(of_group).sum()
+    }
 
     pub(crate) fn decode<B: Block256>(block: &B, out: &mut [f32]) {
         let mut quants = Quants256::ZERO;

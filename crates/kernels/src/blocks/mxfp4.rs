@@ -1,6 +1,6 @@
 //! MXFP4: 32 four-bit floats (E2M1) with a shared power of two (E8M0).
 
-use super::{Block32, Quants32, block, nibbles};
+use super::{ActQ8, Block32, Quants32, block, nibbles};
 
 /// Twice what the 16 codes stand for, so that they are integers.
 pub(crate) const MXFP4_VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
@@ -34,6 +34,8 @@ impl BlockMxfp4 {
 }
 
 impl Block32 for BlockMxfp4 {
+    const PRODUCT_ERROR: f64 = ActQ8::PRODUCT_ERROR;
+
     fn unpack(&self) -> Quants32 {
         Quants32 {
             qs: nibbles(&self.qs).map(|code| MXFP4_VALUES[usize::from(code)]),

@@ -2,7 +2,9 @@
 
 use half::f16;
 
-use super::{Block32, Block256, N_SCALES, Q8_BLOCK, Quants32, Quants256, SUPER_BLOCK, block};
+use super::{
+    ActQ8, ActQ8K, Block32, Block256, N_SCALES, Q8_BLOCK, Quants32, Quants256, SUPER_BLOCK, block,
+};
 
 /// Thirty-two weights in 34 bytes, laid out as GGUF's Q8_0.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,6 +41,8 @@ impl BlockQ8_0 {
 }
 
 impl Block32 for BlockQ8_0 {
+    const PRODUCT_ERROR: f64 = ActQ8::PRODUCT_ERROR;
+
     fn unpack(&self) -> Quants32 {
         Quants32 {
             qs: self.qs,
@@ -49,6 +53,7 @@ impl Block32 for BlockQ8_0 {
 }
 
 impl Block256 for BlockQ8K {
+    const PRODUCT_ERROR: f64 = ActQ8K::PRODUCT_ERROR;
     const SIGNED: bool = true;
 
     #[inline(always)]
