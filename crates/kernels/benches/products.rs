@@ -5,19 +5,16 @@
 //!
 //! Decoding is bound by bytes: the last lines give each format's bytes per second as a share of the bandwidth that is
 //! measured first, with the same threads. Prompts are bound by arithmetic: one item is one operation, two per weight and token.
-#![expect(
-    clippy::print_stdout,
-    clippy::unwrap_used,
-    reason = "a program for people"
-)]
+#![expect(clippy::unwrap_used, reason = "a program for people")]
 
-use std::sync::{LazyLock, Mutex};
+mod figures;
+
 use std::time::Instant;
 
-use cadre_kernels::doctor::{bandwidth, default_threads};
-use cadre_kernels::{Compute, Format, Grouped, Kernels, MatmulScratch, Matrix};
+use cadre_kernels::{Format, Grouped, MatmulScratch, Matrix};
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
+use figures::{COMPUTE, note, numbers};
 
 const FORMATS: [&str; 8] = [
     "f32", "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "mxfp4",
@@ -29,73 +26,9 @@ const ROWS: usize = 96 << 10;
 const DIFFERENT: usize = 64;
 const EXPERTS: usize = 32;
 const WIDTH: usize = 768;
-const PASS: usize = 256 << 20;
-
-/// One figure for the last lines.
-struct Figure {
-    name: String,
-    amount: f64,
-    seconds: Vec<f64>,
-}
-
-static COMPUTE: LazyLock<Compute> =
-    LazyLock::new(|| Compute::new(Kernels::detect(), default_threads()));
-static FIGURES: Mutex<Vec<Figure>> = Mutex::new(Vec::new());
 
 fn main() {
-    let pool = COMPUTE.pool();
-    let rate = bandwidth(pool, PASS, 7).median;
-    println!(
-        "kernels {}, {} threads, reading {:.1} GB/s",
-        COMPUTE.kernels().isa().name(),
-        pool.n_threads(),
-        rate / 1e9
-    );
-    divan::main();
-    let rate = f64::midpoint(rate, bandwidth(pool, PASS, 7).median);
-    for figure in FIGURES.lock().unwrap().iter_mut() {
-        figure.seconds.sort_by(f64::total_cmp);
-        let median = figure.seconds[figure.seconds.len() / 2];
-        let speed = figure.amount / median;
-        if figure.name.starts_with("decode") {
-            println!(
-                "{:<24} {:7.1} GB/s  {:4.0} % of reading",
-                figure.name,
-                speed / 1e9,
-                100.0 * speed / rate
-            );
-        } else {
-            println!("{:<24} {:7.1} GOP/s", figure.name, speed / 1e9);
-        }
-    }
-}
-
-/// Remembers how long a product took, for the last lines.
-fn note(name: &str, amount: f64, seconds: f64) {
-    let mut figures = FIGURES.lock().unwrap();
-    let at = figures.iter().position(|figure| figure.name == name);
-    let at = at.unwrap_or_else(|| {
-        figures.push(Figure {
-            name: name.to_owned(),
-            amount,
-            seconds: Vec::new(),
-        });
-        figures.len() - 1
-    });
-    figures[at].seconds.push(seconds);
-}
-
-/// Numbers between -1 and 1 without a pattern.
-fn numbers(n: usize) -> Vec<f32> {
-    let mut state = 1u64;
-    (0..n)
-        .map(|_| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1);
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        })
-        .collect()
+    figures::run();
 }
 
 fn matrix(format: &str, n_out: usize, n_in: usize) -> Matrix {
