@@ -113,6 +113,48 @@ def moe(records):
     return "\n\n".join(one(record) for record in records)
 
 
+def opening(records):
+    """The newest line of `bench/open/run.py` for each container."""
+    newest = {record["container"]: record for record in records}
+    lines = [
+        "`cadre inspect` of sparse checkpoints with true headers, from the start of the process to its end; *cold*: the pages of the checkpoint"
+        " were dropped from the system's cache before. Medians. The aim is under 50 ms and under 50 MB.",
+        "",
+        "| container | size | tensors | cold | warm | processor time, cold | most memory | machine |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, record in newest.items():
+        cold, warm = record["cold"], record["warm"]
+        peak = max(cold["peak_rss_bytes"], warm["peak_rss_bytes"])
+        cells = [
+            name, f"{record['file_bytes'] / 1e9:.1f} GB", f"{record['tensors']:,}",
+            *(f"{1e3 * value:.0f} ms" for value in (cold["median_s"], warm["median_s"], cold["median_cpu_s"])),
+            f"{peak / 1e6:.0f} MB",
+            f"{record['cpus']} CPUs ({record['machine']}), load {record['load']}, {record['date'][:10]}, commit {record['commit']}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def agreement(records):
+    """The newest line of `bench/peers/agree.py` for each model."""
+    newest = {record["model"]: record for record in records}
+    lines = [
+        "Greedy tokens after open prompts, by Cadre and by llama.cpp in several settings, which round differently"
+        " (`bench/peers/agree.py`). Where its settings agree, there is something to be equal to.",
+        "",
+        "| model | prompts x tokens | all settings of llama.cpp agree | Cadre is equal there | Cadre is equal to some setting |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, record in newest.items():
+        cells = [
+            f"`{name}`", f"{record['prompts']} x {record['tokens']}", record["all_settings_agree"],
+            f"{record['cadre_agrees_there']} of {record['all_settings_agree']}", record["cadre_agrees_with_one"],
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def document():
     """The whole page."""
     from run import latest
@@ -122,6 +164,10 @@ def document():
     parts = [INTRO + ("\n" + moe(latest()) if latest() else "\nNothing is recorded yet.")]
     if read_records(TRAIN):
         parts.append("## Training next to PyTorch\n\n" + train_table(latest_record(TRAIN)))
+    if opened := read_records("open"):
+        parts.append("## Opening a checkpoint of 10 GB\n\n" + opening(opened))
+    if agreed := read_records("agree"):
+        parts.append("## Continuations next to llama.cpp\n\n" + agreement(agreed))
     return "\n\n".join(parts) + "\n"
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 F32 = 0
 FLASH_OFF = 0
+FLASH_ON = 1
 
 
 class Silence:
@@ -44,25 +45,27 @@ SILENCE = Silence()
 
 
 class Model:
-    """One GGUF file with one sequence."""
+    """One GGUF file with one sequence.
 
-    def __init__(self, path, n_ctx=512, default_cache=False, threads=1, repack=True):
+    `flash` forces flash attention on or off, `ubatch` is how many tokens are read at once, and `weights` is another Model of
+    the same file whose weights are used.
+    """
+
+    def __init__(self, path, n_ctx=512, default_cache=False, threads=1, repack=True, flash=None, ubatch=None, weights=None):
         SILENCE.errors.clear()
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
-        # Repacked blocks are multiplied by other kernels, which round otherwise.
-        params.use_extra_bufts = repack
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-        if not self.model:
-            raise ValueError(f"llama.cpp does not load {path}: {' '.join(SILENCE.errors).strip()}")
+        self.owns_weights = weights is None
+        self.model = weights.model if weights else self.load(path, repack)
         context = llama_cpp.llama_context_default_params()
         context.n_ctx = n_ctx
-        context.n_batch = context.n_ubatch = n_ctx
+        context.n_batch = n_ctx
+        context.n_ubatch = ubatch or n_ctx
         context.n_threads = context.n_threads_batch = threads
         if not default_cache:
             context.type_k = context.type_v = F32
             context.flash_attn_type = FLASH_OFF
             context.swa_full = True
+        if flash is not None:
+            context.flash_attn_type = FLASH_ON if flash else FLASH_OFF
         self.context = llama_cpp.llama_init_from_model(self.model, context)
         if not self.context:
             raise ValueError(f"llama.cpp makes no context for {path}: {' '.join(SILENCE.errors).strip()}")
@@ -71,10 +74,23 @@ class Model:
         self.n_ctx = n_ctx
         self.position = 0
 
+    @staticmethod
+    def load(path, repack):
+        """The weights of a file."""
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 0
+        # Repacked blocks are multiplied by other kernels, which round otherwise.
+        params.use_extra_bufts = repack
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not model:
+            raise ValueError(f"llama.cpp does not load {path}: {' '.join(SILENCE.errors).strip()}")
+        return model
+
     def close(self):
         """Gives the memory back."""
         llama_cpp.llama_free(self.context)
-        llama_cpp.llama_model_free(self.model)
+        if self.owns_weights:
+            llama_cpp.llama_model_free(self.model)
 
     def reset(self):
         """Forgets the sequence."""
