@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "golden" / "make"), str(ROOT / "bench"), str(Path(__file__).parent)]
+# Both folders have a module `common`; the one of the benchmarks is meant.
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "golden" / "make"), str(Path(__file__).parent)]
 
 from common import append_record, now, revision  # noqa: E402
 from llama_logits import Model, decoded  # noqa: E402
