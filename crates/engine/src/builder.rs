@@ -222,13 +222,11 @@ impl<'a> Builder<'a> {
         self.weights
             .compute
             .pool()
-            .for_each_chunk(&mut slots, 1, |at, slot| {
-                // The pool takes the last task first, and files are read fastest from the front.
-                let expert = moe.n_experts - 1 - at;
+            .for_each_chunk(&mut slots, 1, |expert, slot| {
                 let prefix = format!("{prefix}.experts.{expert}");
                 slot[0] = Some(self.feed_forward(&prefix, moe.intermediate_size, moe.expert_bias));
             });
-        let experts: Result<Vec<FeedForward>> = slots.into_iter().rev().flatten().collect();
+        let experts: Result<Vec<FeedForward>> = slots.into_iter().flatten().collect();
         let gate = self
             .weights
             .matrix_f32(&format!("{prefix}.gate.weight"), [moe.n_experts, d])?;
