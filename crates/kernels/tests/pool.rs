@@ -13,7 +13,8 @@ fn chain(pool: &ThreadPool, n_calls: usize, n_values: usize) -> Vec<u64> {
         let before = values.clone();
         pool.for_each_chunk(&mut values, 3, |i, chunk| {
             for (j, value) in chunk.iter_mut().enumerate() {
-                *value = value.wrapping_mul(31) + before[(i * 3 + j + 1) % before.len()];
+                let next = before[(i * 3 + j + 1) % before.len()];
+                *value = value.wrapping_mul(31).wrapping_add(next);
             }
         });
     }
