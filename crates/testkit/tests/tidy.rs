@@ -11,9 +11,10 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("kernels", &[]),
     ("checkpoint", &["kernels"]),
+    ("store", &[]),
     ("routing", &[]),
     ("trace", &["routing"]),
-    ("engine", &["checkpoint", "kernels", "routing"]),
+    ("engine", &["checkpoint", "kernels", "routing", "store"]),
     ("train", &["checkpoint", "kernels", "routing"]),
     ("testkit", &["checkpoint"]),
     (
@@ -23,6 +24,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "engine",
             "kernels",
             "routing",
+            "store",
             "trace",
             "train",
         ],
@@ -30,7 +32,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
 ];
 
 /// Crates in which `unsafe` is allowed.
-const UNSAFE: &[&str] = &["kernels", "checkpoint"];
+const UNSAFE: &[&str] = &["kernels", "checkpoint", "store"];
 
 /// External crates that have exactly one home.
 const HOMES: &[(&str, &[&str])] = &[

@@ -1,0 +1,17 @@
+//! Where experts live when they do not all fit into memory: a cache of some, and the rest on disk.
+//!
+//! [`Store`] is what a model asks for the experts of a layer. It keeps a [`Cache`] of the most useful ones, as its
+//! [`Policy`] sees it, reads the others past the system's own cache ([`reader`]), and reads ahead what a predictor
+//! expects while that helps. [`replay`] says from a recorded routing what each policy would have done.
+
+mod cache;
+mod error;
+mod expert;
+pub mod policies;
+mod policy;
+pub mod reader;
+
+pub use cache::{Capacity, Placed};
+pub use error::{Result, StoreError};
+pub use expert::{ExpertId, Now};
+pub use policy::Policy;

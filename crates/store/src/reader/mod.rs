@@ -1,0 +1,51 @@
+//! Reading pieces of files in the background, whichever way this system does that best.
+//!
+//! A request owns the memory that it is read into and gives it back with its completion, so that nobody can see or reuse
+//! bytes that are still being written.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+
+/// A piece of a file that is wanted.
+#[derive(Debug)]
+pub struct Request {
+    /// Given back with the completion; means something to the caller alone.
+    pub tag: u64,
+    /// The open file.
+    pub file: Arc<std::fs::File>,
+    /// Where to read from; a multiple of [`ALIGN`] where the file was opened past the system's cache.
+    pub offset: u64,
+    /// Filled as far as possible: its length is how much is wanted. Its address and length are multiples of [`ALIGN`],
+    /// except that the last piece of a file may be shorter than asked for.
+    pub memory: BytesMut,
+}
+
+/// A request that has ended.
+#[derive(Debug)]
+pub struct Completion {
+    /// The request's.
+    pub tag: u64,
+    /// The request's memory, of the same length.
+    pub memory: BytesMut,
+    /// Bytes that were read: fewer than wanted only where the file ends.
+    pub result: io::Result<usize>,
+}
+
+/// What addresses, offsets and lengths are multiples of, as reading past the system's cache wants it.
+pub const ALIGN: usize = 4096;
+
+/// Reads in the background. Requests are begun in the order in which they are submitted, and end in any.
+pub trait Reader: Send {
+    /// `pread`, `io_uring`, ...
+    fn name(&self) -> &'static str;
+
+    /// Begins a request, now or as soon as an earlier one has ended. Never waits for the disk.
+    fn submit(&mut self, request: Request);
+
+    /// The next completion; waits for it as long as `timeout` says, or not at all. `None` when there is none in that
+    /// time, or nothing has been submitted.
+    fn next(&mut self, timeout: Duration) -> Option<Completion>;
+}
