@@ -7,11 +7,17 @@
 mod cache;
 mod error;
 mod expert;
+mod per_expert;
 pub mod policies;
 mod policy;
+pub mod predictors;
 pub mod reader;
+mod recording;
+pub mod replay;
 
-pub use cache::{Capacity, Placed};
+pub use cache::{Cache, CacheCounts, Capacity, Placed};
 pub use error::{Result, StoreError};
 pub use expert::{ExpertId, Now};
+pub use policies::PolicyKind;
 pub use policy::Policy;
+pub use recording::{Passing, Recording, Step};

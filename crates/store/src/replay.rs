@@ -1,0 +1,362 @@
+//! What a store would have done with a recorded routing: hits and bytes of every policy at every budget, and of
+//! Belady's optimum, which none can beat.
+
+use crate::cache::{Cache, CacheCounts, Capacity, Placed};
+use crate::expert::{ExpertId, Now};
+use crate::per_expert::PerExpert;
+use crate::policies::{Belady, PolicyKind};
+use crate::policy::Policy;
+use crate::recording::{Passing, Recording, Step};
+
+/// Bytes of every expert, and the sizes that there are.
+#[derive(Clone, Debug)]
+pub struct ExpertSizes {
+    classes: PerExpert<usize>,
+    /// Bytes of an expert and number of experts of every size, the largest first.
+    sizes: Vec<(usize, usize)>,
+}
+
+impl ExpertSizes {
+    /// The sizes that `bytes_of` gives for the experts of a model.
+    pub fn new(n_layers: usize, n_experts: usize, bytes_of: impl Fn(ExpertId) -> usize) -> Self {
+        let ids = (0..n_layers as u16)
+            .flat_map(|layer| (0..n_experts as u16).map(move |expert| ExpertId { layer, expert }));
+        let mut sizes: Vec<(usize, usize)> = Vec::new();
+        for id in ids.clone() {
+            let n_bytes = bytes_of(id);
+            match sizes.iter_mut().find(|(size, _)| *size == n_bytes) {
+                Some((_, n)) => *n += 1,
+                None => sizes.push((n_bytes, 1)),
+            }
+        }
+        sizes.sort_unstable_by(|a, b| b.cmp(a));
+        let mut classes = PerExpert::new(n_layers, n_experts, 0);
+        for id in ids {
+            let n_bytes = bytes_of(id);
+            let class = sizes.iter().position(|&(size, _)| size == n_bytes);
+            classes[id] = class.expect("every size is in the list");
+        }
+        Self { classes, sizes }
+    }
+
+    /// Bytes of an expert.
+    pub fn bytes(&self, id: ExpertId) -> usize {
+        self.sizes[self.classes[id]].0
+    }
+
+    /// Bytes of all experts.
+    pub fn total(&self) -> u64 {
+        let bytes = |&(size, n): &(usize, usize)| size as u64 * n as u64;
+        self.sizes.iter().map(bytes).sum()
+    }
+
+    /// Bytes of an expert and number of experts of every size, the largest first.
+    pub fn sizes(&self) -> &[(usize, usize)] {
+        &self.sizes
+    }
+}
+
+/// What was wanted, and what it cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Tokens.
+    pub n_tokens: u64,
+    /// Experts wanted: one per layer, pass and expert.
+    pub lookups: u64,
+    /// Of these, how many were cached.
+    pub hits: u64,
+    /// Bytes of those that were not.
+    pub bytes_read: u64,
+}
+
+impl Tally {
+    /// Share of what was wanted that was cached, 0 to 1; 0 when nothing was wanted.
+    pub fn hit_rate(&self) -> f64 {
+        self.hits as f64 / self.lookups.max(1) as f64
+    }
+
+    /// Bytes read per token.
+    pub fn bytes_per_token(&self) -> f64 {
+        self.bytes_read as f64 / self.n_tokens.max(1) as f64
+    }
+}
+
+/// What one policy did with one budget.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Tokens that came one by one.
+    pub decode: Tally,
+    /// Tokens of prompts, in passes of many.
+    pub prompt: Tally,
+    /// What happened in the cache.
+    pub counts: CacheCounts,
+    /// Experts that fit.
+    pub n_slots: usize,
+}
+
+/// A recording, the sizes of its experts, and how its tokens came.
+#[derive(Clone, Copy, Debug)]
+pub struct Replay<'a> {
+    recording: &'a Recording,
+    sizes: &'a ExpertSizes,
+    passing: Passing,
+}
+
+impl<'a> Replay<'a> {
+    /// `sizes` are those of the model that was recorded.
+    pub fn new(recording: &'a Recording, sizes: &'a ExpertSizes, passing: Passing) -> Self {
+        Self {
+            recording,
+            sizes,
+            passing,
+        }
+    }
+
+    /// A cache of `budget` bytes under a policy, empty at the start. As in a store, what the current step uses keeps
+    /// its slot.
+    pub fn run(&self, kind: PolicyKind, budget: u64) -> Outcome {
+        let capacities = Capacity::divide(budget, self.sizes.sizes());
+        let n_slots = capacities.iter().map(|capacity| capacity.n_slots).sum();
+        let (n_layers, n_experts) = self.shape();
+        let policy = kind.make(n_layers, n_experts, n_slots);
+        self.run_policy(policy, capacities, true, |_, _| ())
+    }
+
+    /// The most that any policy could have hit with `budget` bytes. Nothing is pinned, which only helps it.
+    pub fn bound(&self, budget: u64) -> Outcome {
+        let (n_layers, n_experts) = self.shape();
+        let mut policy = Belady::new(n_layers, n_experts);
+        self.recording
+            .uses(self.passing, |id, now| policy.foresee(id, now));
+        let capacities = Capacity::divide(budget, self.sizes.sizes());
+        self.run_policy(Box::new(policy), capacities, false, |_, _| ())
+    }
+
+    /// A cache of `budget` bytes under Belady's rule, where the routing of `n_tokens` tokens is known before the first of
+    /// them is computed: that of a model whose router does not wait for the layers. What is not known goes by recency.
+    pub fn ahead(&self, budget: u64, n_tokens: u64) -> Outcome {
+        let (n_layers, n_experts) = self.shape();
+        let mut future = Vec::new();
+        self.recording
+            .uses(self.passing, |id, now| future.push((id, now)));
+        let mut future = future.into_iter().peekable();
+        let foresee = |cache: &mut Cache, now: Now| {
+            let known =
+                |(_, then): &(ExpertId, Now)| then.token < now.token.saturating_add(n_tokens);
+            while let Some((id, then)) = future.next_if(known) {
+                cache.foresee(id, then);
+            }
+        };
+        let policy = Box::new(Belady::new(n_layers, n_experts));
+        let capacities = Capacity::divide(budget, self.sizes.sizes());
+        self.run_policy(policy, capacities, true, foresee)
+    }
+
+    fn shape(&self) -> (usize, usize) {
+        (self.recording.n_layers(), self.recording.n_experts())
+    }
+
+    fn run_policy(
+        &self,
+        policy: Box<dyn Policy>,
+        capacities: Vec<Capacity>,
+        pins: bool,
+        mut before_each: impl FnMut(&mut Cache, Now),
+    ) -> Outcome {
+        let class_of = |id| self.sizes.classes[id];
+        let mut run = Run {
+            cache: Cache::new(capacities, class_of, self.shape(), policy),
+            sizes: self.sizes,
+            pins,
+            pinned: Vec::new(),
+            step: 0,
+            missed: Vec::new(),
+        };
+        run.pinned.resize(run.cache.n_slots(), 0);
+        let mut outcome = Outcome::default();
+        self.recording.steps(self.passing, |step| {
+            let tally = if step.is_prompt {
+                &mut outcome.prompt
+            } else {
+                &mut outcome.decode
+            };
+            before_each(&mut run.cache, step.now);
+            run.step(step, tally);
+        });
+        Outcome {
+            counts: run.cache.counts(),
+            n_slots: run.cache.n_slots(),
+            ..outcome
+        }
+    }
+}
+
+/// One cache on its way through a recording.
+struct Run<'a> {
+    cache: Cache,
+    sizes: &'a ExpertSizes,
+    pins: bool,
+    /// The last step that used each slot; steps are counted from 1.
+    pinned: Vec<u64>,
+    step: u64,
+    missed: Vec<ExpertId>,
+}
+
+impl Run<'_> {
+    /// All lookups of a layer, then places for what was missed, as a store does it.
+    fn step(&mut self, step: Step<'_>, tally: &mut Tally) {
+        self.step += 1;
+        if step.now.layer == 0 {
+            tally.n_tokens += u64::from(step.n_tokens);
+        }
+        for &(expert, n_tokens) in step.uses {
+            let layer = step.now.layer;
+            let id = ExpertId { layer, expert };
+            tally.lookups += 1;
+            match self.cache.lookup(id, n_tokens, step.now) {
+                Some(slot) => {
+                    tally.hits += 1;
+                    self.pinned[slot] = self.step;
+                }
+                None => {
+                    tally.bytes_read += self.sizes.bytes(id) as u64;
+                    self.missed.push(id);
+                }
+            }
+        }
+        for id in self.missed.drain(..) {
+            let (pins, pinned, step_now) = (self.pins, &self.pinned, self.step);
+            let is_pinned = |slot: usize| pins && pinned[slot] == step_now;
+            match self.cache.place(id, step.now, &is_pinned) {
+                Placed::Free(slot) | Placed::Evicted(slot, _) => self.pinned[slot] = self.step,
+                Placed::Refused => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Tokens of one layer with one pick each, and experts of one byte.
+    fn one_layer(experts: &[u16]) -> (Recording, ExpertSizes) {
+        let mut recording = Recording::new(1, 8);
+        let picks: Vec<&[u16]> = experts.chunks(1).collect();
+        assert!(recording.push_sequence(&[picks]));
+        (recording, ExpertSizes::new(1, 8, |_| 1))
+    }
+
+    #[test]
+    fn the_golden_trace_is_reproduced() {
+        let (recording, sizes) = one_layer(&[0, 1, 2, 0, 3, 1, 4, 0, 2, 1, 3, 0, 4, 2, 1, 0]);
+        let replay = Replay::new(&recording, &sizes, Passing::default());
+        for (budget, hits) in [(2, 0), (3, 1), (4, 6), (5, 11)] {
+            let outcome = replay.run(PolicyKind::Lru, budget);
+            let expected = Tally {
+                n_tokens: 16,
+                lookups: 16,
+                hits,
+                bytes_read: 16 - hits,
+            };
+            assert_eq!(outcome.decode, expected, "{budget}");
+            assert_eq!(outcome.prompt, Tally::default());
+            assert_eq!(outcome.counts.evictions, 16 - hits - budget);
+            assert!(replay.bound(budget).decode.hits >= hits);
+        }
+    }
+
+    #[test]
+    fn a_prompt_reads_an_expert_once_per_layer() {
+        let (recording, sizes) = one_layer(&[1, 1, 2, 1, 1, 3]);
+        let passing = Passing {
+            n_prompt: 4,
+            chunk: 4,
+        };
+        let outcome = Replay::new(&recording, &sizes, passing).run(PolicyKind::Lru, 8);
+        let prompt = Tally {
+            n_tokens: 4,
+            lookups: 2,
+            hits: 0,
+            bytes_read: 2,
+        };
+        let decode = Tally {
+            n_tokens: 2,
+            lookups: 2,
+            hits: 1,
+            bytes_read: 1,
+        };
+        assert_eq!((outcome.prompt, outcome.decode), (prompt, decode));
+        assert_eq!(outcome.decode.hit_rate(), 0.5);
+        assert_eq!(outcome.prompt.bytes_per_token(), 0.5);
+    }
+
+    #[test]
+    fn a_step_does_not_evict_what_it_uses() {
+        let mut recording = Recording::new(1, 4);
+        assert!(recording.push_sequence(&[vec![&[0, 1, 2], &[0, 1, 3]]]));
+        let sizes = ExpertSizes::new(1, 4, |_| 10);
+        let replay = Replay::new(&recording, &sizes, Passing::default());
+        // Two slots hold 0 and 1; 2 and then 3 find no slot that is not in use.
+        let outcome = replay.run(PolicyKind::Lru, 25);
+        assert_eq!((outcome.decode.hits, outcome.counts.refused), (2, 2));
+        assert_eq!((outcome.n_slots, outcome.decode.bytes_read), (2, 40));
+    }
+
+    #[test]
+    fn sizes_have_slots_of_their_own() {
+        let sizes = ExpertSizes::new(2, 2, |id| if id.layer == 0 { 2 } else { 6 });
+        assert_eq!((sizes.total(), sizes.sizes()), (16, &[(6, 2), (2, 2)][..]));
+        let mut recording = Recording::new(2, 2);
+        for _ in 0..2 {
+            assert!(recording.push_sequence(&[vec![&[0], &[1]], vec![&[1], &[1]]]));
+        }
+        let replay = Replay::new(&recording, &sizes, Passing::default());
+        // Half of all: one slot of each size.
+        let outcome = replay.run(PolicyKind::Lru, 8);
+        assert_eq!(
+            (outcome.decode.hits, outcome.decode.bytes_read),
+            (3, 4 * 2 + 6)
+        );
+    }
+
+    #[test]
+    fn knowing_the_next_tokens_is_worth_as_much_as_they_are() {
+        // A cycle of three through two slots: recency always evicts what comes next.
+        let (recording, sizes) = one_layer(&[0, 1, 2].repeat(10));
+        let replay = Replay::new(&recording, &sizes, Passing::default());
+        let hits = |outcome: Outcome| outcome.decode.hits;
+        assert_eq!(hits(replay.run(PolicyKind::Lru, 2)), 0);
+        assert_eq!(hits(replay.ahead(2, 1)), 0);
+        assert_eq!(hits(replay.bound(2)), 18);
+        assert_eq!(hits(replay.ahead(2, 4)), 18);
+        assert_eq!(hits(replay.ahead(2, u64::MAX)), 18);
+    }
+
+    proptest! {
+        #[test]
+        fn no_policy_beats_the_bound(
+            tokens in prop::collection::vec(prop::collection::btree_set(0_u16..8, 2), 2..80),
+            budget in 0_u64..17, n_prompt in 0_usize..20,
+        ) {
+            let tokens: Vec<Vec<u16>> = tokens.into_iter().map(Vec::from_iter).collect();
+            let halves = tokens.chunks_exact(tokens.len() / 2).take(2);
+            let picks: Vec<_> = halves.map(|half| half.iter().map(Vec::as_slice).collect()).collect();
+            let mut recording = Recording::new(2, 8);
+            prop_assert!(recording.push_sequence(&picks));
+            let sizes = ExpertSizes::new(2, 8, |_| 1);
+            let replay = Replay::new(&recording, &sizes, Passing { n_prompt, chunk: 7 });
+            let bound = replay.bound(budget);
+            for kind in PolicyKind::all() {
+                let outcome = replay.run(kind, budget);
+                let hits = |outcome: &Outcome| outcome.decode.hits + outcome.prompt.hits;
+                prop_assert!(hits(&outcome) <= hits(&bound), "{}", kind);
+                prop_assert_eq!(outcome.decode.lookups, bound.decode.lookups);
+                if budget == 16 {
+                    prop_assert_eq!(hits(&outcome), hits(&bound), "all fits: {}", kind);
+                }
+            }
+        }
+    }
+}
