@@ -7,10 +7,12 @@
 mod cache;
 mod error;
 mod expert;
+pub mod forecast;
 mod per_expert;
 pub mod policies;
 mod policy;
 pub mod predictors;
+pub mod probe;
 pub mod reader;
 mod recording;
 pub mod replay;

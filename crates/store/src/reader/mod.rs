@@ -3,11 +3,30 @@
 //! A request owns the memory that it is read into and gives it back with its completion, so that nobody can see or reuse
 //! bytes that are still being written.
 
+mod direct;
+mod faulty;
+mod kind;
+mod memory;
+mod pool;
+mod sync;
+#[cfg(target_os = "linux")]
+mod uring;
+mod whole;
+
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
+
+pub use direct::OpenFile;
+pub use faulty::{Fault, FaultyReader, When};
+pub use kind::{ReaderKind, best};
+pub use memory::aligned;
+pub use pool::PoolReader;
+pub use sync::SyncReader;
+#[cfg(target_os = "linux")]
+pub use uring::UringReader;
 
 /// A piece of a file that is wanted.
 #[derive(Debug)]
@@ -18,8 +37,8 @@ pub struct Request {
     pub file: Arc<std::fs::File>,
     /// Where to read from; a multiple of [`ALIGN`] where the file was opened past the system's cache.
     pub offset: u64,
-    /// Filled as far as possible: its length is how much is wanted. Its address and length are multiples of [`ALIGN`],
-    /// except that the last piece of a file may be shorter than asked for.
+    /// Filled as far as the file goes: its length is how much is wanted. Its address and length are multiples of
+    /// [`ALIGN`] where the file was opened past the system's cache ([`aligned`] gives such memory).
     pub memory: BytesMut,
 }
 
@@ -28,7 +47,7 @@ pub struct Request {
 pub struct Completion {
     /// The request's.
     pub tag: u64,
-    /// The request's memory, of the same length.
+    /// The request's memory, of the same length. Beyond what was read it holds anything.
     pub memory: BytesMut,
     /// Bytes that were read: fewer than wanted only where the file ends.
     pub result: io::Result<usize>,
@@ -38,6 +57,8 @@ pub struct Completion {
 pub const ALIGN: usize = 4096;
 
 /// Reads in the background. Requests are begun in the order in which they are submitted, and end in any.
+///
+/// Dropping a reader waits for what it has begun, so that no memory is freed that is still being written.
 pub trait Reader: Send {
     /// `pread`, `io_uring`, ...
     fn name(&self) -> &'static str;
@@ -48,4 +69,25 @@ pub trait Reader: Send {
     /// The next completion; waits for it as long as `timeout` says, or not at all. `None` when there is none in that
     /// time, or nothing has been submitted.
     fn next(&mut self, timeout: Duration) -> Option<Completion>;
+
+    /// Requests whose completion has not been handed out.
+    fn n_pending(&self) -> usize;
+}
+
+impl<R: Reader + ?Sized> Reader for Box<R> {
+    fn name(&self) -> &'static str {
+        (**self).name()
+    }
+
+    fn submit(&mut self, request: Request) {
+        (**self).submit(request);
+    }
+
+    fn next(&mut self, timeout: Duration) -> Option<Completion> {
+        (**self).next(timeout)
+    }
+
+    fn n_pending(&self) -> usize {
+        (**self).n_pending()
+    }
 }
