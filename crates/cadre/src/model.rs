@@ -28,6 +28,11 @@ pub(crate) struct CheckpointArg {
 }
 
 impl CheckpointArg {
+    /// Whether a checkpoint was named.
+    pub(crate) fn is_given(&self) -> bool {
+        self.model.is_some()
+    }
+
     /// Opens the chosen checkpoint, after downloading what is missing of a hub model.
     pub(crate) fn open(&self, app: &App) -> Result<Checkpoint> {
         let Some(path) = &self.model else {

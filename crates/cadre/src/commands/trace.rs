@@ -11,6 +11,7 @@ use cadre_trace::{
 use clap::Subcommand;
 
 use crate::cli::App;
+use crate::commands::trace_replay;
 use crate::data::{self, Document};
 use crate::experts;
 use crate::failure::Failure;
@@ -31,6 +32,8 @@ pub(crate) struct Args {
 enum What {
     /// Show load, entropy, dead and hot experts of a recording.
     Show(ShowArgs),
+    /// Say what caches of experts would have hit and read, by policy and budget.
+    Replay(trace_replay::Args),
 }
 
 #[derive(Debug, clap::Args)]
@@ -79,6 +82,7 @@ struct ShowArgs {
 pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     match (&args.what, &args.record.output) {
         (Some(What::Show(args)), _) => show_trace(app, args),
+        (Some(What::Replay(args)), _) => trace_replay::run(app, args),
         (None, Some(output)) => record(app, &args.record, output),
         (None, None) => Err(Failure::usage("there is no file to write: pass -o FILE").into()),
     }

@@ -290,6 +290,23 @@ fn traces() {
         1,
         &["not a regular file"],
     );
+    refused(
+        &["trace", "replay", arg(&file)],
+        1,
+        &["x.parquet", "not a readable Parquet"],
+    );
+    for (budgets, word) in [("101%", "101%"), ("much", "much"), ("1GiB,", "no size")] {
+        refused(
+            &["trace", "replay", arg(&file), "--budgets", budgets],
+            2,
+            &[word],
+        );
+    }
+    refused(
+        &["trace", "replay", arg(&file), "--policies", "mru"],
+        2,
+        &["mru", "layer-partition"],
+    );
 }
 
 #[cfg(unix)]

@@ -373,6 +373,49 @@ fn traces_are_recorded_and_shown() {
     ];
     assert_eq!(stdout(&shorter), "");
     assert!(json(&[&show[..], &["-o", "json"]].concat())["n_sequences"].as_u64() > Some(3));
+    replays(path, &trace);
+}
+
+/// What caches would have done with a trace of a model of 2 layers and 8 experts.
+fn replays(model: &str, trace: &str) {
+    let replay = ["trace", "replay", trace, "--budgets", "25%,100%"];
+    let text = stdout(&replay);
+    for word in ["belady", "layer-partition", "25 %", "edgemoe", "control"] {
+        assert!(text.contains(word), "{word} is not in\n{text}");
+    }
+    let more = [
+        "-m",
+        model,
+        "--policies",
+        "lru,lfu",
+        "--prompt",
+        "3",
+        "--ahead",
+        "2",
+        "-o",
+        "json",
+    ];
+    let report = json(&[&replay[..], &more].concat());
+    let results = report["results"].as_array().unwrap();
+    assert_eq!(results.len(), 2 * 4);
+    let inspect = json(&["inspect", "-m", model, "-o", "json"]);
+    assert_eq!(report["total_bytes"], inspect["bytes"]["experts"]);
+    assert_eq!(report["sizes"][0][0], inspect["bytes"]["one_expert"]);
+    for row in results {
+        let all_fits = row["share"] == 1.0;
+        assert_eq!(row["n_slots"], if all_fits { 16 } else { 4 });
+        assert!(row["of_bound"].as_f64() <= Some(1.0) || row["prompt"]["lookups"] != 0);
+        if all_fits {
+            // Every expert misses once at most.
+            assert!(row["decode"]["hit_rate"].as_f64() > Some(0.5), "{row}");
+            assert_eq!(row["evictions"], 0);
+        }
+    }
+    let control = report["predictors"].as_array().unwrap().last().unwrap();
+    assert_eq!(
+        (&control["predictor"], &control["overlap"]),
+        (&"control".into(), &1.0.into())
+    );
 }
 
 #[test]
