@@ -22,6 +22,8 @@ pub(crate) struct Env {
     pub(crate) stderr_is_terminal: bool,
     /// Whether standard input is a terminal.
     pub(crate) stdin_is_terminal: bool,
+    /// Folder of what can be made again: `cadre` in `XDG_CACHE_HOME` or in `~/.cache`. `None` when no home folder is known.
+    pub(crate) cache: Option<PathBuf>,
     /// The hub and its cache.
     pub(crate) hub: HubEnv,
 }
@@ -71,6 +73,7 @@ impl Env {
             stdout_is_terminal: std::io::stdout().is_terminal(),
             stderr_is_terminal: std::io::stderr().is_terminal(),
             stdin_is_terminal: std::io::stdin().is_terminal(),
+            cache: caches().map(|folder| folder.join("cadre")),
             hub: HubEnv::read(),
         }
     }
@@ -78,9 +81,7 @@ impl Env {
 
 impl HubEnv {
     fn read() -> Self {
-        let home = std::env::home_dir();
-        let caches = folder("XDG_CACHE_HOME").or_else(|| Some(home?.join(".cache")));
-        let hf_home = folder("HF_HOME").or_else(|| Some(caches?.join("huggingface")));
+        let hf_home = folder("HF_HOME").or_else(|| Some(caches()?.join("huggingface")));
         let in_home = |name: &str| hf_home.as_ref().map(|home| home.join(name));
         let offline = var("HF_HUB_OFFLINE").unwrap_or_default();
         let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
@@ -104,6 +105,11 @@ fn var(name: &str) -> Option<String> {
     #[expect(clippy::disallowed_methods, reason = "this file is the one place")]
     let value = std::env::var(name);
     value.ok().filter(|value| !value.is_empty())
+}
+
+/// Where programs keep what can be made again.
+fn caches() -> Option<PathBuf> {
+    folder("XDG_CACHE_HOME").or_else(|| Some(std::env::home_dir()?.join(".cache")))
 }
 
 /// A variable that holds a path, which may start with `~/`.

@@ -19,12 +19,14 @@ mod failure;
 mod hub;
 mod interrupt;
 mod live;
+mod machine;
 mod memory;
 mod model;
 mod output;
 mod pace;
 mod sampling;
 mod stop;
+mod streamed;
 mod units;
 
 use std::process::ExitCode;

@@ -35,8 +35,21 @@ impl CheckpointArg {
 
     /// Opens the chosen checkpoint, after downloading what is missing of a hub model.
     pub(crate) fn open(&self, app: &App) -> Result<Checkpoint> {
+        match self.path(app)? {
+            Some(path) => Ok(Checkpoint::open(&path)?),
+            None => embedded::open(),
+        }
+    }
+
+    /// The path that was given, if something is there.
+    pub(crate) fn local_path(&self) -> Option<&Path> {
+        self.model.as_deref().filter(|path| path.exists())
+    }
+
+    /// Where the chosen checkpoint is, after downloading what is missing of a hub model; `None` for the embedded one.
+    pub(crate) fn path(&self, app: &App) -> Result<Option<PathBuf>> {
         let Some(path) = &self.model else {
-            return embedded::open();
+            return Ok(None);
         };
         let path = match hub_name(path) {
             Some(wanted) => {
@@ -44,7 +57,7 @@ impl CheckpointArg {
             }
             None => path.clone(),
         };
-        Ok(Checkpoint::open(&path)?)
+        Ok(Some(path))
     }
 
     /// Opens the chosen checkpoint for its headers: of a hub model that is not in the cache, no weights are downloaded.

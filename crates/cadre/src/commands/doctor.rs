@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::cli::App;
 use crate::disk;
+use crate::machine::Machine;
 use crate::model::CheckpointArg;
 use crate::output::{Format, Out, bytes, spinner};
 
@@ -22,8 +23,9 @@ const N_PASSES: usize = 7;
 pub(crate) struct Args {
     #[command(flatten)]
     checkpoint: CheckpointArg,
-    /// Also measure reading from the disk of this folder; writes and removes a 256 MiB file there.
-    #[arg(long, value_name = "FOLDER")]
+    /// Measure reading from the disk of this file or folder, instead of that of the model. Reads the largest file there; if
+    /// none is large enough, writes one of 512 MiB and removes it.
+    #[arg(long, value_name = "PATH")]
     disk: Option<PathBuf>,
     /// Form of the result.
     #[arg(short, long, value_name = "FORM", default_value = "text")]
@@ -130,7 +132,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     progress.set_message("measuring the disk");
     // Ctrl-C waits for the measurement, which removes its file.
     let guard = app.interrupt.guard();
-    let disk = args.disk.as_deref().map(disk::measure).transpose()?;
+    let disk = disk(app, args)?;
     drop(guard);
     progress.finish_and_clear();
     app.interrupt.check()?;
@@ -166,6 +168,29 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         Format::Text => out.write(&text(&report))?,
     }
     out.finish()
+}
+
+/// Measures the disk that was named, or that of the model if it has one, and remembers it for `fit`.
+fn disk(app: &App, args: &Args) -> Result<Option<disk::Measured>> {
+    let path = match &args.disk {
+        Some(path) => Some(path.clone()),
+        // A small model lies in memory, and nothing is written beside it without being asked for.
+        None => args
+            .checkpoint
+            .path(app)?
+            .filter(|path| disk::is_large(path)),
+    };
+    let Some(path) = path else {
+        return Ok(None);
+    };
+    let measured = disk::measure(&path)?;
+    if let Some((device, disk)) = measured.remembered() {
+        // `fit` can do without it.
+        if let Err(error) = Machine::remember(&app.env, device, disk) {
+            tracing::warn!("the speed of the disk is not remembered: {error:#}");
+        }
+    }
+    Ok(Some(measured))
 }
 
 /// Memory of the machine, where the system says it in a file.
@@ -221,8 +246,14 @@ fn text(report: &Report) -> String {
     }
     line("multiplying", report.peaks.text());
     match &report.disk {
-        Some(disk) => line("disk", disk.to_string()),
-        None => line("disk", "not measured; pass --disk FOLDER".to_owned()),
+        Some(disk) => {
+            line("disk", disk.speed_text());
+            line("  reads", disk.choice_text());
+        }
+        None => line(
+            "disk",
+            "not measured; pass --disk PATH or -m MODEL".to_owned(),
+        ),
     }
     let model = &report.model;
     line(

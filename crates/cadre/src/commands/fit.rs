@@ -18,10 +18,12 @@ use crate::cli::App;
 use crate::commands::inspect::check_context;
 use crate::demand::{self, Demand};
 use crate::failure::Failure;
+use crate::machine::Machine;
 use crate::memory;
 use crate::model::{CheckpointArg, QuantArg};
 use crate::output::{Format, Out, bytes, count, harmless, spinner};
 use crate::pace::{Pace, Work};
+use crate::streamed::{DiskRate, Streamed};
 use crate::units::{parse_bytes, parse_rate};
 
 /// Bytes read per pass: several times the last-level cache of common machines.
@@ -55,6 +57,9 @@ pub(crate) struct Args {
     /// Memory bandwidth to assume, such as 40GB/s, instead of measuring this machine's.
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     bandwidth: Option<f64>,
+    /// Disk speed to assume, such as 2GB/s, instead of what `cadre doctor` has measured.
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    disk_bandwidth: Option<f64>,
     /// Form of the result.
     #[arg(short, long, value_name = "FORM", default_value = "text")]
     output: Format,
@@ -86,13 +91,15 @@ struct Report {
     forecast_tokens_per_s_full_context: f64,
     /// Reading a long prompt: a bound by its multiplications. Not for a bandwidth that was given.
     forecast_prompt_tokens_per_s: Option<f64>,
+    /// With the experts on disk. Only for what does not fit, has experts, and a disk whose speed is known.
+    streamed: Option<Streamed>,
     suggestions: Vec<Suggestion>,
 }
 
 /// Something that would fit.
 #[derive(Debug, Serialize)]
 struct Suggestion {
-    /// `context`, `quant`, `file` or `memory`.
+    /// `stream`, `context`, `quant`, `file` or `memory`.
     kind: &'static str,
     /// What to do, for people.
     text: String,
@@ -118,7 +125,8 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         None => measure(app, &checkpoint, args),
     };
     app.interrupt.check()?;
-    let report = report(&checkpoint, args, budget, speed);
+    let disk = disk_rate(app, args);
+    let report = report(&checkpoint, args, budget, (speed, disk));
     let mut out = Out::new();
     match args.output {
         Format::Json => out.json(&report)?,
@@ -135,6 +143,30 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         bytes(budget)
     );
     Err(Failure::check(message).into())
+}
+
+/// How fast the disk of the model is, if that is known. What was measured says nothing about another machine.
+fn disk_rate(app: &App, args: &Args) -> Option<DiskRate> {
+    if let Some(bytes_per_second) = args.disk_bandwidth {
+        return Some(DiskRate {
+            bytes_per_second,
+            latency_seconds: 0.0,
+            source: "given",
+        });
+    }
+    if args.bandwidth.is_some() {
+        return None;
+    }
+    let machine = Machine::load(&app.env);
+    let disk = args
+        .checkpoint
+        .local_path()
+        .and_then(|path| machine.disk_of(path));
+    disk.map(|disk| DiskRate {
+        bytes_per_second: disk.bytes_per_second,
+        latency_seconds: disk.latency_seconds,
+        source: "measured",
+    })
 }
 
 fn budget(args: &Args) -> Result<u64> {
@@ -181,7 +213,12 @@ fn measure(app: &App, checkpoint: &Checkpoint, args: &Args) -> Speed {
     }
 }
 
-fn report(checkpoint: &Checkpoint, args: &Args, budget: u64, speed: Speed) -> Report {
+fn report(
+    checkpoint: &Checkpoint,
+    args: &Args,
+    budget: u64,
+    (speed, disk): (Speed, Option<DiskRate>),
+) -> Report {
     let config = checkpoint.config();
     let sizes = model_sizes(checkpoint);
     let (parameters, work) = (sizes.parameters, Work::new(config, &sizes));
@@ -193,6 +230,11 @@ fn report(checkpoint: &Checkpoint, args: &Args, budget: u64, speed: Speed) -> Re
     let full = held
         .read_per_token
         .saturating_add(kv_bytes_read(config, kv, n_ctx));
+    let decoding = speed.decoding(work, held.read_per_token);
+    let streamed = disk.filter(|_| !fits).and_then(|disk| {
+        let speeds = (speed.bandwidth, 1.0 / decoding);
+        Streamed::new(config, (&demand, held), budget, speeds, disk)
+    });
     Report {
         model: checkpoint.origin().to_owned(),
         fits,
@@ -211,9 +253,10 @@ fn report(checkpoint: &Checkpoint, args: &Args, budget: u64, speed: Speed) -> Re
             Some(_) => "given",
             None => "measured",
         },
-        forecast_tokens_per_s: speed.decoding(work, held.read_per_token),
+        forecast_tokens_per_s: decoding,
         forecast_tokens_per_s_full_context: speed.decoding(work, full),
         forecast_prompt_tokens_per_s: speed.pace.map(|pace| 1.0 / pace.prompt(work)),
+        streamed,
         suggestions: if fits {
             Vec::new()
         } else {
@@ -327,6 +370,9 @@ fn text(report: &Report) -> String {
             report.bandwidth_source
         ),
     );
+    if let Some(streamed) = &report.streamed {
+        line("streamed", streamed.text());
+    }
     for suggestion in &report.suggestions {
         line("would fit", suggestion.text.clone());
     }

@@ -419,6 +419,53 @@ fn replays(model: &str, trace: &str) {
 }
 
 #[test]
+fn the_disk_of_a_file_is_measured_and_remembered_for_fit() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("weights");
+    fs::write(&file, vec![3; 80 << 20]).unwrap();
+    let run = |args: &[&str]| {
+        let mut command = crate::common::cadre(args);
+        let output = command
+            .env("XDG_CACHE_HOME", folder.path())
+            .output()
+            .unwrap();
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    let report = run(&["doctor", "-o", "json", "--disk", arg(&file)]);
+    let disk = &report["disk"];
+    assert!(disk["bytes_per_second"].as_f64() > Some(1e6), "{disk}");
+    assert!(disk["latency_seconds"].as_f64() > Some(0.0));
+    assert!(disk["lanes"].as_u64() > Some(0) && disk["request_bytes"].as_u64() > Some(0));
+    assert!(disk["points"].as_array().unwrap().len() >= 8);
+    let kept = fs::read(folder.path().join("cadre/machine.json")).unwrap();
+    let kept: serde_json::Value = serde_json::from_slice(&kept).unwrap();
+    let device = disk["device"].as_str().unwrap();
+    assert_eq!(
+        kept["disks"][device]["bytes_per_second"],
+        disk["bytes_per_second"]
+    );
+
+    let model = folder.path().join("model");
+    let tiny = cadre_testkit::TinyMoe::default().n_experts(64);
+    tiny.write(&model).unwrap();
+    let fit = |budget: &str| {
+        run(&[
+            "fit",
+            "-o",
+            "json",
+            "-m",
+            arg(&model),
+            "--mem-budget",
+            budget,
+        ])
+    };
+    let needed = fit("1GiB")["needed_bytes"].as_u64().unwrap();
+    let streamed = &fit(&(needed - 1000).to_string())["streamed"];
+    assert_eq!(streamed["disk_source"], "measured");
+    assert_eq!(streamed["disk_bytes_per_s"], disk["bytes_per_second"]);
+}
+
+#[test]
 fn doctor_and_completions_work() {
     let report = json(&["doctor", "-o", "json"]);
     assert!(report["memory_bandwidth"][0]["median"].as_f64() > Some(0.0));
@@ -431,6 +478,7 @@ fn doctor_and_completions_work() {
         assert_eq!(peaks[name].as_f64().is_some_and(|rate| rate > 1e8), has);
     }
     assert!(report["model"]["bound_tokens_per_second"].as_f64() > Some(0.0));
+    assert_eq!(report["disk"], serde_json::Value::Null, "none was named");
     for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
         assert!(
             stdout(&["completions", shell]).contains("perplexity"),

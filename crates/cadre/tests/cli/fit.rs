@@ -120,6 +120,43 @@ fn what_does_not_fit_says_what_would() {
 }
 
 #[test]
+fn what_does_not_fit_is_forecast_from_its_disk() {
+    let model = model();
+    let path = arg(model.path());
+    let whole = fit(path, &["--mem-budget", "1GiB", "--disk-bandwidth", "1GB/s"]);
+    assert_eq!(whole["streamed"], serde_json::Value::Null, "it fits");
+    let needed = whole["needed_bytes"].as_u64().unwrap();
+    let at = |budget: u64, rate: &str| {
+        let budget = budget.to_string();
+        let report = fit(path, &["--mem-budget", &budget, "--disk-bandwidth", rate]);
+        assert_eq!(report["fits"], false);
+        report["streamed"].clone()
+    };
+    let (less, more) = (
+        at(needed - (12 << 20), "1GB/s"),
+        at(needed - (4 << 20), "1GB/s"),
+    );
+    let number = |of: &serde_json::Value, key: &str| of[key].as_f64().unwrap();
+    assert!(number(&less, "hit_rate") < number(&more, "hit_rate"));
+    assert!(number(&more, "hit_rate") < 1.0);
+    for key in ["forecast_tokens_per_s", "bound_tokens_per_s"] {
+        assert!(number(&less, key) < number(&more, key), "{key}");
+        let slower = at(needed - (12 << 20), "100MB/s");
+        assert!(number(&slower, key) < number(&less, key), "{key}");
+    }
+    // A token misses so many bytes, and they come from a disk of that speed.
+    let bound = 1e9 / number(&less, "disk_bytes_per_token");
+    assert!((number(&less, "bound_tokens_per_s") / bound - 1.0).abs() < 1e-6);
+    let forecast = number(&less, "forecast_tokens_per_s");
+    assert!(forecast < bound && forecast > 0.5 * bound, "{less}");
+    assert_eq!(
+        at(1 << 20, "1GB/s"),
+        serde_json::Value::Null,
+        "not even the rest fits"
+    );
+}
+
+#[test]
 fn the_machine_is_measured_without_being_asked() {
     let report = json(&["fit", "-o", "json"]);
     assert_eq!(
@@ -136,7 +173,12 @@ fn the_machine_is_measured_without_being_asked() {
 
 #[test]
 fn wrong_sizes_are_wrong_usage() {
-    for bad in [["--mem-budget", "lots"], ["--bandwidth", "-1"], ["-c", "0"]] {
+    for bad in [
+        ["--mem-budget", "lots"],
+        ["--bandwidth", "-1"],
+        ["--disk-bandwidth", "fast"],
+        ["-c", "0"],
+    ] {
         assert_eq!(
             output(&[&["fit"], &bad[..]].concat()).status.code(),
             Some(2),
