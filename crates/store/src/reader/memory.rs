@@ -4,17 +4,60 @@ use bytes::{Buf, BytesMut};
 
 use super::ALIGN;
 
-/// `n_bytes` zeroed bytes whose address is a multiple of [`ALIGN`].
+/// Bytes of a large page, of which one disk request may cover many. On systems with others, an address too round does no
+/// harm.
+const LARGE_PAGE: usize = 2 << 20;
+
+/// `n_bytes` zeroed bytes whose address is a multiple of [`ALIGN`]; from 2 MiB on in large pages, where the system has them.
+///
+/// A disk writes to physical memory, so a request is as many pieces as it has pages, and every piece costs time, here and
+/// in the host of a virtual machine. Read into large pages, a virtual disk gave 2.0 GB/s instead of 1.0, for 0.04 instead
+/// of 0.12 seconds of processor per GB. So take what requests need in one large piece and cut it.
 ///
 /// Cut it with [`BytesMut::split_to`] at multiples of [`ALIGN`]: all pieces stay aligned, and `unsplit` of neighbours
 /// (the earlier one first) joins them in place. The system gives pages when they are first written.
 pub fn aligned(n_bytes: usize) -> BytesMut {
-    let mut memory = BytesMut::zeroed(n_bytes + ALIGN - 1);
-    let before = memory.as_ptr().addr().next_multiple_of(ALIGN) - memory.as_ptr().addr();
+    let is_large = n_bytes >= LARGE_PAGE;
+    let align = if is_large { LARGE_PAGE } else { ALIGN };
+    // The last large page is ours as a whole.
+    let n_reserved = if is_large {
+        n_bytes.next_multiple_of(align)
+    } else {
+        n_bytes
+    };
+    let mut memory = BytesMut::zeroed(n_reserved + align - 1);
+    let before = memory.as_ptr().addr().next_multiple_of(align) - memory.as_ptr().addr();
     memory.advance(before);
+    memory.truncate(n_reserved);
+    if is_large {
+        ask_for_large_pages(&mut memory);
+    }
     memory.truncate(n_bytes);
     memory
 }
+
+/// Asks for memory that nothing has been written to yet; it stays as it is where that is refused.
+#[cfg(target_os = "linux")]
+fn ask_for_large_pages(memory: &mut [u8]) {
+    // SAFETY: the range is exactly that of a slice that is borrowed mutably, and the advice changes no byte of it.
+    #[expect(unsafe_code, reason = "the standard library has no face for it")]
+    let refused = unsafe {
+        libc::madvise(
+            memory.as_mut_ptr().cast(),
+            memory.len(),
+            libc::MADV_HUGEPAGE,
+        )
+    };
+    if refused != 0 {
+        tracing::debug!(
+            "no large pages to read into: {}",
+            std::io::Error::last_os_error()
+        );
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn ask_for_large_pages(_memory: &mut [u8]) {}
 
 #[cfg(test)]
 mod tests {
@@ -26,6 +69,7 @@ mod tests {
             let memory = aligned(n_bytes);
             assert_eq!(memory.len(), n_bytes);
             assert!(n_bytes == 0 || memory.as_ptr().addr().is_multiple_of(ALIGN));
+            assert!(n_bytes < LARGE_PAGE || memory.as_ptr().addr().is_multiple_of(LARGE_PAGE));
             assert!(memory.iter().all(|&byte| byte == 0));
         }
     }
