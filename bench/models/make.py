@@ -3,6 +3,7 @@
     PY="$(bash bench/peers/llama.sh)"
     "$PY" bench/models/make.py --shape qwen3moe --type q8_0,q4_k_m        # prints the paths of the files
     "$PY" bench/models/make.py --shape olmoe --type q8_0 --layers 2       # a quick look
+    "$PY" bench/models/make.py --shape qwen3moe --type q4_k_m --routing skewed
     "$PY" bench/models/make.py --list
 
 A file that exists is left alone. The BF16 file is written first (it is the type bf16 and what the others are made from);
@@ -13,7 +14,7 @@ in Q8_0). --delete-master removes the BF16 file at the end; it takes a few secon
 Weights are normal with standard deviation 0.022 and norms are 1, so that logits are near 1 and routing is near uniform and
 different for every token. All tensors are cut from one block of random numbers, each from its own place: what is
 measured does not depend on the values. The same arguments give the same BF16 file. The vocabulary is of full size, but it
-can only spell bytes.
+can only spell bytes. --routing skewed makes some experts popular and picks last for some tokens, as in trained models: skew.py.
 
 Room on the disk: qwen3moe at 6 layers takes 8.7 GB in BF16, 4.6 in Q8_0 and 2.5 to 2.7 in the 4-bit types; olmoe at 4 layers 3.8, 2.0 and 1.1.
 Memory: about 1 GB, and what llama.cpp takes to quantise one tensor.
@@ -25,6 +26,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import skew
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".cache" / "data" / "bench"
@@ -42,11 +44,13 @@ TYPES = {"bf16": None, "q8_0": "Q8_0", "q4_k_m": "Q4_K_M", "q4_0": "Q4_0", "mxfp
 DEVIATION = 0.022
 POOL = (1 << 26) + 12_345
 SEED = 4
+ROUTINGS = ("random", "skewed")
 
 
-def file_of(shape, kind, layers=None):
-    """Where the file of a shape and a type is."""
-    return FOLDER / f"{shape}-{layers or SHAPES[shape]['layers']}l-{kind}.gguf"
+def file_of(shape, kind, layers=None, routing="random"):
+    """Where the file of a shape, a type and a kind of routing is."""
+    words = [shape, f"{layers or SHAPES[shape]['layers']}l", *([] if routing == "random" else [routing]), kind]
+    return FOLDER / f"{'-'.join(words)}.gguf"
 
 
 def tensors(s, layers):
@@ -133,7 +137,22 @@ def describe(writer, name, s, layers):
     writer.add_eos_token_id(s["vocab"] - 1)
 
 
-def write_master(path, name, layers):
+def values(noise, tensor, shape, s, routing):
+    """One tensor's values, as they are stored: BF16 as bytes, or F32."""
+    skewed = routing == "skewed"
+    layer = int(tensor.split(".")[1]) if tensor.startswith("blk.") else None
+    if len(shape) == 1:
+        return skew.norm(tensor, layer, shape) if skewed else np.ones(shape, np.float32)
+    taken = noise.take(shape)
+    if tensor.endswith("ffn_gate_inp.weight"):
+        rows = (taken.astype(np.uint32) << 16).view(np.float32)
+        return skew.router(rows, layer, s["used"], DEVIATION) if skewed else rows
+    if skewed and tensor == "token_embd.weight":
+        taken = skew.embeddings(taken, DEVIATION)
+    return taken.view(np.uint8)
+
+
+def write_master(path, name, layers, routing):
     """Writes the BF16 file, one tensor at a time."""
     import gguf
 
@@ -153,14 +172,8 @@ def write_master(path, name, layers):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor, shape, is_matrix in listed:
-        if is_matrix:
-            writer.write_tensor_data(noise.take(shape).view(np.uint8))
-        elif len(shape) == 1:
-            writer.write_tensor_data(np.ones(shape, np.float32))
-        else:
-            router = noise.take(shape).astype(np.uint32) << 16
-            writer.write_tensor_data(router.view(np.float32))
+    for tensor, shape, _ in listed:
+        writer.write_tensor_data(values(noise, tensor, shape, s, routing))
     writer.close()
     partial.rename(path)
 
@@ -189,6 +202,7 @@ def arguments():
     parser.add_argument("--shape", choices=SHAPES, help="which model's shape")
     parser.add_argument("--type", default="q8_0", help=f"comma separated, of {', '.join(TYPES)}")
     parser.add_argument("--layers", type=int, help="instead of the shape's own")
+    parser.add_argument("--routing", choices=ROUTINGS, default=ROUTINGS[0], help="near uniform, or as of a trained model")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for quantising")
     parser.add_argument("--delete-master", action="store_true", help="remove the BF16 file at the end")
     parser.add_argument("--list", action="store_true", help="print what there is and stop")
@@ -200,6 +214,8 @@ def arguments():
         parser.error("--shape is needed")
     if args.layers is not None and args.layers < 1:
         parser.error("--layers must be at least 1")
+    if args.routing == "skewed" and args.shape not in (None, "qwen3moe"):
+        parser.error("--routing skewed is fitted to --shape qwen3moe only")
     return args
 
 
@@ -209,13 +225,13 @@ def main():
         listing()
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
-    master = file_of(args.shape, "bf16", args.layers)
+    master = file_of(args.shape, "bf16", args.layers, args.routing)
     for kind in args.type:
-        path = file_of(args.shape, kind, args.layers)
+        path = file_of(args.shape, kind, args.layers, args.routing)
         if not path.is_file():
             if not master.is_file():
                 print(f"make.py: writing {master.name}", file=sys.stderr)
-                write_master(master, args.shape, args.layers or SHAPES[args.shape]["layers"])
+                write_master(master, args.shape, args.layers or SHAPES[args.shape]["layers"], args.routing)
             if kind != "bf16":
                 print(f"make.py: quantising {path.name}", file=sys.stderr)
                 quantise(master, path, kind, args.threads)
