@@ -14,7 +14,10 @@ in Q8_0). --delete-master removes the BF16 file at the end; it takes a few secon
 Weights are normal with standard deviation 0.022 and norms are 1, so that logits are near 1 and routing is near uniform and
 different for every token. All tensors are cut from one block of random numbers, each from its own place: what is
 measured does not depend on the values. The same arguments give the same BF16 file. The vocabulary is of full size, but it
-can only spell bytes. --routing skewed makes some experts popular and picks last for some tokens, as in trained models: skew.py.
+can only spell bytes.
+
+--routing skewed makes some experts popular and lets picks last for some tokens, as in trained models. It is a copy of the file with
+random routing, with other norms, routers and first values of the embeddings: skew.py.
 
 Room on the disk: qwen3moe at 6 layers takes 8.7 GB in BF16, 4.6 in Q8_0 and 2.5 to 2.7 in the 4-bit types; olmoe at 4 layers 3.8, 2.0 and 1.1.
 Memory: about 1 GB, and what llama.cpp takes to quantise one tensor.
@@ -137,22 +140,7 @@ def describe(writer, name, s, layers):
     writer.add_eos_token_id(s["vocab"] - 1)
 
 
-def values(noise, tensor, shape, s, routing):
-    """One tensor's values, as they are stored: BF16 as bytes, or F32."""
-    skewed = routing == "skewed"
-    layer = int(tensor.split(".")[1]) if tensor.startswith("blk.") else None
-    if len(shape) == 1:
-        return skew.norm(tensor, layer, shape) if skewed else np.ones(shape, np.float32)
-    taken = noise.take(shape)
-    if tensor.endswith("ffn_gate_inp.weight"):
-        rows = (taken.astype(np.uint32) << 16).view(np.float32)
-        return skew.router(rows, layer, s["used"], DEVIATION) if skewed else rows
-    if skewed and tensor == "token_embd.weight":
-        taken = skew.embeddings(taken, DEVIATION)
-    return taken.view(np.uint8)
-
-
-def write_master(path, name, layers, routing):
+def write_master(path, name, layers):
     """Writes the BF16 file, one tensor at a time."""
     import gguf
 
@@ -172,8 +160,14 @@ def write_master(path, name, layers, routing):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor, shape, _ in listed:
-        writer.write_tensor_data(values(noise, tensor, shape, s, routing))
+    for tensor, shape, is_matrix in listed:
+        if is_matrix:
+            writer.write_tensor_data(noise.take(shape).view(np.uint8))
+        elif len(shape) == 1:
+            writer.write_tensor_data(np.ones(shape, np.float32))
+        else:
+            router = noise.take(shape).astype(np.uint32) << 16
+            writer.write_tensor_data(router.view(np.float32))
     writer.close()
     partial.rename(path)
 
@@ -190,6 +184,16 @@ def quantise(master, path, kind, threads):
     if code != 0:
         sys.exit(f"make.py: llama.cpp could not make {path.name} (code {code})")
     partial.rename(path)
+
+
+def skewed(source, path, used):
+    """Makes the file with skewed routing beside the one with random routing, if it is missing; returns its path."""
+    if not path.is_file():
+        print(f"make.py: imposing routing on {path.name}", file=sys.stderr)
+        partial = path.with_suffix(".partial")
+        skew.impose(source, partial, used)
+        partial.rename(path)
+    return path
 
 
 def listing():
@@ -225,16 +229,18 @@ def main():
         listing()
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
-    master = file_of(args.shape, "bf16", args.layers, args.routing)
+    master = file_of(args.shape, "bf16", args.layers)
     for kind in args.type:
-        path = file_of(args.shape, kind, args.layers, args.routing)
+        path = file_of(args.shape, kind, args.layers)
         if not path.is_file():
             if not master.is_file():
                 print(f"make.py: writing {master.name}", file=sys.stderr)
-                write_master(master, args.shape, args.layers or SHAPES[args.shape]["layers"], args.routing)
+                write_master(master, args.shape, args.layers or SHAPES[args.shape]["layers"])
             if kind != "bf16":
                 print(f"make.py: quantising {path.name}", file=sys.stderr)
                 quantise(master, path, kind, args.threads)
+        if args.routing == "skewed":
+            path = skewed(path, file_of(args.shape, kind, args.layers, args.routing), SHAPES[args.shape]["used"])
         print(path)
     if args.delete_master:
         master.unlink(missing_ok=True)
