@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Draws the newest sweeps of bench/record/limited.jsonl: tokens per second against the memory limit, Cadre and llama.cpp.
+"""Draws the newest sweep of bench/record/limited.jsonl: tokens per second against the memory limit, Cadre and llama.cpp.
 
     python3 bench/limited/plot.py            # writes docs/pictures/streaming.svg
     python3 bench/limited/plot.py --check    # exit code 3 when the picture is not what the records say
 
-The scale of the rate is logarithmic. A cross at the bottom is a limit under which a side gave no result. Colours follow the reader's scheme.
+With routing as of a trained model where there is such a sweep. The scale of the rate is logarithmic. A cross at the bottom is a limit under which a side gave no result. Colours follow the reader's scheme.
 """
 
 import argparse
@@ -23,30 +23,33 @@ STYLE = """<style>
 text{font-family:ui-sans-serif,system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif}.title{font-size:15px;font-weight:600}.name{font-size:12px;font-weight:600}
 .tick,.note{font-size:11px}.end{text-anchor:end}.middle{text-anchor:middle}
 .card{fill:#ffffff;stroke:#e2e0ea}.title{fill:#1d1b26}.tick,.note{fill:#6c6878}.grid{stroke:#e9e7ef}
-.line{fill:none;stroke-width:2.5;stroke-linejoin:round;stroke-linecap:round}.dash{stroke-dasharray:6 5}.cross{stroke-width:2}
+.line{fill:none;stroke-width:2.5;stroke-linejoin:round;stroke-linecap:round}.dash{stroke-dasharray:6 5}.cross{stroke-width:2}.thin{stroke-width:1;opacity:.6}
 .cadre{stroke:#c12a51}.cadre-dot,.cadre-name{fill:#c12a51}.llama{stroke:#5a6b8c}.llama-dot,.llama-name{fill:#5a6b8c}
 @media(prefers-color-scheme:dark){
 .card{fill:#15131d;stroke:#2b2837}.title{fill:#f0eef6}.tick,.note{fill:#9a95a8}.grid{stroke:#262332}
 .cadre{stroke:#ff7a5c}.cadre-dot,.cadre-name{fill:#ff7a5c}.llama{stroke:#9fb0d0}.llama-dot,.llama-name{fill:#9fb0d0}
 }
 </style>"""
-SIDES = {"cadre": ("cadre", "Cadre"), "llama-best": ("llama", "llama.cpp")}
-ROUTING = {"random": "even routing", "skewed": "skewed routing"}
+# Class, whether dashed, name.
+SIDES = {
+    "cadre": ("cadre", False, "Cadre"),
+    "llama-window": ("llama", True, "llama.cpp, disk tuned for it"),
+    "llama-best": ("llama", False, "llama.cpp, best flags"),
+}
 
 
 def newest(records):
-    """The newest sweep of each kind of routing."""
-    found = {record["routing"]: record for record in records if record["what"] == "sweep"}
-    return [found[routing] for routing in ROUTING if routing in found]
+    """The newest sweep, with skewed routing if there is one; None without any."""
+    sweeps = [record for record in records if record["what"] == "sweep"]
+    return ([None] + sorted(sweeps, key=lambda record: (record["routing"] == "skewed", record["date"])))[-1]
 
 
-def series(sweeps):
+def series(record):
     """Name, class, whether dashed, points as (share, rate) with None for no result."""
-    for record in sweeps:
-        for side, (kind, name) in SIDES.items():
-            points = [(point["share"], point[side].get("median")) for point in record["points"] if side in point]
-            if points:
-                yield f"{name}, {ROUTING[record['routing']]}", kind, record["routing"] == "random", points
+    for side, (kind, dashed, name) in SIDES.items():
+        points = [(point["share"], point[side].get("median")) for point in record["points"] if side in point]
+        if points:
+            yield name, kind, dashed, points
 
 
 class Axes:
@@ -103,31 +106,33 @@ def curve(axes, kind, dashed, points):
     return lines
 
 
-def labels(axes, drawn):
+def labels(axes, drawn, whole):
     """Names at the right, beside the last points, moved apart where they would meet."""
-    ends = []
+    ends = [[axes.y(whole), "all in memory", "note"]] if whole else []
     for name, kind, _, points in drawn:
         rates = [rate for _, rate in points if rate]
         if rates:
-            ends.append([axes.y(rates[-1]), name, kind])
+            ends.append([axes.y(rates[-1]), name, f"name {kind}-name"])
     ends.sort()
     for before, after in zip(ends, ends[1:]):
         after[0] = max(after[0], before[0] + 16)
-    return [f'<text class="name {kind}-name" x="{WIDTH - RIGHT + 12}" y="{y + 4:.1f}">{name}</text>' for y, name, kind in ends]
+    return [f'<text class="{kind}" x="{WIDTH - RIGHT + 12}" y="{y + 4:.1f}">{name}</text>' for y, name, kind in ends]
 
 
-def picture(sweeps):
+def picture(record):
     """The whole SVG."""
-    drawn = list(series(sweeps))
+    drawn = list(series(record))
+    whole = next(iter(record["unlimited_ts"].values()), None)
     rates = [rate for *_, points in drawn for _, rate in points if rate]
     if not rates:
-        fail("the newest sweeps have no result to draw")
-    axes = Axes(rates)
-    record = sweeps[-1]
+        fail("the newest sweep has no result to draw")
+    axes = Axes([*rates, whole] if whole else rates)
     title = f"Tokens per second, decoding, when memory is smaller than the model ({record['shape']}, {record['type'].upper()})"
-    disk = record["disk_bytes_per_s"]["median"] / 1e6
-    threads = record["machine"]["threads"]
-    note = f"{record['file_bytes'] / 1e9:.2f} GB file; disk {disk:.0f} MB/s with direct reads; {threads} threads; {record['date'][:10]}; a cross: no result"
+    disk, threads = record["disk_bytes_per_s"]["median"] / 1e6, record["machine"]["threads"]
+    note = (
+        f"{record['file_bytes'] / 1e9:.2f} GB file, {record['routing']} routing; disk {disk:.0f} MB/s with direct reads; {threads} threads;"
+        f" {record['date'][:10]}; a cross: no result"
+    )
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">',
         STYLE,
@@ -136,9 +141,11 @@ def picture(sweeps):
         f'<text class="note" x="20" y="46">{note}</text>',
         *grid(axes),
     ]
+    if whole:
+        lines.append(f'<path class="cadre thin" d="M{LEFT} {axes.y(whole):.1f}H{WIDTH - RIGHT}"/>')
     for _, kind, dashed, points in drawn:
         lines += curve(axes, kind, dashed, points)
-    return "\n".join([*lines, *labels(axes, drawn), "</svg>"]) + "\n"
+    return "\n".join([*lines, *labels(axes, drawn, whole), "</svg>"]) + "\n"
 
 
 def main():
@@ -146,10 +153,10 @@ def main():
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
     args = parser.parse_args()
-    sweeps = newest(read_records("limited"))
-    if not sweeps:
+    record = newest(read_records("limited"))
+    if record is None:
         fail("no sweep is recorded yet; run bench/limited/run.py --what sweep")
-    text = picture(sweeps)
+    text = picture(record)
     if not args.check:
         args.out.write_text(text, encoding="utf-8")
     elif not args.out.is_file() or args.out.read_text(encoding="utf-8") != text:

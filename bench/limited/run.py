@@ -12,8 +12,11 @@ Each measurement is a process of its own in its own memory control group (group.
 the file among what counts; nothing of the file is cached when it starts. What is measured: cases.py. The sides alternate, and
 the order turns by one each round.
 
-llama.cpp is tried in each way of loading and with and without flash attention; the fastest for each test counts as its best, and
-what was killed is recorded. Cadre is given the limit less a margin as --mem-budget.
+llama.cpp is tried in each way of loading and with and without flash attention; the fastest for each test counts as its best (side
+llama-best), and what was killed is recorded. How much the system reads around each missing page of a mapped file decides much of
+its speed, so the best flags are tried with other windows of reading ahead too (side llama-window: the fastest of all); that setting
+belongs to the disk and needs root, is set only while llama.cpp is measured and put back. Cadre is given the limit less
+a margin as --mem-budget.
 
 Beside each figure stands what physics allows. The disk is measured in every round with random direct reads (disk.py). Decoding: the
 disk's bandwidth by the bytes that a token had to read. Prompts and first tokens: the time in which the disk gives the
@@ -34,11 +37,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cases import parse  # noqa: E402
 from common import ROOT, append_record, fail, machine, now, pin, read_records, revision, say, spread, warn_if_busy  # noqa: E402
-from disk import NoDirectReads, bandwidth, read_ahead_bytes  # noqa: E402
+from disk import NoDirectReads, bandwidth, window_kib  # noqa: E402
 from group import Group, NoGroups  # noqa: E402
-from sides import FLASH, GROUP, LOADING, MARGIN_BYTES, STREAMED, Cadre, Llama, default_cadre, median_of, shown, tune  # noqa: E402
+from sides import FLASH, GROUP, MARGIN_BYTES, STREAMED, Cadre, Llama, Tuning, default_cadre, median_of, shown  # noqa: E402
 
 RECORD = "limited"
+PEERS = ("llama-best", "llama-window")
+SIDES = ("cadre", *PEERS)
+# KiB; the first is what Linux has where nobody changed it.
+WINDOWS = "128,1024"
 WHAT = ("compare", "sweep", "overhead")
 ROUTINGS = ("random", "skewed")
 TESTS = "tg64,pp512,first32,first512"
@@ -76,12 +83,12 @@ def measure_all(args, cadre, llama, limit, best):
             for name in args.tests:
                 if side == "cadre":
                     result = cadre.measure(name, limit, args.most_seconds)
-                elif best[name] is None:
+                elif best[side][name] is None:
                     result = {"failed": "no setting worked"}
                 else:
-                    result = llama.measure(name, limit, args.most_seconds, best[name])
+                    result = llama.measure(name, limit, args.most_seconds, best[side][name])
                 found[side][name].append(result)
-                say(f"    {side:10} {name:9} {shown(result)}")
+                say(f"    {side:12} {name:9} {shown(result)}")
     return found, disk
 
 
@@ -145,10 +152,11 @@ def compare(args, cadre, llama, share):
     limit = int(share * file_bytes)
     say(f"{args.path.name}: limited to {share:.0%} of the file, {limit / 1e9:.2f} GB")
     compute = unlimited(cadre, args.tests, args.tuning_rounds) if "cadre" in args.sides else {}
-    best, tried = {}, {}
-    if "llama-best" in args.sides:
+    tuning = Tuning(llama, limit, args.most_seconds, args.part_seconds / 2, args.window_kib if "llama-window" in args.sides else [])
+    best = {side: {} for side in PEERS}
+    if set(PEERS) & set(args.sides):
         for name in args.tests:
-            best[name], tried[name] = tune(llama, name, limit, args.most_seconds, args.part_seconds / 2)
+            best["llama-best"][name], best["llama-window"][name] = tuning.best(name)
     found, disk = measure_all(args, cadre, llama, limit, best)
     tests = {}
     for name in args.tests:
@@ -162,7 +170,7 @@ def compare(args, cadre, llama, share):
     return {
         "share": share, "limit_bytes": limit, "mem_budget_bytes": cadre.budget(limit),
         "disk_bytes_per_s": spread(disk, 0) | {"samples": [round(rate) for rate in disk]},
-        "unlimited_ts": compute, "rounds": args.rounds, "tests": tests, "llama_best": best, "llama_tried": tried,
+        "unlimited_ts": compute, "rounds": args.rounds, "tests": tests, "llama_best": best, "llama_tried": tuning.tried,
     }  # fmt: skip
 
 
@@ -180,23 +188,32 @@ def sweep(args, cadre, llama):
             if side == "cadre":
                 samples = [cadre.measure(name, limit, args.most_seconds) for _ in range(args.rounds)]
                 point[side] = row_of(name, samples)
-                say(f"    {side:10} {[shown(sample) for sample in samples]}")
+                say(f"    {side:12} {[shown(sample) for sample in samples]}")
                 continue
-            rows = {}
-            for loading in SWEPT:
-                settings = {"loading": loading, "flash": FLASH[0]}
-                samples = [llama.measure(name, limit, args.most_seconds, settings, args.part_seconds / 2) for _ in range(args.rounds)]
-                rows[loading] = row_of(name, samples)
-                say(f"    {side:10} {loading}: {[shown(sample) for sample in samples]}")
-            best = max(rows, key=lambda loading: rows[loading].get("median", 0))
-            failed = {loading: row["failed"] for loading, row in rows.items() if "failed" in row}
-            point[side] = rows[best] | {"loading": best, "failed_loading": failed}
+            point[side] = swept_llama(args, llama, name, limit, side)
         points.append(point)
     whole = unlimited(cadre, [name], args.rounds) if "cadre" in args.sides else {}
     return {
         "test": name, "points": points, "rounds": args.rounds, "unlimited_ts": whole,
         "disk_bytes_per_s": spread(disk, 0) | {"samples": [round(rate) for rate in disk]},
     }  # fmt: skip
+
+
+def swept_llama(args, llama, name, limit, side):
+    """The faster way of loading llama.cpp at one limit; with the given windows of reading ahead for the side llama-window."""
+    rows, failed = [], {}
+    windows = [None] if side == "llama-best" else args.window_kib
+    for loading in SWEPT:
+        for window in windows:
+            settings = {"loading": loading, "flash": FLASH[0], "window_kib": window}
+            if loading in failed:
+                continue
+            samples = [llama.measure(name, limit, args.most_seconds, settings, args.part_seconds / 2) for _ in range(args.rounds)]
+            say(f"    {side:12} {loading}, window {window}: {[shown(sample) for sample in samples]}")
+            rows.append(row_of(name, samples) | {"loading": loading, "window_kib": window})
+            if "failed" in rows[-1]:
+                failed[loading] = rows[-1]["failed"]
+    return max(rows, key=lambda row: row.get("median", 0)) | {"failed_loading": failed}
 
 
 def overhead(args, cadre):
@@ -210,7 +227,7 @@ def overhead(args, cadre):
             for name in names:
                 result = cadre.measure(name, None, args.most_seconds, budget if side == "streamed" else None)
                 found[side][name].append(result)
-                say(f"    {side:10} {name:9} {shown(result)}")
+                say(f"    {side:12} {name:9} {shown(result)}")
     tests = {}
     for name in names:
         row = {side: row_of(name, found[side][name]) for side in found}
@@ -235,7 +252,7 @@ def about(args, host, what):
     return {
         "bench": RECORD, "what": what, "date": now(), "commit": revision(), "machine": host, "versions": args.versions,
         "shape": args.shape, "type": args.type, "routing": args.routing, "file": args.path.name,
-        "file_bytes": args.path.stat().st_size, "cgroup": args.cgroup_version, "read_ahead_bytes": read_ahead_bytes(args.path), "cadre_args": args.cadre_arg,
+        "file_bytes": args.path.stat().st_size, "cgroup": args.cgroup_version, "window_kib": window_kib(args.path), "cadre_args": args.cadre_arg,
     }  # fmt: skip
 
 
@@ -253,7 +270,8 @@ def arguments():
     parser.add_argument("--model", type=Path, help="another GGUF file")
     parser.add_argument("--share", help=f"limits as shares of the file, comma separated; {SHARES}, or {SWEEP} for a sweep")
     parser.add_argument("--tests", default=TESTS, help="comma separated, such as tg64, pp512, first32")
-    parser.add_argument("--sides", default="cadre,llama-best", help="comma separated, of cadre, llama-best")
+    parser.add_argument("--sides", default=",".join(SIDES), help=f"comma separated, of {', '.join(SIDES)}")
+    parser.add_argument("--window-kib", default=WINDOWS, help="windows of reading ahead to try for llama-window")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tuning-rounds", type=int, default=1, help="repetitions without a limit")
     parser.add_argument("--threads", type=int, default=2)
@@ -273,8 +291,9 @@ def arguments():
             parse(name)
     except ValueError as error:
         parser.error(str(error))
-    if unknown := set(args.sides) - {"cadre", "llama-best"}:
-        parser.error(f"unknown side {sorted(unknown)[0]!r}; known: cadre, llama-best")
+    if unknown := set(args.sides) - set(SIDES):
+        parser.error(f"unknown side {sorted(unknown)[0]!r}; known: {', '.join(SIDES)}")
+    args.window_kib = [int(kib) for kib in args.window_kib.split(",")]
     return args
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cases import first_text, parse  # noqa: E402
 from common import ROOT, fail, say  # noqa: E402
-from disk import drop_cache  # noqa: E402
+from disk import drop_cache, window_file, window_of  # noqa: E402
 from group import Group  # noqa: E402
 
 GROUP = "cadre-bench"
@@ -40,6 +40,7 @@ LOADING = {
     "direct, not repacked": ["--load", "direct", "--no-repack"],
 }
 FLASH = ("auto", "off")
+LOADING_FAILED = " (while loading)"
 # A few MiB more than are allowed would be killed: the cap is on everything, the system's own tables among it.
 MARGIN_BYTES = 64 << 20
 
@@ -165,13 +166,14 @@ class Llama:
         try:
             if group:
                 command += ["--join", str(group.door)]
-            ended = execute(command, group, most_seconds, wrap=False)
+            with window_of(self.path, settings.get("window_kib")):
+                ended = execute(command, group, most_seconds, wrap=False)
         finally:
             if group:
                 group.remove()
         if ended.code != 0:
             parts = [json.loads(line)["part"] for line in ended.out.splitlines() if '"part"' in line]
-            return {"failed": ended.why + (f" (after: {', '.join(parts)})" if parts else " (while loading)")}
+            return {"failed": ended.why + (f" (after: {', '.join(parts)})" if parts else LOADING_FAILED)}
         found = json.loads(ended.out.splitlines()[-1])
         facts = ended.facts | {"read_bytes": found["read_bytes"], "major_faults": found["major_faults"], "tokens": found["tokens"]}
         facts["bytes_read_per_token"] = found["read_bytes"] / found["tokens"]
@@ -185,23 +187,58 @@ def last(value):
     return value[-1] if isinstance(value, list) else value
 
 
-def tune(llama, name, limit, most_seconds, part_seconds):
-    """The fastest settings of llama.cpp for a test, its default's result, and all that was tried; None when all failed."""
-    tried = []
-    for loading in LOADING:
-        for flash in FLASH:
-            settings = {"loading": loading, "flash": flash}
-            found = llama.measure(name, limit, most_seconds, settings, part_seconds)
-            tried.append(settings | {key: found[key] for key in ("ts", "seconds", "failed") if key in found})
+class Tuning:
+    """Looks for the fastest settings of llama.cpp under a limit."""
+
+    def __init__(self, llama, limit, most_seconds, part_seconds, windows):
+        self.llama, self.limit, self.windows = llama, limit, windows
+        self.most_seconds, self.part_seconds = most_seconds, part_seconds
+        # Ways of loading that do not get as far as a test, and why.
+        self.hopeless = {}
+        self.tried = {}
+
+    def one(self, name, settings):
+        """Tries one combination."""
+        loading = settings["loading"]
+        if loading in self.hopeless:
+            found = {"failed": self.hopeless[loading]}
+        else:
+            found = self.llama.measure(name, self.limit, self.most_seconds, settings, self.part_seconds)
             say(f"    llama.cpp {name} {settings}: {shown(found)}")
-            if "failed" in found:
-                # Flash attention does not change what loading takes.
-                break
-    worked = [row for row in tried if "failed" not in row]
-    if not worked:
-        return None, tried
-    best = min(worked, key=lambda row: row["seconds"]) if parse(name).is_time else max(worked, key=lambda row: row["ts"])
-    return {key: best[key] for key in ("loading", "flash")}, tried
+        if "failed" in found and LOADING_FAILED in found["failed"]:
+            self.hopeless[loading] = found["failed"]
+        row = settings | {key: found[key] for key in ("ts", "seconds", "failed") if key in found}
+        self.tried[name].append(row)
+        return row
+
+    def best(self, name):
+        """The fastest flags for a test, and the fastest flags with another window of reading ahead; None where nothing works."""
+        self.tried[name] = []
+        for loading in LOADING:
+            for flash in FLASH:
+                if "failed" in self.one(name, {"loading": loading, "flash": flash}):
+                    # Flash attention does not change what loading takes.
+                    break
+        flags = self.fastest(name)
+        if flags is None or not self.windows or not window_may_change(self.llama.path):
+            return flags, None
+        for window in self.windows:
+            self.one(name, flags | {"window_kib": window})
+        return flags, self.fastest(name)
+
+    def fastest(self, name):
+        worked = [row for row in self.tried[name] if "failed" not in row]
+        if not worked:
+            return None
+        key = (lambda row: -row["seconds"]) if parse(name).is_time else (lambda row: row["ts"])
+        found = max(worked, key=key)
+        return {key: found[key] for key in ("loading", "flash", "window_kib") if key in found}
+
+
+def window_may_change(path):
+    """Whether this process may set the window of reading ahead of a file's disk."""
+    window = window_file(path)
+    return window is not None and os.access(window, os.W_OK)
 
 
 def shown(found):

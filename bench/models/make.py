@@ -11,10 +11,10 @@ the others are quantised from it by llama.cpp itself (llama_model_quantize), so 
 q4_k_m has some tensors in Q6_K, q4_0 has its head in Q6_K, and mxfp4 is llama.cpp's MXFP4_MOE (experts in MXFP4, the rest
 in Q8_0). --delete-master removes the BF16 file at the end; it takes a few seconds to write again.
 
-Weights are normal with standard deviation 0.022 and norms are 1, so that logits are near 1 and routing is near uniform and
-different for every token. All tensors are cut from one block of random numbers, each from its own place: what is
-measured does not depend on the values. The same arguments give the same BF16 file. The vocabulary is of full size, but it
-can only spell bytes.
+Weights are normal with standard deviation 0.022 and norms are 1, so that logits are near 1 and no expert is favoured over all
+texts. Within one text attention's mean makes picks last: in deeper layers 50 to 80 % of them are also the last token's
+(routing.py). All tensors are cut from one block of random numbers, each from its own place: what is measured does not depend
+on the values. The same arguments give the same BF16 file. The vocabulary is of full size, but it can only spell bytes.
 
 --routing skewed makes some experts popular and lets picks last for some tokens, as in trained models. It is a copy of the file with
 random routing, with other norms, routers and first values of the embeddings: skew.py.

@@ -7,7 +7,8 @@
 
 Random tokens are in sequences that start from nothing, as in the benchmarks: ids from the whole vocabulary, drawn evenly. `chance`
 is how many picks two tokens would share if each picked by popularity alone; `lasting` is what is above it, as a share of
-what could be: (shared - chance) / (1 - chance). Needs Python 3.9 or newer and `cadre`, nothing else.
+what could be: (shared - chance) / (1 - chance). `LRU 1/4` and `LRU 1/2` are the picks that a cache of so many of the layer's experts
+would have had, dropping what was not used for longest, one sequence after the other; the first one only fills it. Needs Python 3.9 or newer and `cadre`, nothing else.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from common import ROOT, fail  # noqa: E402
 SOURCE = Path(__file__).resolve().parent / "nano-routing.json"
 TEXT = ROOT / "recipes" / "data" / "sample.jsonl"
 SEED = 11
+KEYS = ("hottest", "coldest_half", "shared", "chance", "lasting", "lru_quarter", "lru_half")
 
 
 def run(command):
@@ -76,7 +78,24 @@ def statistics_of(sequences, n_experts):
     return {
         "hottest": sum(shares[:used]), "coldest_half": sum(shares[n_experts // 2 :]), "shared": reuse, "chance": chance,
         "lasting": (reuse - chance) / (1 - chance),
+        "lru_quarter": lru_hits(sequences, n_experts // 4), "lru_half": lru_hits(sequences, n_experts // 2),
     }  # fmt: skip
+
+
+def lru_hits(sequences, room):
+    """The share of picks that are among the `room` experts used last, after the first sequence."""
+    held, hits, picked = {}, 0, 0
+    for number, positions in enumerate(sequences):
+        for picks in positions:
+            for expert in picks:
+                hits += number > 0 and expert in held
+                picked += number > 0
+                # The end of a dict is what was put in last.
+                held.pop(expert, None)
+                held[expert] = True
+                if len(held) > room:
+                    del held[next(iter(held))]
+    return hits / picked if picked else 0.0
 
 
 def measure(cadre, path, n_sequences, length, n_vocab, n_experts, threads):
@@ -93,10 +112,10 @@ def measure(cadre, path, n_sequences, length, n_vocab, n_experts, threads):
 
 def show(rows, source):
     """A table; with nano's scaled beside it if `source` is given."""
-    words = ["layer", "8 hottest", "coldest half", "shared", "chance", "lasting"] + (["nano lasting", "nano scaled"] if source else [])
+    words = ["layer", "8 hottest", "coldest half", "shared", "chance", "lasting", "LRU 1/4", "LRU 1/2"] + (["nano lasting", "nano scaled"] if source else [])
     print("  ".join(f"{word:>12}" for word in words))
     for at, row in enumerate(rows):
-        cells = [f"{at}", *(f"{100 * row[key]:.1f} %" for key in ("hottest", "coldest_half", "shared", "chance", "lasting"))]
+        cells = [f"{at}", *(f"{100 * row[key]:.1f} %" for key in KEYS)]
         if source:
             lasting = source["layers"][min(at, len(source["layers"]) - 1)]["lasting"]
             cells += [f"{100 * lasting:.1f} %", f"{100 * (row['chance'] + lasting * (1 - row['chance'])):.1f} %"]
