@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 
 use crate::error::{Result, StoreError};
-use crate::reader::{ALIGN, Completion, OpenFile, Reader, Request, aligned};
+use crate::reader::{ALIGN, Completion, LARGE_PAGE, OpenFile, Reader, Request, aligned};
 
 /// Random pieces are read; this is where the sequence of their places begins, so that every run reads the same.
 const SEED: u64 = 0x5eed;
@@ -168,8 +168,9 @@ impl Run {
         reader: &mut dyn Reader,
         places: &mut Places,
     ) -> Result<f64> {
-        let mut memory = aligned(self.lanes * self.request_bytes);
-        // Pages that are written for the first time would be measured too.
+        // As the store reads: into large pages, and into pages that are there already.
+        let n_bytes = self.lanes * self.request_bytes;
+        let mut memory = aligned(n_bytes.max(LARGE_PAGE));
         memory.fill(1);
         let start = Instant::now();
         for tag in 0..self.lanes {

@@ -34,7 +34,7 @@ impl ReaderKind {
         }
     }
 
-    /// A reader of this kind, for `n_lanes` requests at a time; with [`ReaderKind::Auto`], [`best`].
+    /// A reader of this kind, for `n_lanes` requests at a time ([`super::LANES`] is a good number); with [`ReaderKind::Auto`], [`best`].
     ///
     /// # Errors
     ///
@@ -78,13 +78,17 @@ fn or_pool(
     }
 }
 
+/// The kernel gets more at a time than the lanes of a disk: without a thread of ours, nothing follows what has ended
+/// while the caller computes.
 #[cfg(target_os = "linux")]
-fn uring(depth: usize) -> io::Result<Box<dyn Reader>> {
+fn uring(n_lanes: usize) -> io::Result<Box<dyn Reader>> {
+    const AHEAD: usize = 8;
+    let depth = n_lanes.saturating_mul(AHEAD);
     Ok(Box::new(super::UringReader::new(depth)?))
 }
 
 #[cfg(not(target_os = "linux"))]
-fn uring(_depth: usize) -> io::Result<Box<dyn Reader>> {
+fn uring(_n_lanes: usize) -> io::Result<Box<dyn Reader>> {
     Err(io::Error::new(
         io::ErrorKind::Unsupported,
         "io_uring is a part of Linux",

@@ -6,7 +6,7 @@ use super::ALIGN;
 
 /// Bytes of a large page, of which one disk request may cover many. On systems with others, an address too round does no
 /// harm.
-const LARGE_PAGE: usize = 2 << 20;
+pub(crate) const LARGE_PAGE: usize = 2 << 20;
 
 /// `n_bytes` zeroed bytes whose address is a multiple of [`ALIGN`]; from 2 MiB on in large pages, where the system has them.
 ///

@@ -22,6 +22,7 @@ use bytes::BytesMut;
 pub use direct::OpenFile;
 pub use faulty::{Fault, FaultyReader, When};
 pub use kind::{ReaderKind, best};
+pub(crate) use memory::LARGE_PAGE;
 pub use memory::aligned;
 pub use pool::PoolReader;
 pub use sync::SyncReader;
@@ -55,6 +56,29 @@ pub struct Completion {
 
 /// What addresses, offsets and lengths are multiples of, as reading past the system's cache wants it.
 pub const ALIGN: usize = 4096;
+
+/// Requests at a time that a disk is kept busy with.
+///
+/// Random direct reads of a 2.6 GB file on a virtual disk (virtio, two processors, ext4), in GB/s, the best of eight
+/// tries of 0.1 s while other programs ran; columns are requests at a time. One small read took 0.05 ms.
+///
+/// ```text
+///                    pread                         io_uring
+///             1     2     4     8    16      1     2     4     8    16
+///   128 KiB  0.93  1.25  1.71  2.03  2.04   1.09  1.41  1.68  2.03  2.20
+///   256 KiB  1.30  2.01  2.20  2.47  2.49   1.60  2.07  2.46  2.44  2.57
+///   512 KiB  1.95  2.59  2.54  2.59  2.32   2.02  2.46  2.73  2.58  2.50
+///     1 MiB  2.16  2.57  2.89  2.47  2.42   2.42  2.63  2.80  2.58  2.42
+///     4 MiB  2.83  2.65  2.52  2.62  2.57   2.88  2.45  2.46  2.53  2.60
+/// ```
+///
+/// io_uring took 0.06 seconds of processor per GB, threads 0.11. Into memory of small pages both gave 1.0 GB/s. More than
+/// four lanes gain nothing from 512 KiB on, which is less than a matrix of most experts.
+pub const LANES: usize = 4;
+
+/// Bytes of a request from which on a larger one gains nothing with [`LANES`]: see there. A shorter read is as well sent
+/// together with its neighbour; a longer one need not be cut.
+pub const REQUEST_BYTES: usize = 512 << 10;
 
 /// Reads in the background. Requests are begun in the order in which they are submitted, and end in any.
 ///
