@@ -130,6 +130,8 @@ def describe(writer, name, s, layers):
     writer.add_expert_feed_forward_length(s["width"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     tokens = bytes_as_letters()
+    # What the only merge makes has to be a token.
+    tokens.append(tokens[0] + tokens[1])
     tokens += [f"<{i}>" for i in range(len(tokens), s["vocab"])]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(s["pre"])
