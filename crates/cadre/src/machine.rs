@@ -88,13 +88,19 @@ pub(crate) fn device_of(path: &Path) -> Option<String> {
     use std::os::unix::fs::MetadataExt;
 
     let device = fs::metadata(path).ok()?.dev();
-    let number = match cfg!(target_os = "linux") {
-        true => format!("{}:{}", libc::major(device), libc::minor(device)),
-        false => device.to_string(),
-    };
-    let link = fs::canonicalize(Path::new("/sys/dev/block").join(&number)).ok();
-    let name = link.and_then(|link| Some(link.file_name()?.to_str()?.to_owned()));
-    Some(name.unwrap_or(number))
+    Some(name_of(device).unwrap_or_else(|| device.to_string()))
+}
+
+#[cfg(target_os = "linux")]
+fn name_of(device: u64) -> Option<String> {
+    let number = format!("{}:{}", libc::major(device), libc::minor(device));
+    let link = fs::canonicalize(Path::new("/sys/dev/block").join(number)).ok()?;
+    Some(link.file_name()?.to_str()?.to_owned())
+}
+
+#[cfg(all(unix, not(target_os = "linux")))]
+fn name_of(_device: u64) -> Option<String> {
+    None
 }
 
 /// The drive that holds a file, such as `C:`.

@@ -23,6 +23,8 @@ pub struct Plan {
     pub request_bytes: Vec<usize>,
     /// How long each combination is read.
     pub time: Duration,
+    /// When no further combination is begun; for disks that are slow to end what they have begun.
+    pub most: Duration,
 }
 
 impl Default for Plan {
@@ -31,6 +33,7 @@ impl Default for Plan {
             lanes: vec![1, 2, 4, 8],
             request_bytes: vec![128 << 10, 512 << 10, 1 << 20, 4 << 20],
             time: Duration::from_millis(300),
+            most: Duration::from_secs(8),
         }
     }
 }
@@ -86,12 +89,16 @@ pub fn measure(
         state: SEED,
     };
     let mut points = Vec::new();
+    let start = Instant::now();
     let mut small = reader_of(1);
     let latency = latency(file, &mut *small, &mut places)?;
     let sizes = plan.request_bytes.iter();
     for &request_bytes in sizes.filter(|&&size| size as u64 <= n_bytes) {
         let mut before = 0.0;
         for &lanes in &plan.lanes {
+            if !points.is_empty() && start.elapsed() > plan.most {
+                break;
+            }
             let mut reader = reader_of(lanes);
             let run = Run {
                 lanes,
@@ -268,6 +275,7 @@ mod tests {
             lanes: vec![1, 2],
             request_bytes: vec![8 << 10, 64 << 10, 1 << 30],
             time: Duration::from_millis(2),
+            most: Duration::MAX,
         }
     }
 
@@ -315,6 +323,12 @@ mod tests {
         assert!(speed.bytes_per_second > 0.0 && speed.latency > Duration::ZERO);
         assert!(speed.lanes <= 2 && speed.request_bytes <= 64 << 10);
         assert_eq!(speed.is_direct, file.is_direct());
+        let hurried = Plan {
+            most: Duration::ZERO,
+            ..quick()
+        };
+        let speed = measure(&file, &hurried, |_| Box::new(SyncReader::default())).unwrap();
+        assert_eq!(speed.points.len(), 1, "one at least");
         let error = measure(&open(100), &quick(), |_| Box::new(SyncReader::default())).unwrap_err();
         assert!(error.to_string().contains("measure the disk"), "{error}");
     }

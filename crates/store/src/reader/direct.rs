@@ -50,7 +50,11 @@ impl OpenFile {
     ///
     /// [`StoreError::Open`] if it cannot be opened at all.
     pub fn open(path: &Path) -> Result<Self> {
-        match open_direct(path) {
+        Self::direct_or_not(path, open_direct(path))
+    }
+
+    fn direct_or_not(path: &Path, direct: io::Result<File>) -> Result<Self> {
+        match direct {
             Ok(file) => Self::new(path, file, None),
             Err(why) => Self::new(path, open_plain(path)?, Some(why)),
         }
@@ -239,6 +243,20 @@ mod tests {
             open.read_done(5..5);
             open.check_unchanged().unwrap();
         }
+    }
+
+    #[test]
+    fn where_direct_reads_are_refused_the_file_is_read_through_the_cache() {
+        let file = temporary(b"abc");
+        let refused = || Err(io::ErrorKind::InvalidInput.into());
+        let open = OpenFile::direct_or_not(file.path(), refused()).unwrap();
+        let why = open.why_buffered().unwrap();
+        assert_eq!(why.kind(), io::ErrorKind::InvalidInput);
+        let mut memory = vec![0; 7];
+        assert_eq!(read_whole(open.file(), 1, &mut memory).unwrap(), 2);
+        assert_eq!(&memory[..2], b"bc");
+        let nowhere = Path::new("/no/such/file");
+        assert!(OpenFile::direct_or_not(nowhere, refused()).is_err());
     }
 
     #[test]
