@@ -6,6 +6,7 @@ use crate::expert::{ExpertId, Now};
 use crate::per_expert::PerExpert;
 use crate::policies::{Belady, PolicyKind};
 use crate::policy::Policy;
+use crate::predictors::Predictor;
 use crate::recording::{Passing, Recording, Step};
 
 /// Bytes of every expert, and the sizes that there are.
@@ -94,6 +95,17 @@ pub struct Outcome {
     pub n_slots: usize,
 }
 
+/// What reading experts before they are wanted would have brought, over all tokens that came one by one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReadAhead {
+    /// Experts that were read ahead.
+    pub n_reads: u64,
+    /// Of these, how many were then wanted: misses that the disk had begun with.
+    pub n_useful: u64,
+    /// Bytes of the others.
+    pub bytes_wasted: u64,
+}
+
 /// A recording, the sizes of its experts, and how its tokens came.
 #[derive(Clone, Copy, Debug)]
 pub struct Replay<'a> {
@@ -115,10 +127,12 @@ impl<'a> Replay<'a> {
     /// A cache of `budget` bytes under a policy, empty at the start. As in a store, what the current step uses keeps
     /// its slot.
     pub fn run(&self, kind: PolicyKind, budget: u64) -> Outcome {
+        self.watched(kind, budget, |_, _| ())
+    }
+
+    /// [`Replay::run`] under a policy that has no name.
+    pub fn run_with(&self, policy: Box<dyn Policy>, budget: u64) -> Outcome {
         let capacities = Capacity::divide(budget, self.sizes.sizes());
-        let n_slots = capacities.iter().map(|capacity| capacity.n_slots).sum();
-        let (n_layers, n_experts) = self.shape();
-        let policy = kind.make(n_layers, n_experts, n_slots);
         self.run_policy(policy, capacities, true, |_, _| ())
     }
 
@@ -140,7 +154,8 @@ impl<'a> Replay<'a> {
         self.recording
             .uses(self.passing, |id, now| future.push((id, now)));
         let mut future = future.into_iter().peekable();
-        let foresee = |cache: &mut Cache, now: Now| {
+        let foresee = |cache: &mut Cache, step: Step<'_>| {
+            let now = step.now;
             let known =
                 |(_, then): &(ExpertId, Now)| then.token < now.token.saturating_add(n_tokens);
             while let Some((id, then)) = future.next_if(known) {
@@ -152,6 +167,61 @@ impl<'a> Replay<'a> {
         self.run_policy(policy, capacities, true, foresee)
     }
 
+    /// [`Replay::run`], and before every layer of a token that comes by itself, `predictor` names up to `most` experts
+    /// that are not cached. What they bring is not in the outcome.
+    pub fn reading_ahead(
+        &self,
+        kind: PolicyKind,
+        budget: u64,
+        predictor: &mut dyn Predictor,
+        most: usize,
+    ) -> (Outcome, ReadAhead) {
+        let (mut ahead, mut ranked) = (ReadAhead::default(), Vec::new());
+        let recording = self.recording;
+        let outcome = self.watched(kind, budget, |cache, step| {
+            let (layer, n_layers) = (step.now.layer, recording.n_layers());
+            let first = step.now.token as usize;
+            if step.is_prompt {
+                // Predictors see token by token what went through layer by layer.
+                let is_last = usize::from(layer) + 1 == n_layers;
+                let tokens = first..first + step.n_tokens as usize;
+                for token in tokens.filter(|_| is_last) {
+                    for layer in 0..n_layers {
+                        predictor.observe(layer as u16, recording.picks(layer, token));
+                    }
+                }
+                return;
+            }
+            predictor.rank(layer, &mut ranked);
+            let is_missing = |expert: u16| cache.slot_of(ExpertId { layer, expert }).is_none();
+            let guesses = ranked.iter().filter(|&&expert| is_missing(expert));
+            let picks = recording.picks(usize::from(layer), first);
+            for &expert in guesses.take(most) {
+                ahead.n_reads += 1;
+                if picks.contains(&expert) {
+                    ahead.n_useful += 1;
+                } else {
+                    ahead.bytes_wasted += self.sizes.bytes(ExpertId { layer, expert }) as u64;
+                }
+            }
+            predictor.observe(layer, picks);
+        });
+        (outcome, ahead)
+    }
+
+    fn watched(
+        &self,
+        kind: PolicyKind,
+        budget: u64,
+        before_each: impl FnMut(&mut Cache, Step<'_>),
+    ) -> Outcome {
+        let capacities = Capacity::divide(budget, self.sizes.sizes());
+        let n_slots = capacities.iter().map(|capacity| capacity.n_slots).sum();
+        let (n_layers, n_experts) = self.shape();
+        let policy = kind.make(n_layers, n_experts, n_slots);
+        self.run_policy(policy, capacities, true, before_each)
+    }
+
     fn shape(&self) -> (usize, usize) {
         (self.recording.n_layers(), self.recording.n_experts())
     }
@@ -161,7 +231,7 @@ impl<'a> Replay<'a> {
         policy: Box<dyn Policy>,
         capacities: Vec<Capacity>,
         pins: bool,
-        mut before_each: impl FnMut(&mut Cache, Now),
+        mut before_each: impl FnMut(&mut Cache, Step<'_>),
     ) -> Outcome {
         let class_of = |id| self.sizes.classes[id];
         let mut run = Run {
@@ -180,7 +250,7 @@ impl<'a> Replay<'a> {
             } else {
                 &mut outcome.decode
             };
-            before_each(&mut run.cache, step.now);
+            before_each(&mut run.cache, step);
             run.step(step, tally);
         });
         Outcome {
@@ -238,6 +308,7 @@ impl Run<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::predictors::{Exact, Previous};
     use proptest::prelude::*;
 
     /// Tokens of one layer with one pick each, and experts of one byte.
@@ -332,6 +403,48 @@ mod tests {
         assert_eq!(hits(replay.bound(2)), 18);
         assert_eq!(hits(replay.ahead(2, 4)), 18);
         assert_eq!(hits(replay.ahead(2, u64::MAX)), 18);
+    }
+
+    #[test]
+    fn reading_ahead_counts_what_was_right_and_what_was_not() {
+        let (recording, sizes) = one_layer(&[0, 0, 1, 1, 1, 2]);
+        let replay = Replay::new(&recording, &sizes, Passing::default());
+        let mut previous = Previous::new(1);
+        // Without a cache: right at the second 0 and at two of the 1.
+        let (outcome, ahead) = replay.reading_ahead(PolicyKind::Lru, 0, &mut previous, 2);
+        let expected = ReadAhead {
+            n_reads: 5,
+            n_useful: 3,
+            bytes_wasted: 2,
+        };
+        assert_eq!((outcome.decode.bytes_read, ahead), (6, expected));
+        // With room for one, what came before is there already.
+        let (_, ahead) = replay.reading_ahead(PolicyKind::Lru, 1, &mut Previous::new(1), 2);
+        assert_eq!(ahead, ReadAhead::default());
+    }
+
+    #[test]
+    fn reading_ahead_of_a_router_that_does_not_wait_is_exact() {
+        let mut recording = Recording::new(2, 8);
+        let tokens = [[0, 5], [6, 1], [3, 2], [5, 7]];
+        let picks: Vec<&[u16]> = tokens.iter().map(|picks| &picks[..]).collect();
+        assert!(recording.push_sequence(&[picks.clone(), picks]));
+        let sizes = ExpertSizes::new(2, 8, |_| 1);
+        let passing = Passing {
+            n_prompt: 1,
+            chunk: 512,
+        };
+        let replay = Replay::new(&recording, &sizes, passing);
+        let mut exact = Exact::new(2);
+        for layer in 0..2 {
+            for picks in &tokens {
+                exact.give(layer, picks);
+            }
+        }
+        let (outcome, ahead) = replay.reading_ahead(PolicyKind::Lfu, 4, &mut exact, 2);
+        let missed = outcome.decode.lookups - outcome.decode.hits;
+        assert_eq!((ahead.n_reads, ahead.n_useful), (missed, missed));
+        assert_eq!(ahead.bytes_wasted, 0);
     }
 
     proptest! {

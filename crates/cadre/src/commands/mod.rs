@@ -14,6 +14,5 @@ pub(crate) mod pull;
 pub(crate) mod run;
 pub(crate) mod trace;
 mod trace_replay;
-mod trace_replay_text;
 #[cfg(feature = "train")]
 pub(crate) mod train;

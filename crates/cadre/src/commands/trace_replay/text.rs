@@ -2,11 +2,11 @@
 
 use std::fmt::Write;
 
-use crate::commands::trace_replay::{Report, Row, Side};
+use super::report::{Report, Row, Side};
 use crate::output::{bytes, harmless};
 
 /// What was replayed, hit rates, bytes, and how good predictions are.
-pub(crate) fn text(report: &Report) -> String {
+pub(super) fn text(report: &Report) -> String {
     let mut text = format!(
         "{}: {} layers x {} experts, top-{}; {} tokens in {} sequences\n",
         harmless(&report.architecture),
@@ -36,6 +36,9 @@ pub(crate) fn text(report: &Report) -> String {
         side(&mut text, report, "prompts", |row| &row.prompt);
     }
     predictors(&mut text, report);
+    if !report.ahead.is_empty() && n_decoded > 0 {
+        ahead(&mut text, report);
+    }
     text
 }
 
@@ -57,20 +60,51 @@ fn side(text: &mut String, report: &Report, name: &str, of: impl Fn(&Row) -> &Si
 
 /// A line per policy, a column per budget.
 fn table(text: &mut String, report: &Report, cell: impl Fn(&Row) -> String) {
-    let mut lines: Vec<Vec<String>> = vec![vec!["policy".to_owned()]];
-    for row in &report.results {
-        if row.policy == "belady" {
-            lines[0].push(format!("{:.4}", row.share * 100.0));
-            if let Some(share) = lines[0].last_mut() {
-                *share = format!("{} %", share.trim_end_matches('0').trim_end_matches('.'));
-            }
+    let rows = report.results.iter();
+    let cells = rows.map(|row| (row.policy.as_str(), row.share, cell(row)));
+    by_budget(text, "policy", cells);
+}
+
+/// A line per name, a column per share of all experts; all names come with each share, in the same order.
+fn by_budget<'a>(
+    text: &mut String,
+    title: &str,
+    cells: impl Iterator<Item = (&'a str, f64, String)>,
+) {
+    let mut lines: Vec<Vec<String>> = vec![vec![title.to_owned()]];
+    for (name, share, cell) in cells {
+        let at = lines.iter().skip(1).position(|line| line[0] == name);
+        let at = at.map_or(lines.len(), |at| at + 1);
+        if at == lines.len() {
+            lines.push(vec![name.to_owned()]);
         }
-        match lines.iter_mut().find(|line| line[0] == row.policy) {
-            Some(line) => line.push(cell(row)),
-            None => lines.push(vec![row.policy.clone(), cell(row)]),
+        if at == 1 {
+            let share = format!("{:.2}", share * 100.0);
+            let share = share.trim_end_matches('0').trim_end_matches('.');
+            lines[0].push(format!("{share} %"));
         }
+        lines[at].push(cell);
     }
     aligned(text, &lines);
+}
+
+/// What reading ahead covers, and what it costs.
+fn ahead(text: &mut String, report: &Report) {
+    let _ = writeln!(
+        text,
+        "reading up to {} experts ahead per layer beside {}: % of the misses that were on their way (and % more bytes \
+         read)",
+        report.read_ahead, report.ahead_policy
+    );
+    let cells = report.ahead.iter().map(|row| {
+        let (covered, more) = (row.misses_covered * 100.0, row.more_bytes * 100.0);
+        (
+            row.predictor,
+            row.share,
+            format!("{covered:.1} (+{more:.0})"),
+        )
+    });
+    by_budget(text, "predictor", cells);
 }
 
 fn predictors(text: &mut String, report: &Report) {
