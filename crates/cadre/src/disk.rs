@@ -105,12 +105,12 @@ impl Measured {
             Some(why) => format!(" (io_uring is refused: {why})"),
             None => String::new(),
         };
-        let size = bytes(self.request_bytes as u64);
-        let enough = match self.lanes {
-            1 => format!("one request of {size} at a time is enough"),
-            lanes => format!("{lanes} requests of {size} at a time are enough"),
-        };
-        format!("experts with {}{why}; {enough}", self.reader)
+        format!(
+            "experts with {}{why}; {} requests of {} at a time are enough",
+            self.reader,
+            self.lanes,
+            bytes(self.request_bytes as u64)
+        )
     }
 }
 

@@ -16,6 +16,7 @@ mod embedded;
 mod env;
 mod experts;
 mod failure;
+mod forecast;
 mod hub;
 mod interrupt;
 mod live;
@@ -26,7 +27,7 @@ mod output;
 mod pace;
 mod sampling;
 mod stop;
-mod streamed;
+mod streaming;
 mod units;
 
 use std::process::ExitCode;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use cadre_checkpoint::{Checkpoint, Holding, Tokenizer};
-use cadre_engine::{LoadOptions, Model, Quant, load_watched};
+use cadre_engine::{LoadOptions, Model, Quant, SessionOptions, dense_bytes, load_watched};
 use clap::ValueEnum;
 use tempfile::TempDir;
 
@@ -14,6 +14,7 @@ use crate::cli::App;
 use crate::embedded;
 use crate::hub::{self, HubRef};
 use crate::output::bytes_bar;
+use crate::streaming::StreamArgs;
 
 /// The choice of a checkpoint.
 #[derive(Debug, Clone, clap::Args)]
@@ -150,8 +151,10 @@ pub(crate) struct ModelArgs {
     quant: QuantArg,
     /// Compute with the weights where the file has them, instead of copying them into an order that memory is read
     /// fastest in: starts at once, needs no memory of its own, and is slower. The same results.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "mem_budget")]
     no_repack: bool,
+    #[command(flatten)]
+    pub(crate) stream: StreamArgs,
 }
 
 /// A model with its text side.
@@ -174,15 +177,21 @@ impl Loaded {
 }
 
 impl ModelArgs {
-    /// Opens and loads the model, with a bar while it takes.
-    pub(crate) fn load(&self, app: &App) -> Result<Loaded> {
+    /// Opens and loads the model for a session like `session`, with a bar while it takes.
+    pub(crate) fn load(&self, app: &App, session: &SessionOptions) -> Result<Loaded> {
         let checkpoint = self.checkpoint.open(app)?;
         let what = format!("loading {}", checkpoint.origin());
-        let bar = bytes_bar(&app.env, checkpoint.data_bytes(), what);
+        let stream = self.stream.options(&checkpoint, (*session, 1))?;
+        let to_load = match stream {
+            None => checkpoint.data_bytes(),
+            Some(_) => dense_bytes(&checkpoint),
+        };
+        let bar = bytes_bar(&app.env, to_load, what);
         let options = LoadOptions {
             quant: self.quant.quant(),
             n_threads: (self.threads > 0).then_some(self.threads),
             in_place: self.no_repack,
+            stream,
             ..LoadOptions::default()
         };
         let model = load_watched(&checkpoint, &options, &|n_bytes| bar.inc(n_bytes))

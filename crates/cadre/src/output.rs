@@ -120,6 +120,12 @@ pub(crate) fn spinner(env: &Env, what: String) -> ProgressBar {
     spinner
 }
 
+/// Lines on standard error that were asked for.
+pub(crate) fn say(text: &str) {
+    // Nothing is left to tell about it where standard error is closed.
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
 /// A line for people on standard error; left out when nobody watches.
 pub(crate) fn note(env: &Env, text: &str) {
     if env.stderr_is_terminal {

@@ -261,7 +261,7 @@ impl Checkpoint {
         let _found = self.maps().any(|map| map.release(bytes));
     }
 
-    fn maps(&self) -> impl Iterator<Item = &FileMap> {
+    pub(crate) fn maps(&self) -> impl Iterator<Item = &FileMap> {
         let of_gguf = self.gguf().map_or(&[][..], Gguf::maps);
         self.maps.iter().chain(of_gguf)
     }
@@ -279,7 +279,7 @@ impl Checkpoint {
         self.entry(name).map_or(name, |entry| &entry.stored)
     }
 
-    fn entry(&self, name: &str) -> Option<&Entry> {
+    pub(crate) fn entry(&self, name: &str) -> Option<&Entry> {
         self.tensors.map.get(name)
     }
 

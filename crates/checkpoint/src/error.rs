@@ -111,6 +111,14 @@ pub enum CheckpointError {
         /// The contradiction.
         problem: String,
     },
+    /// Tensors were to be read from a file, and are a part of the program.
+    #[error(
+        "checkpoint {origin} is a part of the program, not a file that could be read piece by piece: run it in memory"
+    )]
+    NotInFile {
+        /// Name of the checkpoint.
+        origin: String,
+    },
     /// A tensor that the architecture needs is not there.
     #[error(
         "checkpoint {origin}: tensor `{name}` of shape {shape:?} is missing ({n_missing} missing in all)"

@@ -23,6 +23,7 @@ mod keys;
 mod map;
 mod models;
 mod names;
+mod on_disk;
 mod rope;
 mod safetensors_file;
 mod shards;
@@ -42,6 +43,7 @@ pub use config::{
 };
 pub use convert::{Conversion, ConvertOptions, ConvertTo, Mixture, TargetDtype};
 pub use error::{CheckpointError, Result};
+pub use on_disk::{FileRange, TensorOnDisk};
 pub use rope::{RopeConfig, RopeScaling};
 pub use safetensors_file::{StoredTensor, read_safetensors, safetensors_outline};
 pub use sizes::{

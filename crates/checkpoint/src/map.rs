@@ -22,7 +22,7 @@ const AHEAD: usize = 32 << 20;
 
 /// A whole file, mapped read-only. Clones share the map, and so do the bytes taken from it.
 #[derive(Debug, Clone)]
-pub(crate) struct FileMap(Arc<Mmap>);
+pub(crate) struct FileMap(Arc<Mmap>, Arc<Path>);
 
 impl AsRef<[u8]> for FileMap {
     fn as_ref(&self) -> &[u8] {
@@ -40,7 +40,12 @@ impl FileMap {
         #[expect(unsafe_code, reason = "mapping a file is the purpose of this function")]
         let map = unsafe { Mmap::map(&file) };
         let map = map.map_err(|source| CheckpointError::io("map", path, source))?;
-        Ok(Self(Arc::new(map)))
+        Ok(Self(Arc::new(map), path.into()))
+    }
+
+    /// The file.
+    pub(crate) fn path(&self) -> &Arc<Path> {
+        &self.1
     }
 
     /// All bytes of the file. Slices of the result share the map and keep it alive.
@@ -86,7 +91,7 @@ impl FileMap {
     fn advise_needed(&self, _offset: usize, _len: usize) {}
 
     /// Where `bytes` are in the file if they are a part of this map.
-    fn range_of(&self, bytes: &[u8]) -> Option<Range<usize>> {
+    pub(crate) fn range_of(&self, bytes: &[u8]) -> Option<Range<usize>> {
         let (map, part) = (self.0.as_ptr_range(), bytes.as_ptr_range());
         let is_inside = part.start >= map.start && part.end <= map.end;
         is_inside.then(|| {

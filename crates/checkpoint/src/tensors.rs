@@ -74,20 +74,25 @@ const MXFP4_NIBBLES: usize = 16;
 impl Entry {
     /// The bytes in the layout of `dtype`, row-major; a slice of the map wherever possible.
     pub(crate) fn bytes(&self) -> Bytes {
-        match &self.data {
+        Self::assemble(&self.data, self.dtype, &self.shape)
+    }
+
+    /// The bytes of a tensor of this format and shape that lies as `data` says.
+    pub(crate) fn assemble(data: &Data, dtype: Dtype, shape: &[usize]) -> Bytes {
+        match data {
             Data::Plain(bytes) => bytes.clone(),
             Data::Strided {
                 source,
                 first,
                 row_step,
                 col_step,
-            } => self.gather(source, *first, [*row_step, *col_step]),
+            } => gather(source, dtype, shape, *first, [*row_step, *col_step]),
             Data::Mxfp4 {
                 blocks,
                 scales,
                 first,
                 step,
-            } => self.pack_mxfp4(blocks, scales, *first, *step),
+            } => pack_mxfp4(blocks, scales, shape, *first, *step),
         }
     }
 
@@ -105,36 +110,42 @@ impl Entry {
             Data::Mxfp4 { blocks, .. } => blocks,
         }
     }
+}
 
-    fn gather(&self, source: &[u8], first: usize, [row_step, col_step]: [usize; 2]) -> Bytes {
-        let size = self.dtype.block_bytes();
-        let n_cols = self.shape.get(1).copied().unwrap_or(1);
-        let mut out = Vec::with_capacity(self.stored_bytes());
-        for row in 0..self.shape[0] {
-            for col in 0..n_cols {
-                let at = (first + row * row_step + col * col_step) * size;
-                out.extend_from_slice(&source[at..at + size]);
-            }
+fn gather(
+    source: &[u8],
+    dtype: Dtype,
+    shape: &[usize],
+    first: usize,
+    [row_step, col_step]: [usize; 2],
+) -> Bytes {
+    let size = dtype.block_bytes();
+    let n_cols = shape.get(1).copied().unwrap_or(1);
+    let mut out = Vec::with_capacity(shape[0] * n_cols * size);
+    for row in 0..shape[0] {
+        for col in 0..n_cols {
+            let at = (first + row * row_step + col * col_step) * size;
+            out.extend_from_slice(&source[at..at + size]);
         }
-        out.into()
     }
+    out.into()
+}
 
-    /// From pairs of neighbours per byte, scales apart, to GGUF's blocks: the scale, then 16 bytes that hold value `j`
-    /// in the low and value `j + 16` in the high half.
-    fn pack_mxfp4(&self, blocks: &[u8], scales: &[u8], first: usize, step: usize) -> Bytes {
-        let per_row = self.shape[1] / 32;
-        let mut out = Vec::with_capacity(self.stored_bytes());
-        for row in 0..self.shape[0] {
-            let row = first + row * step;
-            for at in row * per_row..(row + 1) * per_row {
-                let pairs = &blocks[at * MXFP4_NIBBLES..][..MXFP4_NIBBLES];
-                let value = |i: usize| pairs[i / 2] >> (4 * (i % 2)) & 15;
-                out.push(scales[at]);
-                out.extend((0..MXFP4_NIBBLES).map(|j| value(j) | value(j + 16) << 4));
-            }
+/// From pairs of neighbours per byte, scales apart, to GGUF's blocks: the scale, then 16 bytes that hold value `j` in
+/// the low and value `j + 16` in the high half.
+fn pack_mxfp4(blocks: &[u8], scales: &[u8], shape: &[usize], first: usize, step: usize) -> Bytes {
+    let per_row = shape[1] / 32;
+    let mut out = Vec::with_capacity(shape[0] * per_row * (1 + MXFP4_NIBBLES));
+    for row in 0..shape[0] {
+        let row = first + row * step;
+        for at in row * per_row..(row + 1) * per_row {
+            let pairs = &blocks[at * MXFP4_NIBBLES..][..MXFP4_NIBBLES];
+            let value = |i: usize| pairs[i / 2] >> (4 * (i % 2)) & 15;
+            out.push(scales[at]);
+            out.extend((0..MXFP4_NIBBLES).map(|j| value(j) | value(j + 16) << 4));
         }
-        out.into()
     }
+    out.into()
 }
 
 /// All tensors of a checkpoint.

@@ -1,5 +1,7 @@
 //! From tensors to blocks: the parts that architectures share, read as the configuration describes them.
 
+use std::sync::Arc;
+
 use cadre_checkpoint::{ModelConfig, NormKind, QkNorm, RouterConfig, Score};
 use cadre_kernels::Matrix;
 use cadre_routing::policies::{
@@ -216,17 +218,6 @@ impl<'a> Builder<'a> {
         let moe = &self.config.moe;
         let d = self.config.hidden_size;
         let prefix = format!("model.layers.{layer}.mlp");
-        // Checking and quantising is most of the work of loading, and experts are most of the weights.
-        let mut slots: Vec<Option<Result<FeedForward>>> =
-            (0..moe.n_experts).map(|_| None).collect();
-        self.weights
-            .compute
-            .pool()
-            .for_each_chunk(&mut slots, 1, |expert, slot| {
-                let prefix = format!("{prefix}.experts.{expert}");
-                slot[0] = Some(self.feed_forward(&prefix, moe.intermediate_size, moe.expert_bias));
-            });
-        let experts: Result<Vec<FeedForward>> = slots.into_iter().flatten().collect();
         let gate = self
             .weights
             .matrix_f32(&format!("{prefix}.gate.weight"), [moe.n_experts, d])?;
@@ -240,9 +231,36 @@ impl<'a> Builder<'a> {
                 bias: bias.transpose()?,
             },
             policy: self.policy(layer)?,
-            experts: Experts::new(experts?),
+            experts: self.experts(layer, &prefix)?,
             shared: self.shared(&prefix)?,
         })
+    }
+
+    fn experts(&self, layer: usize, prefix: &str) -> Result<Experts> {
+        let moe = &self.config.moe;
+        if let Some(store) = &self.weights.store {
+            let before = self
+                .config
+                .moe_layers()
+                .iter()
+                .take_while(|l| **l < layer)
+                .count();
+            return Ok(Experts::Streamed {
+                store: Arc::clone(store),
+                layer: before as u16,
+                n_experts: moe.n_experts,
+            });
+        }
+        // Checking and quantising is most of the work of loading, and experts are most of the weights.
+        let mut slots: Vec<Option<Result<FeedForward>>> =
+            (0..moe.n_experts).map(|_| None).collect();
+        let pool = self.weights.compute.pool();
+        pool.for_each_chunk(&mut slots, 1, |expert, slot| {
+            let prefix = format!("{prefix}.experts.{expert}");
+            slot[0] = Some(self.feed_forward(&prefix, moe.intermediate_size, moe.expert_bias));
+        });
+        let experts: Result<Vec<FeedForward>> = slots.into_iter().flatten().collect();
+        Ok(Experts::Resident(experts?))
     }
 
     fn shared(&self, prefix: &str) -> Result<Option<Shared>> {

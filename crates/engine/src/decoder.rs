@@ -3,6 +3,8 @@
 //! An architecture (a file of `models/`) says which blocks its layers are made of. What it holds is here, what runs is
 //! in `pass.rs`.
 
+use std::sync::Arc;
+
 use cadre_checkpoint::{ModelConfig, tensor_specs};
 use cadre_kernels::{Compute, MatmulScratch, Matrix};
 
@@ -15,6 +17,7 @@ use crate::builder::Builder;
 use crate::error::Result;
 use crate::model::ModelInfo;
 use crate::session::SessionShape;
+use crate::streaming::ExpertStore;
 use crate::workspace::AnyAttentionScratch;
 
 /// A decoder-only transformer.
@@ -22,7 +25,11 @@ use crate::workspace::AnyAttentionScratch;
 pub(crate) struct Decoder {
     pub(crate) info: ModelInfo,
     pub(crate) shape: SessionShape,
-    pub(crate) compute: Compute,
+    pub(crate) compute: Arc<Compute>,
+    /// Where experts are read from, unless all are in memory.
+    pub(crate) store: Option<Arc<ExpertStore>>,
+    /// The most experts to read ahead of a layer.
+    pub(crate) ahead_limit: Option<usize>,
     /// `[vocab, d]`.
     pub(crate) embed_tokens: Matrix,
     pub(crate) embedding_scale: f32,
@@ -183,8 +190,9 @@ impl Builder<'_> {
         let embed_tokens = self
             .weights
             .matrix("model.embed_tokens.weight", [vocab, d])?;
-        // Multiplied by only where it is the head as well.
-        let embed_tokens = match config.tie_word_embeddings {
+        // Multiplied by only where it is the head as well. A file that is read all the time is not left mapped.
+        let is_moved = config.tie_word_embeddings || self.weights.store.is_some();
+        let embed_tokens = match is_moved {
             true => self.weights.placed(embed_tokens),
             false => embed_tokens,
         };
@@ -215,6 +223,8 @@ impl Builder<'_> {
             norm: self.norm("model.norm")?,
             head,
             ropes: ropes.into_iter().flatten().map(Rope::new).collect(),
+            store: self.weights.store.clone(),
+            ahead_limit: self.weights.ahead_limit,
             compute: self.weights.compute,
         };
         decoder.info.weight_bytes = decoder.weight_bytes();
@@ -308,7 +318,8 @@ impl Decoder {
 
     fn weight_bytes(&self) -> u64 {
         let matrices = self.matrices();
-        matrices.iter().map(|matrix| matrix.n_bytes() as u64).sum()
+        let dense: u64 = matrices.iter().map(|matrix| matrix.n_bytes() as u64).sum();
+        dense + self.store.as_ref().map_or(0, |store| store.n_bytes())
     }
 }
 

@@ -3,6 +3,7 @@
 use cadre_checkpoint::CheckpointError;
 use cadre_kernels::{Isa, MatrixError};
 use cadre_routing::RoutingError;
+use cadre_store::StoreError;
 
 /// Result with an [`EngineError`].
 pub type Result<T, E = EngineError> = std::result::Result<T, E>;
@@ -40,6 +41,34 @@ pub enum EngineError {
         tensor: String,
         /// The reason.
         source: MatrixError,
+    },
+    /// A weight that was read while the model ran is NaN or infinite.
+    #[error(
+        "tensor `{tensor}`: row {row}, column {column} is NaN or infinite; the file is damaged, get it again"
+    )]
+    NonFiniteWeight {
+        /// What the file calls it.
+        tensor: String,
+        /// Row of the matrix.
+        row: usize,
+        /// Column of the matrix.
+        column: usize,
+    },
+    /// Experts could not be brought in from disk.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The budget is too small for the weights that every token uses.
+    #[error(
+        "a budget of {budget} bytes for weights is too small: at least {needed} are needed, {dense} for what every token \
+         uses and the rest to bring in experts; raise the budget or use a smaller format"
+    )]
+    BudgetTooSmall {
+        /// What may be taken.
+        budget: u64,
+        /// What is needed at least.
+        needed: u64,
+        /// Of that, what every token uses.
+        dense: u64,
     },
     /// The instruction set that was asked for is not there.
     #[error("this CPU has no {wanted}; it has: {}", names(available))]

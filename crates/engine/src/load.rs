@@ -10,6 +10,7 @@ use crate::decoder::Decoder;
 use crate::error::{EngineError, Result};
 use crate::model::Model;
 use crate::models as m;
+use crate::streaming::StreamOptions;
 use crate::weights::Weights;
 
 /// How weights are held in memory.
@@ -35,6 +36,9 @@ pub struct LoadOptions {
     /// Whether weights stay where the file has them. They are otherwise copied into an order that memory is read
     /// fastest in. Changes no result.
     pub in_place: bool,
+    /// Set for a model that is to take no more than so much memory: experts are then read from its file when they are
+    /// wanted, and the most useful ones kept. Changes no result.
+    pub stream: Option<StreamOptions>,
 }
 
 /// What is told how loading goes on.
@@ -93,7 +97,7 @@ pub fn load_watched(
         });
     };
     checkpoint.expect_exactly(&tensor_specs(config))?;
-    let weights = Weights::new(checkpoint, options, compute(options)?, progress);
+    let weights = Weights::new(checkpoint, options, Arc::new(compute(options)?), progress)?;
     let model = loader(Builder::new(weights))?;
     Ok(Arc::new(model))
 }

@@ -2,6 +2,7 @@
 
 use cadre_kernels::{Compute, Matrix};
 use cadre_routing::Routing;
+use cadre_store::StoreStats;
 
 use crate::batch::Sequence;
 use crate::error::Result;
@@ -16,8 +17,11 @@ pub trait Model: Send + Sync + std::fmt::Debug {
     /// Kernels and threads that the model computes with.
     fn compute(&self) -> &Compute;
 
-    /// Every matrix of weights as it lies in memory.
+    /// Every matrix of weights that stays in memory.
     fn matrices(&self) -> Vec<&Matrix>;
+
+    /// What has been read from disk, for a model that does not fit into memory.
+    fn store_stats(&self) -> Option<StoreStats>;
 
     /// A new, empty session.
     ///
@@ -116,7 +120,7 @@ pub struct ModelInfo {
     pub n_params: u64,
     /// Parameters that one token's forward pass multiplies by or looks up.
     pub n_active_params: u64,
-    /// Bytes of all weights in memory.
+    /// Bytes of all weights in memory; of experts on disk, the most that they take there.
     pub weight_bytes: u64,
 }
 

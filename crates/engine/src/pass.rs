@@ -5,9 +5,10 @@
 
 use cadre_kernels::{Compute, Matrix};
 use cadre_routing::RoutingError;
+use cadre_store::StoreStats;
 
 use crate::batch::{Sequence, Span, n_rows, span_of};
-use crate::blocks::{Norm, Step};
+use crate::blocks::{Ahead, MoeError, Norm, Step};
 use crate::decoder::{AnyFeedForward, Decoder, Layer};
 use crate::error::{EngineError, Result};
 use crate::model::{Logits, Model, ModelInfo, Observer};
@@ -40,6 +41,10 @@ impl Model for Decoder {
 
     fn matrices(&self) -> Vec<&Matrix> {
         Decoder::matrices(self)
+    }
+
+    fn store_stats(&self) -> Option<StoreStats> {
+        Some(self.store.as_ref()?.stats())
     }
 
     fn session(&self, options: &SessionOptions) -> Result<Session> {
@@ -286,9 +291,13 @@ impl Decoder {
         match &layer.ffn {
             AnyFeedForward::Moe(block) => {
                 let step = self.step(index, spans);
+                let ahead = self.ahead(index, hidden);
                 block
-                    .forward(step, normed, out, (moe, matmul), observer)
-                    .map_err(|source| routing_failure(index, spans, source))?;
+                    .forward(step, (normed, out), (moe, matmul), ahead, observer)
+                    .map_err(|error| match error {
+                        MoeError::Routing(source) => routing_failure(index, spans, source),
+                        MoeError::Experts(error) => Failure { sequence: 0, error },
+                    })?;
             }
             AnyFeedForward::Dense(block) => {
                 block.forward(&self.compute, normed, out, (&mut moe.ffn, matmul));
@@ -296,6 +305,22 @@ impl Decoder {
         }
         self.join(layer.ffn_post_norm.as_ref(), out, hidden);
         Ok(())
+    }
+
+    /// What the next layer that has experts may be asked before its turn.
+    fn ahead<'a>(&'a self, index: usize, hidden: &'a [f32]) -> Option<Ahead<'a>> {
+        let limit = self.ahead_limit?;
+        self.layers[index + 1..]
+            .iter()
+            .find_map(|layer| match &layer.ffn {
+                AnyFeedForward::Moe(moe) => Some(Ahead {
+                    hidden,
+                    norm: &layer.ffn_norm,
+                    moe,
+                    limit,
+                }),
+                AnyFeedForward::Dense(_) => None,
+            })
     }
 
     /// Adds a block's output to the stream.

@@ -1,20 +1,29 @@
 //! Reading a checkpoint's tensors into the formats that the kernels multiply by.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use cadre_checkpoint::{Checkpoint, ModelConfig};
-use cadre_kernels::{Compute, Format, Matrix, MatrixError};
+use cadre_checkpoint::{Checkpoint, ModelConfig, TensorOnDisk, TensorView};
+use cadre_kernels::{Bytes, Compute, Format, Matrix, MatrixError};
+
+use cadre_store::BulkReader;
 
 use crate::blocks::Linear;
 use crate::error::{EngineError, Result};
 use crate::load::{LoadOptions, Progress, Quant};
+use crate::streaming::{self, ExpertStore, ReadAhead};
 
 /// Reads tensors of one checkpoint, checked for shape and for NaN and infinities.
 pub(crate) struct Weights<'a> {
     checkpoint: &'a Checkpoint,
     quant: Quant,
     in_place: bool,
-    pub(crate) compute: Compute,
+    pub(crate) compute: Arc<Compute>,
+    /// Where experts are read from when they are wanted, unless all are loaded.
+    pub(crate) store: Option<Arc<ExpertStore>>,
+    pub(crate) ahead_limit: Option<usize>,
+    /// Reads what is loaded of a model that is streamed.
+    bulk: Option<Mutex<BulkReader>>,
     /// Matrices that the wanted format cannot hold.
     n_kept: AtomicUsize,
     progress: &'a Progress<'a>,
@@ -24,17 +33,31 @@ impl<'a> Weights<'a> {
     pub(crate) fn new(
         checkpoint: &'a Checkpoint,
         options: &LoadOptions,
-        compute: Compute,
+        compute: Arc<Compute>,
         progress: &'a Progress<'a>,
-    ) -> Self {
-        Self {
+    ) -> Result<Self> {
+        let store = match &options.stream {
+            None => None,
+            Some(stream) => streaming::open(checkpoint, options, stream, &compute)?,
+        };
+        let ahead = options.stream.map(|stream| stream.ahead);
+        Ok(Self {
             checkpoint,
+            ahead_limit: match ahead {
+                Some(ReadAhead::Gate) => Some(usize::MAX),
+                Some(ReadAhead::Off) | None => None,
+            },
+            bulk: match &options.stream {
+                None => None,
+                Some(stream) => Some(Mutex::new(BulkReader::new(&stream.store)?)),
+            },
+            store,
             quant: options.quant,
             in_place: options.in_place,
             compute,
             n_kept: AtomicUsize::new(0),
             progress,
-        }
+        })
     }
 
     pub(crate) fn config(&self) -> &'a ModelConfig {
@@ -130,25 +153,20 @@ impl<'a> Weights<'a> {
         shape: &[usize],
         [n_out, n_in]: [usize; 2],
     ) -> Result<Matrix> {
-        let view = self.checkpoint.tensor_shaped(name, shape)?;
-        let source = view.bytes.clone();
-        let matrix = match view.scales {
-            None => Matrix::new(view.dtype, n_out, n_in, view.bytes),
-            Some(scales) => {
-                let values = scales.values.clone();
-                Matrix::with_block_scales(n_out, n_in, view.bytes, values, scales.block)
+        let on_disk;
+        let view = match &self.bulk {
+            None => self.checkpoint.tensor_shaped(name, shape)?,
+            Some(bulk) => {
+                on_disk = self.checkpoint.tensor_on_disk(name)?;
+                on_disk.view(&read_all(bulk, &on_disk)?)
             }
         };
+        let source = view.bytes.clone();
+        let matrix = matrix_of(&view, [n_out, n_in], self.checkpoint.is_gguf());
         let matrix = matrix.map_err(|source| {
             let said = self.checkpoint.stored_name(name);
             weight_error(said, source)
         })?;
-        // Blocks in safetensors (MXFP4) stand for the numbers that transformers multiplies by in floats; blocks in GGUF
-        // files are what llama.cpp multiplies by activations of 8 bits.
-        let matrix = match self.checkpoint.is_gguf() {
-            true => matrix,
-            false => matrix.with_float_activations(),
-        };
         if matrix.first_non_finite().is_some() {
             // Slower, but it words the error.
             self.checkpoint.check_finite(name)?;
@@ -156,6 +174,39 @@ impl<'a> Weights<'a> {
         (self.progress)(source.len() as u64);
         Ok(self.copied(&source, matrix))
     }
+}
+
+/// Reads what a tensor is made of, past the system's cache of files: that would need memory which the model may not take.
+fn read_all(bulk: &Mutex<BulkReader>, tensor: &TensorOnDisk) -> Result<Vec<Bytes>> {
+    let mut bulk = bulk.lock().unwrap_or_else(PoisonError::into_inner);
+    let read = tensor
+        .sources()
+        .iter()
+        .map(|source| bulk.read(&source.path, &source.range));
+    Ok(read.collect::<Result<_, _>>()?)
+}
+
+/// The matrix over the bytes of a tensor, as they are.
+///
+/// Blocks in safetensors (MXFP4) stand for the numbers that transformers multiplies by in floats; blocks in GGUF files are
+/// what llama.cpp multiplies by activations of 8 bits.
+pub(crate) fn matrix_of(
+    view: &TensorView<'_>,
+    [n_out, n_in]: [usize; 2],
+    is_gguf: bool,
+) -> std::result::Result<Matrix, MatrixError> {
+    let bytes = view.bytes.clone();
+    let matrix = match view.scales {
+        None => Matrix::new(view.dtype, n_out, n_in, bytes),
+        Some(scales) => {
+            let values = scales.values.clone();
+            Matrix::with_block_scales(n_out, n_in, bytes, values, scales.block)
+        }
+    };
+    Ok(match is_gguf {
+        true => matrix?,
+        false => matrix?.with_float_activations(),
+    })
 }
 
 pub(crate) fn weight_error(name: &str, source: MatrixError) -> EngineError {

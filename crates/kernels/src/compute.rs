@@ -103,13 +103,23 @@ impl Compute {
         &self.pool
     }
 
+    /// Where memory for weights comes from.
+    pub(crate) fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    /// Whether these kernels read interleaved rows.
+    pub(crate) fn interleaves(&self) -> bool {
+        matches!(self.kernels.table().products, Products::Panels(_))
+    }
+
     /// The same matrix with its rows interleaved in memory of its own, which these kernels read fastest: as it is when
     /// they do not, or when its format or shape does not allow it. Products have the same bits.
     #[must_use]
     pub fn interleaved(&self, w: &Matrix) -> Matrix {
-        match self.kernels.table().products {
-            Products::Rows(_) => w.clone(),
-            Products::Panels(_) => w
+        match self.interleaves() {
+            false => w.clone(),
+            true => w
                 .interleave(&self.pool, &self.arena)
                 .unwrap_or_else(|| w.clone()),
         }

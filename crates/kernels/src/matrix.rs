@@ -304,13 +304,27 @@ impl Matrix {
         }
     }
 
-    /// The same matrix with interleaved rows; `None` where its format or shape does not allow it.
-    pub(crate) fn interleave(&self, pool: &ThreadPool, arena: &Arena) -> Option<Self> {
-        let row_bytes = self.row_bytes();
-        let shape = Shape::of(self.format, row_bytes)?;
+    /// How its rows are interleaved; `None` where they already are, or the format or shape does not allow it.
+    pub(crate) fn interleaved_shape(&self) -> Option<Shape> {
         if self.scales.is_some() || self.interleaved || self.bytes.is_empty() {
             return None;
         }
+        Shape::of(self.format, self.row_bytes())
+    }
+
+    /// The same matrix over other bytes, which hold the same values.
+    pub(crate) fn over(&self, bytes: Bytes, interleaved: bool) -> Self {
+        Self {
+            bytes,
+            interleaved,
+            ..self.clone()
+        }
+    }
+
+    /// The same matrix with interleaved rows; `None` where its format or shape does not allow it.
+    pub(crate) fn interleave(&self, pool: &ThreadPool, arena: &Arena) -> Option<Self> {
+        let row_bytes = self.row_bytes();
+        let shape = self.interleaved_shape()?;
         let slab = PANEL_ROWS * row_bytes;
         let mut bytes = arena.take(self.n_out.div_ceil(PANEL_ROWS) * slab)?;
         pool.for_each_chunk(bytes.as_mut(), slab, |at, out| {

@@ -39,6 +39,18 @@ pub enum StoreError {
         /// The reason.
         source: std::io::Error,
     },
+    /// Bytes of weights that every token uses could not be read.
+    #[error("cannot read {n_bytes} bytes at offset {offset} of {}; check the disk, then run again", path.display())]
+    ReadWeights {
+        /// The file.
+        path: PathBuf,
+        /// Where the bytes begin.
+        offset: u64,
+        /// How many were wanted.
+        n_bytes: usize,
+        /// The reason.
+        source: std::io::Error,
+    },
     /// The file ended before the bytes of an expert did.
     #[error(
         "{} ended at byte {end}, but expert {} of MoE layer {} reaches to byte {needed}: the file was cut off while it \
@@ -74,6 +86,20 @@ pub enum StoreError {
         found: String,
         /// All names.
         known: String,
+    },
+    /// The way of reading that was asked for is not there.
+    #[error("this system does not let {kind} read; choose `auto`")]
+    Reader {
+        /// What was asked for.
+        kind: &'static str,
+        /// The reason.
+        source: std::io::Error,
+    },
+    /// The system has no memory left.
+    #[error("the system gives no {n_bytes} bytes of memory for an expert; lower the memory budget")]
+    NoMemory {
+        /// How much was asked for.
+        n_bytes: usize,
     },
     /// The budget does not hold what must be in memory.
     #[error(

@@ -13,9 +13,6 @@
 //! there are computed meanwhile, and those that come in are computed as they come, but for the last of each layer. What
 //! came from disk costs memory more than what was cached: it is also copied into its place.
 //!
-//! Of a prompt, many tokens go through a layer together, and each expert that one of them is sent to is read once: `E (1 -
-//! (1 - k / E)^n)` of `E` experts if every token picks `k`. The layer after is read meanwhile.
-//!
 //! That every expert is as likely as any other is the worst that a model can do; skewed routing hits more often.
 
 /// The copy of an expert into its place reads and writes every byte.
@@ -67,7 +64,7 @@ pub struct Forecast {
 
 /// Decoding with `cache_bytes` of slots.
 pub fn decoding(work: &Work, machine: &Machine, cache_bytes: u64) -> Forecast {
-    let hit_rate = hit_rate(work, cache_bytes);
+    let hit_rate = (cache_bytes as f64 / work.all_expert_bytes.max(1) as f64).min(1.0);
     let picked = work.expert_bytes as f64;
     let missed = (1.0 - hit_rate) * picked;
     let n_missing_layers = work.n_layers as f64 * (1.0 - hit_rate.powi(work.n_picked as i32));
@@ -89,41 +86,6 @@ pub fn decoding(work: &Work, machine: &Machine, cache_bytes: u64) -> Forecast {
         tokens_per_second: 1.0 / seconds,
         bound_tokens_per_second: 1.0 / fastest,
     }
-}
-
-/// What reading a prompt takes.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct PromptWork {
-    /// Tokens of the prompt.
-    pub n_tokens: usize,
-    /// Tokens that go through the model together; every expert that one of them is sent to is read once for all.
-    pub chunk: usize,
-    /// Seconds of all tokens when everything is in memory.
-    pub resident_seconds: f64,
-    /// Experts of a layer.
-    pub n_experts: usize,
-}
-
-/// Seconds until a prompt has been read with `cache_bytes` of slots: of every chunk, the longer of computing and of reading
-/// what is touched and not cached, the next layer being read meanwhile; and the first layer's reading, which nothing hides.
-pub fn prompt(work: &Work, prompt: &PromptWork, machine: &Machine, cache_bytes: u64) -> f64 {
-    let missed = 1.0 - hit_rate(work, cache_bytes);
-    let chunk = prompt.chunk.clamp(1, prompt.n_tokens.max(1));
-    let reading = |n_tokens: usize| {
-        let touched = touched(prompt.n_experts, work.n_picked, n_tokens);
-        let share = touched / prompt.n_experts.max(1) as f64;
-        missed * share * work.all_expert_bytes as f64 / machine.disk
-    };
-    let computing =
-        |n_tokens: usize| prompt.resident_seconds * n_tokens as f64 / prompt.n_tokens.max(1) as f64;
-    let seconds = |n_tokens: usize| computing(n_tokens).max(reading(n_tokens));
-    let (n_whole, rest) = (prompt.n_tokens / chunk, prompt.n_tokens % chunk);
-    let first = reading(chunk) / work.n_layers.max(1) as f64;
-    n_whole as f64 * seconds(chunk) + seconds(rest) + first
-}
-
-fn hit_rate(work: &Work, cache_bytes: u64) -> f64 {
-    (cache_bytes as f64 / work.all_expert_bytes.max(1) as f64).min(1.0)
 }
 
 /// Experts of a layer that at least one of `n_tokens` is sent to, each token to `n_picked` of `n_experts` that are all as
@@ -203,42 +165,6 @@ mod tests {
                 assert!(speed(disk, less) <= speed(2.0 * disk, less));
             }
         }
-    }
-
-    #[test]
-    fn a_prompt_takes_the_longer_of_computing_and_reading() {
-        let work = PromptWork {
-            n_tokens: 100,
-            chunk: 40,
-            resident_seconds: 1.0,
-            n_experts: 2,
-        };
-        // Two of two experts per token: every chunk reads all 100 MB, which takes 0.1 s; the first of five layers 20 ms.
-        let at = |resident_seconds, cache| {
-            let work = PromptWork {
-                resident_seconds,
-                ..work
-            };
-            prompt(&WORK, &work, &MACHINE, cache)
-        };
-        assert!(
-            close(at(1.0, 0), 0.4 + 0.4 + 0.2 + 0.02),
-            "computing is longer"
-        );
-        assert!(
-            close(at(0.1, 0), 0.1 + 0.1 + 0.1 + 0.02),
-            "reading is longer"
-        );
-        assert!(close(at(0.1, 50_000_000), 0.05 + 0.05 + 0.05 + 0.01));
-        assert!(close(at(0.1, 100_000_000), 0.1), "in memory");
-        let whole = PromptWork { chunk: 512, ..work };
-        assert!(close(prompt(&WORK, &whole, &MACHINE, 0), 1.0 + 0.02));
-        let empty = PromptWork {
-            n_tokens: 0,
-            resident_seconds: 0.0,
-            ..work
-        };
-        assert!(prompt(&WORK, &empty, &MACHINE, 0).is_finite());
     }
 
     #[test]

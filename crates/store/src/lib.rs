@@ -4,10 +4,14 @@
 //! [`Policy`] sees it, reads the others past the system's own cache ([`reader`]), and reads ahead what a predictor
 //! expects while that helps. [`replay`] says from a recorded routing what each policy would have done.
 
+mod budget;
+mod bulk;
 mod cache;
 mod error;
 mod expert;
 pub mod forecast;
+mod form;
+mod pass;
 mod per_expert;
 pub mod policies;
 mod policy;
@@ -16,10 +20,18 @@ pub mod probe;
 pub mod reader;
 mod recording;
 pub mod replay;
+mod staging;
+mod stats;
+mod store;
 
+pub use bulk::BulkReader;
 pub use cache::{Cache, CacheCounts, Capacity, Placed};
 pub use error::{Result, StoreError};
 pub use expert::{ExpertId, Now};
+pub use form::{Form, Piece};
+pub use pass::Pass;
 pub use policies::PolicyKind;
 pub use policy::Policy;
 pub use recording::{Passing, Recording, Step};
+pub use stats::StoreStats;
+pub use store::{Store, StoreOptions};

@@ -6,7 +6,7 @@ use anyhow::Result;
 use cadre_checkpoint::{ModelConfig, Sizes, kv_bytes_read};
 use cadre_engine::{
     KvFormats, Logits, Model, NoObserver, Observer, RoutingEvent, Sequence, Session,
-    SessionOptions, Workspace,
+    SessionOptions, StoreStats, Workspace,
 };
 
 use super::plan::Test;
@@ -21,6 +21,8 @@ pub(crate) struct Sample {
     pub(crate) ns: u64,
     /// Bytes of weights and cache that decoding cannot do without; 0 for prompts.
     pub(crate) bytes: u64,
+    /// What was read from disk meanwhile, for a model that is streamed.
+    pub(crate) store: Option<StoreStats>,
 }
 
 /// How a test is computed.
@@ -92,11 +94,16 @@ impl<'a> Runner<'a> {
         for session in &mut self.sessions {
             session.rewind(self.test.n_depth);
         }
-        if self.test.n_prompt > 0 {
-            self.prompt()
-        } else {
-            self.generate()
-        }
+        let before = self.model.store_stats();
+        let sample = match self.test.n_prompt {
+            0 => self.generate()?,
+            _ => self.prompt()?,
+        };
+        let after = self.model.store_stats();
+        let store = after
+            .zip(before)
+            .map(|(after, before)| after.since(&before));
+        Ok(Sample { store, ..sample })
     }
 
     fn prompt(&mut self) -> Result<Sample> {
@@ -108,11 +115,19 @@ impl<'a> Runner<'a> {
                 .forward(session, &tokens, Logits::Last, &mut NoObserver)?;
             ns += nanoseconds(start);
         }
-        Ok(Sample { ns, bytes: 0 })
+        Ok(Sample {
+            ns,
+            bytes: 0,
+            store: None,
+        })
     }
 
     fn generate(&mut self) -> Result<Sample> {
-        let mut sample = Sample { ns: 0, bytes: 0 };
+        let mut sample = Sample {
+            ns: 0,
+            bytes: 0,
+            store: None,
+        };
         for step in 0..self.test.n_gen {
             let tokens = self.tokens.take(self.test.n_seqs);
             self.touched.clear();

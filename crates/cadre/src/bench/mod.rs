@@ -6,4 +6,6 @@ mod record;
 
 pub(crate) use measure::{Runner, Setting};
 pub(crate) use plan::{Lists, Test};
-pub(crate) use record::{Around, Machine, Record, csv, markdown, median, most_used, rss_bytes};
+pub(crate) use record::{
+    Around, Machine, Record, Streaming, csv, markdown, median, most_used, rss_bytes,
+};

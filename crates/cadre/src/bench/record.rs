@@ -5,7 +5,7 @@ use std::fs;
 use std::time::SystemTime;
 
 use cadre_checkpoint::{Checkpoint, Dtype, model_sizes};
-use cadre_engine::ModelInfo;
+use cadre_engine::{ModelInfo, StoreStats};
 use serde::Serialize;
 
 use super::measure::Sample;
@@ -65,8 +65,79 @@ pub(crate) struct Record {
     peak_share: Option<f64>,
     /// The most memory that was resident after loading or after a repetition so far.
     peak_rss_bytes: Option<u64>,
+    /// Of a model that is streamed.
+    #[serde(flatten)]
+    streamed: Option<Streamed>,
     #[serde(skip)]
     test: Test,
+}
+
+/// What a test read from disk; means over its repetitions.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Streamed {
+    /// Memory that weights may take.
+    weights_budget_bytes: u64,
+    /// Of it, what is for experts.
+    experts_bytes: u64,
+    /// Share of the wanted experts that were in memory.
+    hit_rate: f64,
+    bytes_read_per_token: f64,
+    /// Reading the file as experts are read, around every repetition; the median.
+    disk_bytes_per_s: f64,
+    /// What the disk allows: `disk_bytes_per_s / bytes_read_per_token`.
+    disk_bound_ts: f64,
+    /// `median_ts / disk_bound_ts`.
+    disk_bound_share: f64,
+    /// Waiting for the disk.
+    stall_ns_per_token: f64,
+    /// Bringing what was read into the order that kernels read.
+    making_ns_per_token: f64,
+    evictions_per_token: f64,
+    /// Of the experts that were read, those that were asked for before they were wanted.
+    read_ahead_share: f64,
+    /// Of the experts that were read, those that nobody wanted.
+    wasted_share: f64,
+    lossy: bool,
+}
+
+/// What is known of a streamed model before it is measured.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Streaming {
+    pub(crate) weights_budget_bytes: u64,
+    pub(crate) experts_bytes: u64,
+    /// Bytes per second of the disk.
+    pub(crate) disk: f64,
+}
+
+impl Streamed {
+    fn new(streaming: Streaming, samples: &[Sample], n_tokens: f64, median_ts: f64) -> Self {
+        let all = n_tokens * samples.len() as f64;
+        let sum = |of: fn(&StoreStats) -> f64| -> f64 {
+            samples
+                .iter()
+                .filter_map(|sample| sample.store.as_ref())
+                .map(of)
+                .sum()
+        };
+        let bytes_read_per_token = sum(|s| s.bytes_read as f64) / all;
+        let disk_bound_ts = streaming.disk / bytes_read_per_token.max(1.0);
+        let reads = sum(|s| s.reads as f64).max(1.0);
+        Self {
+            weights_budget_bytes: streaming.weights_budget_bytes,
+            experts_bytes: streaming.experts_bytes,
+            hit_rate: sum(|s| s.hits as f64) / sum(|s| s.lookups as f64).max(1.0),
+            bytes_read_per_token,
+            disk_bytes_per_s: streaming.disk,
+            disk_bound_ts,
+            disk_bound_share: median_ts / disk_bound_ts,
+            stall_ns_per_token: sum(|s| s.stall.as_nanos() as f64) / all,
+            making_ns_per_token: sum(|s| s.making.as_nanos() as f64) / all,
+            evictions_per_token: sum(|s| s.evictions as f64) / all,
+            read_ahead_share: sum(|s| s.read_ahead as f64) / reads,
+            wasted_share: sum(|s| s.wasted as f64) / reads,
+            lossy: false,
+        }
+    }
 }
 
 /// What a test is held against.
@@ -81,6 +152,8 @@ pub(crate) struct Around {
     pub(crate) peak: Option<f64>,
     /// The most memory seen.
     pub(crate) peak_rss_bytes: Option<u64>,
+    /// For a model that is streamed.
+    pub(crate) streaming: Option<Streaming>,
 }
 
 impl Machine {
@@ -114,6 +187,7 @@ impl Record {
             weights: (all, head),
             peak,
             peak_rss_bytes,
+            streaming,
         } = around;
         let ns: Vec<f64> = samples.iter().map(|sample| sample.ns as f64).collect();
         let n_tokens = test.n_tokens() as f64;
@@ -144,6 +218,7 @@ impl Record {
             gflops,
             peak_share: gflops.zip(peak).map(|(rate, peak)| 1e9 * rate / peak),
             peak_rss_bytes,
+            streamed: streaming.map(|s| Streamed::new(s, samples, n_tokens, median_ts)),
             median_ts,
             samples_ts: ts,
             test,
@@ -330,13 +405,18 @@ mod tests {
         };
         let samples: Vec<_> = samples
             .iter()
-            .map(|&(ns, bytes)| Sample { ns, bytes })
+            .map(|&(ns, bytes)| Sample {
+                ns,
+                bytes,
+                store: None,
+            })
             .collect();
         let around = Around {
             bandwidth: 1e9,
             weights: (3_000, 1_000),
             peak: Some(1e12),
             peak_rss_bytes: None,
+            streaming: None,
         };
         Record::new(&machine(), test, &samples, around)
     }

@@ -1,26 +1,35 @@
 //! `cadre bench`: speed of reading prompts and of generating, with llama-bench's flags and keys.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
 use cadre_checkpoint::{Checkpoint, Dtype, held_sizes, model_sizes};
-use cadre_engine::{LoadOptions, Model, SessionOptions, load};
+use cadre_engine::{
+    LoadOptions, Model, SessionOptions, StoreOptions, StreamOptions, dense_bytes, load,
+};
 use cadre_kernels::doctor::{bandwidth, peaks, reading};
+use cadre_store::probe::{self, Plan};
+use cadre_store::reader::{OpenFile, best};
 use clap::ValueEnum;
 
 use crate::bench::{
-    Around, Lists, Machine, Record, Runner, Setting, Test, csv, markdown, median, most_used,
-    rss_bytes,
+    Around, Lists, Machine, Record, Runner, Setting, Streaming, Test, csv, markdown, median,
+    most_used, rss_bytes,
 };
 use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::failure::Failure;
 use crate::model::{CheckpointArg, QuantArg};
 use crate::output::{Out, spinner};
+use crate::streaming::StreamArgs;
 
 /// Bytes read per pass: several times the last-level cache of common machines.
 const PASS: usize = 256 << 20;
 const N_PASSES: usize = 3;
 /// More bytes than this are not read to measure memory.
 const LARGE: usize = 4 << 30;
+/// How long the disk is measured before and after a repetition.
+const DISK_TIME: Duration = Duration::from_millis(300);
 /// Tokens of the first warm-up: enough for every expert of most models to be met, so that its pages are there.
 const WARM_UP: usize = 512;
 
@@ -80,8 +89,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FORMAT", default_value = "none")]
     quant: QuantArg,
     /// Compute with the weights where the file has them.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "mem_budget")]
     no_repack: bool,
+    #[command(flatten)]
+    stream: StreamArgs,
     /// Start measuring at once.
     #[arg(long)]
     no_warmup: bool,
@@ -143,20 +154,25 @@ fn measure(
     (threads, tests): (usize, &[Test]),
 ) -> Result<Vec<Record>> {
     let progress = spinner(&app.env, format!("loading {}", checkpoint.origin()));
+    let setting = Setting {
+        chunk: args.batch_size,
+        kv: args.cache.formats(),
+    };
+    let stream = args.stream.options(checkpoint, largest(tests, setting))?;
     let options = LoadOptions {
         quant: args.quant.quant(),
         n_threads: (threads > 0).then_some(threads),
         in_place: args.no_repack,
+        stream,
         ..LoadOptions::default()
     };
     let model = load(checkpoint, &options)
         .with_context(|| format!("cannot load {}", checkpoint.origin()))?;
     let pool = model.compute().pool();
     let held = held_sizes(checkpoint, args.quant.holding());
-    let setting = Setting {
-        chunk: args.batch_size,
-        kv: args.cache.formats(),
-    };
+    let disk = stream
+        .map(|stream| Disk::open(checkpoint, &*model, stream))
+        .transpose()?;
     let machine = Machine {
         type_k: setting.kv.keys.name(),
         type_v: setting.kv.values.name(),
@@ -189,6 +205,7 @@ fn measure(
         let mut samples = Vec::new();
         // Other users of the memory come and go, so that it is measured around every repetition.
         let mut bandwidths = vec![read_weights(&*model)];
+        let mut disks = Vec::new();
         for repetition in 0..args.repetitions {
             app.interrupt.check()?;
             progress.set_message(format!(
@@ -198,7 +215,9 @@ fn measure(
                 repetition + 1,
                 args.repetitions
             ));
+            disks.extend(disk.as_ref().map(Disk::measure).transpose()?);
             samples.push(runner.sample()?);
+            disks.extend(disk.as_ref().map(Disk::measure).transpose()?);
             peak_rss_bytes = peak_rss_bytes.max(rss_bytes());
             bandwidths.push(read_weights(&*model));
         }
@@ -207,11 +226,72 @@ fn measure(
             weights,
             peak,
             peak_rss_bytes,
+            streaming: disk.as_ref().map(|disk| Streaming {
+                weights_budget_bytes: disk.budget,
+                experts_bytes: disk.experts_bytes,
+                disk: median(&disks),
+            }),
         };
         records.push(Record::new(&machine, test, &samples, around));
     }
     progress.finish_and_clear();
     Ok(records)
+}
+
+/// The sessions of the test that takes most memory.
+fn largest(tests: &[Test], setting: Setting) -> (SessionOptions, usize) {
+    let most = tests.iter().max_by_key(|test| test.n_ctx() * test.n_seqs);
+    let (n_ctx, n_seqs) = most.map_or((1, 1), |test| (test.n_ctx(), test.n_seqs));
+    let session = SessionOptions {
+        n_ctx: Some(n_ctx.max(WARM_UP)),
+        chunk: setting.chunk,
+        kv: setting.kv,
+    };
+    (session, n_seqs)
+}
+
+/// The disk that experts are read from.
+struct Disk {
+    file: OpenFile,
+    store: StoreOptions,
+    budget: u64,
+    experts_bytes: u64,
+}
+
+impl Disk {
+    fn open(checkpoint: &Checkpoint, model: &dyn Model, stream: StreamOptions) -> Result<Self> {
+        // The largest file holds the most experts.
+        let files = checkpoint.files();
+        let size = |path: &&std::path::Path| std::fs::metadata(path).map_or(0, |file| file.len());
+        let Some(largest) = files.into_iter().max_by_key(size) else {
+            return Err(Failure::new("the checkpoint is in no file").into());
+        };
+        let dense = dense_bytes(checkpoint);
+        Ok(Self {
+            file: OpenFile::open(largest)?,
+            store: stream.store,
+            budget: stream.budget,
+            experts_bytes: model.info().weight_bytes.saturating_sub(dense),
+        })
+    }
+
+    /// Bytes per second of reading random places as experts are read.
+    fn measure(&self) -> Result<f64> {
+        let StoreOptions {
+            lanes,
+            request_bytes,
+            reader,
+            ..
+        } = self.store;
+        let plan = Plan {
+            lanes: vec![lanes],
+            request_bytes: vec![request_bytes],
+            time: DISK_TIME,
+            most: DISK_TIME,
+        };
+        let reader = |lanes| reader.open(lanes).unwrap_or_else(|_| best(lanes).0);
+        Ok(probe::measure(&self.file, &plan, reader)?.bytes_per_second)
+    }
 }
 
 /// Bytes per second of reading the weights where they lie: memory is not equally fast everywhere. A model that the

@@ -4,7 +4,7 @@ use std::io::{self, BufRead, Read, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use cadre_engine::GenerateOptions;
+use cadre_engine::{GenerateOptions, SessionOptions};
 
 use crate::cache::CacheArgs;
 use crate::chat::{Chat, ChatOptions, Ended};
@@ -68,11 +68,16 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         }
         None => None,
     };
-    let loaded = args.model.load(app)?;
-    let options = ChatOptions {
-        system: args.system.clone(),
+    let session = SessionOptions {
         n_ctx: (args.ctx_size > 0).then_some(args.ctx_size),
         kv: args.cache.formats(),
+        ..SessionOptions::default()
+    };
+    let loaded = args.model.load(app, &session)?;
+    let options = ChatOptions {
+        system: args.system.clone(),
+        n_ctx: session.n_ctx,
+        kv: session.kv,
         template,
         generate: GenerateOptions {
             max_new_tokens: match args.n_predict {

@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::Result;
+use cadre_engine::SessionOptions;
 use cadre_engine::eval::{self, Perplexity, Score, Windows};
 use clap::Subcommand;
 use serde::Serialize;
@@ -15,7 +17,7 @@ use crate::cli::App;
 use crate::data;
 use crate::failure::Failure;
 use crate::model::ModelArgs;
-use crate::output::{Format, Out, bar};
+use crate::output::{Format, Out, bar, say};
 
 /// Arguments of `cadre eval`.
 #[derive(Debug, clap::Args)]
@@ -89,7 +91,12 @@ fn perplexity(app: &App, args: &PerplexityArgs) -> Result<()> {
     for path in &args.data {
         texts.extend(data::read(path)?);
     }
-    let loaded = args.model.load(app)?;
+    let session = SessionOptions {
+        n_ctx: (args.ctx_size > 0).then_some(args.ctx_size),
+        kv: args.cache.formats(),
+        ..SessionOptions::default()
+    };
+    let loaded = args.model.load(app, &session)?;
     let tokenizer = loaded.tokenizer()?;
     let mut documents = Vec::with_capacity(texts.len());
     for document in texts {
@@ -116,7 +123,8 @@ fn perplexity(app: &App, args: &PerplexityArgs) -> Result<()> {
         .map(|one| one.tokens.len().saturating_sub(1) as u64)
         .sum();
     let progress = bar(&app.env, "tokens", n_total);
-    let kv = args.cache.formats();
+    let kv = session.kv;
+    let start = Instant::now();
     let result = eval::perplexity(&*loaded.model, &documents, windows, kv, &mut |done, _| {
         progress.set_position(done);
         if app.interrupt.requested() {
@@ -135,7 +143,15 @@ fn perplexity(app: &App, args: &PerplexityArgs) -> Result<()> {
             .hint(hint)
             .into());
     }
-    print(&result, args.output)
+    print(&result, args.output)?;
+    let summary = args
+        .model
+        .stream
+        .summary(&*loaded.model, n_total as usize, start);
+    if let Some(summary) = summary {
+        say(&summary.to_string());
+    }
+    Ok(())
 }
 
 fn print(result: &Perplexity, format: Format) -> Result<()> {

@@ -18,12 +18,12 @@ use crate::cli::App;
 use crate::commands::inspect::check_context;
 use crate::demand::{self, Demand};
 use crate::failure::Failure;
+use crate::forecast::{DiskRate, Streamed};
 use crate::machine::Machine;
 use crate::memory;
 use crate::model::{CheckpointArg, QuantArg};
 use crate::output::{Format, Out, bytes, count, harmless, spinner};
 use crate::pace::{Pace, Work};
-use crate::streamed::{DiskRate, Resident, Streamed};
 use crate::units::{parse_bytes, parse_rate};
 
 /// Bytes read per pass: several times the last-level cache of common machines.
@@ -232,12 +232,8 @@ fn report(
         .saturating_add(kv_bytes_read(config, kv, n_ctx));
     let decoding = speed.decoding(work, held.read_per_token);
     let streamed = disk.filter(|_| !fits).and_then(|disk| {
-        let resident = Resident {
-            memory: speed.bandwidth,
-            decode_seconds: 1.0 / decoding,
-            prompt_seconds: speed.pace.map(|pace| pace.prompt(work)),
-        };
-        Streamed::new(config, (&demand, held), budget, resident, disk)
+        let speeds = (speed.bandwidth, 1.0 / decoding);
+        Streamed::new(config, (&demand, held), budget, speeds, disk)
     });
     Report {
         model: checkpoint.origin().to_owned(),

@@ -78,14 +78,16 @@ impl Observer for Collector {
 /// Computes and prints, a chunk at a time.
 pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let tokens = read_tokens(&args.tokens)?;
-    let loaded = args.model.load(app)?;
-    let model = &*loaded.model;
-    let n_ctx = tokens.len().min(model.info().max_context);
-    let mut session = model.session(&SessionOptions {
-        n_ctx: Some(n_ctx),
+    let mut options = SessionOptions {
+        n_ctx: Some(tokens.len()),
         chunk: CHUNK,
         kv: args.cache.formats(),
-    })?;
+    };
+    let loaded = args.model.load(app, &options)?;
+    let model = &*loaded.model;
+    let n_ctx = tokens.len().min(model.info().max_context);
+    options.n_ctx = Some(n_ctx);
+    let mut session = model.session(&options)?;
     let mut collector = Collector {
         wanted: args.routing,
         layers: Vec::new(),

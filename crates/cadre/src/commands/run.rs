@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use cadre_engine::{Finish, GenerateOptions, SessionOptions, generate};
@@ -13,8 +14,9 @@ use crate::experts::{ExpertView, ExpertWatch};
 use crate::failure::Failure;
 use crate::live::Live;
 use crate::model::ModelArgs;
-use crate::output::{Format, Out, note};
+use crate::output::{Format, Out, note, say};
 use crate::sampling::SamplingArgs;
+use crate::streaming::Summary;
 
 /// Arguments of `cadre run`.
 #[derive(Debug, clap::Args)]
@@ -73,6 +75,8 @@ struct Report<'a> {
     prompt_tokens_per_second: f64,
     tokens_per_second: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
+    streaming: Option<Summary>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     experts: Option<&'a cadre_trace::Stats>,
 }
 
@@ -80,14 +84,14 @@ struct Report<'a> {
 pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let prompt = read_prompt(app, args)?;
     let sampling = args.sampling.options()?;
-    let loaded = args.model.load(app)?;
-    let tokenizer = loaded.tokenizer()?;
-    let ids = tokenizer.encode(&prompt)?;
     let options = SessionOptions {
         n_ctx: (args.ctx_size > 0).then_some(args.ctx_size),
         kv: args.cache.formats(),
         ..SessionOptions::default()
     };
+    let loaded = args.model.load(app, &options)?;
+    let tokenizer = loaded.tokenizer()?;
+    let ids = tokenizer.encode(&prompt)?;
     let mut session = loaded.model.session(&options)?;
     check_room(&ids, session.n_ctx(), loaded.model.info().max_context)?;
     let view = match args.experts {
@@ -111,11 +115,14 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         stop_tokens: loaded.stop_tokens(&tokenizer)?,
         sampling,
     };
+    let start = Instant::now();
     let generated = generate(&*loaded.model, &mut session, &ids, &generating, &mut live)?;
     let transcript = live.finish()?;
     drop(guard);
     app.interrupt.check()?;
 
+    let n_tokens = ids.len() + generated.tokens.len();
+    let streaming = args.model.stream.summary(&*loaded.model, n_tokens, start);
     let rates = transcript.clock.rates(ids.len(), generated.tokens.len());
     // Nothing was routed when nothing was asked for.
     let watch = transcript.experts.filter(|_| args.n_predict > 0);
@@ -132,6 +139,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
             seed: sampling.seed,
             prompt_tokens_per_second: rates.prompt,
             tokens_per_second: rates.new,
+            streaming,
             experts: stats.as_ref(),
         })?;
     } else if let (Some(view), Some(stats)) = (&view, &stats) {
@@ -139,6 +147,9 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     }
     out.finish()?;
     note(&app.env, &format!("{rates}; seed {}", sampling.seed));
+    if let Some(streaming) = streaming.filter(|_| args.output == Format::Text) {
+        say(&streaming.to_string());
+    }
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! `cadre trace`: records which experts every token uses, and shows recordings.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use cadre_checkpoint::Tokenizer;
@@ -16,7 +17,7 @@ use crate::data::{self, Document};
 use crate::experts;
 use crate::failure::Failure;
 use crate::model::ModelArgs;
-use crate::output::{Format, Out, bar, bytes, note};
+use crate::output::{Format, Out, bar, bytes, note, say};
 
 /// Arguments of `cadre trace`.
 #[derive(Debug, clap::Args)]
@@ -94,7 +95,11 @@ fn record(app: &App, args: &RecordArgs, output: &Path) -> Result<()> {
     for path in &args.data {
         documents.extend(data::read(path)?);
     }
-    let loaded = args.model.load(app)?;
+    let session = SessionOptions {
+        n_ctx: (args.ctx_size > 0).then_some(args.ctx_size),
+        ..SessionOptions::default()
+    };
+    let loaded = args.model.load(app, &session)?;
     let info = loaded.model.info();
     if info.moe_layers.is_empty() {
         return Err(Failure::new("the model has no layers with experts: nothing to trace").into());
@@ -126,6 +131,7 @@ fn record(app: &App, args: &RecordArgs, output: &Path) -> Result<()> {
         ..SessionOptions::default()
     })?;
     let progress = bar(&app.env, "tokens", n_tokens);
+    let start = Instant::now();
     for sequence in sequences {
         progress.inc(recorder.sequence(app, &*loaded.model, &mut session, sequence)?);
     }
@@ -140,6 +146,13 @@ fn record(app: &App, args: &RecordArgs, output: &Path) -> Result<()> {
             bytes(n_bytes)
         ),
     );
+    let summary = args
+        .model
+        .stream
+        .summary(&*loaded.model, n_tokens as usize, start);
+    if let Some(summary) = summary {
+        say(&summary.to_string());
+    }
     Ok(())
 }
 

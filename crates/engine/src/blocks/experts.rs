@@ -1,57 +1,162 @@
-//! Where the MoE block gets its experts from: the one type to change when they do not all fit in memory.
+//! Where the MoE block gets its experts from: all of them in memory, or as a store brings them in.
+
+use std::ops::Range;
+use std::sync::Arc;
 
 use cadre_kernels::{Compute, Grouped, MatmulScratch, Matrix};
+use cadre_store::Pass;
 
 use super::{FeedForward, FeedForwardScratch};
+use crate::error::EngineError;
+use crate::streaming::{ExpertStore, StoredExperts};
 
-/// The experts of one layer, all in memory.
+/// The experts of one layer.
 #[derive(Debug)]
-pub(crate) struct Experts {
-    experts: Vec<FeedForward>,
+pub(crate) enum Experts {
+    /// All in memory, of one shape.
+    Resident(Vec<FeedForward>),
+    /// Some in memory.
+    Streamed {
+        /// Shared by all layers.
+        store: Arc<ExpertStore>,
+        /// Index of this layer among those that have experts.
+        layer: u16,
+        /// How many there are.
+        n_experts: usize,
+    },
 }
 
 /// The rows that each picked expert computes, sorted by expert.
 #[derive(Clone, Copy)]
 pub(crate) struct ExpertRows<'a> {
-    /// Ids of the experts that have rows, ascending.
-    pub(crate) active: &'a [u16],
-    /// Expert `active[i]` owns rows `offsets[i]..offsets[i + 1]`.
+    /// The `i`-th expert of the order owns rows `offsets[i]..offsets[i + 1]`.
     pub(crate) offsets: &'a [usize],
     /// The token that each row comes from.
     pub(crate) token_of_row: &'a [u32],
 }
 
+/// The experts of a layer while one pass uses them.
+pub(crate) enum Turn<'a> {
+    Resident {
+        experts: &'a [FeedForward],
+        order: &'a [u16],
+    },
+    Streamed(Pass<'a, StoredExperts>),
+}
+
 impl Experts {
-    /// Experts of one shape.
-    pub(crate) fn new(experts: Vec<FeedForward>) -> Self {
-        Self { experts }
-    }
-
     pub(crate) fn n_experts(&self) -> usize {
-        self.experts.len()
-    }
-
-    /// Adds its matrices to `all`.
-    pub(crate) fn matrices<'a>(&'a self, all: &mut Vec<&'a Matrix>) {
-        for expert in &self.experts {
-            expert.matrices(all);
+        match self {
+            Self::Resident(experts) => experts.len(),
+            Self::Streamed { n_experts, .. } => *n_experts,
         }
     }
 
-    /// Computes every row by its expert, from the tokens' `x_td` into `y_pd`, `[rows, d]`.
+    /// Adds its matrices to `all`; those on disk are not there.
+    pub(crate) fn matrices<'a>(&'a self, all: &mut Vec<&'a Matrix>) {
+        if let Self::Resident(experts) = self {
+            for expert in experts {
+                expert.matrices(all);
+            }
+        }
+    }
+
+    /// Begins to bring in the experts `active`, ascending, of which each serves `counts[expert]` of `n_tokens` tokens.
+    pub(crate) fn begin<'a>(
+        &'a self,
+        active: &'a [u16],
+        counts: &[u32],
+        n_tokens: usize,
+    ) -> Turn<'a> {
+        match self {
+            Self::Resident(experts) => Turn::Resident {
+                experts,
+                order: active,
+            },
+            Self::Streamed { store, layer, .. } => {
+                let wanted = active.iter().map(|id| (*id, counts[usize::from(*id)]));
+                Turn::Streamed(store.begin(*layer, wanted, n_tokens))
+            }
+        }
+    }
+}
+
+impl Turn<'_> {
+    /// Experts in the order in which they are computed; rows are to be laid out in it.
+    pub(crate) fn order(&self) -> &[u16] {
+        match self {
+            Self::Resident { order, .. } => order,
+            Self::Streamed(pass) => pass.order(),
+        }
+    }
+
+    /// Computes every row by its expert, from the tokens' `x_td` into `y_pd`, `[rows, d]`. What a row becomes does not
+    /// depend on what is computed beside it, so batches change nothing.
     pub(crate) fn forward(
-        &self,
+        &mut self,
         compute: &Compute,
         rows: ExpertRows<'_>,
         (x_td, y_pd): (&[f32], &mut [f32]),
-        scratch: (&mut FeedForwardScratch, &mut MatmulScratch),
-    ) {
-        let expert = |g: usize| &self.experts[usize::from(rows.active[g])];
-        let rows = Grouped {
-            offsets: rows.offsets,
-            x: x_td,
-            index: Some(rows.token_of_row),
+        (offsets, ffn, matmul): (&mut Vec<usize>, &mut FeedForwardScratch, &mut MatmulScratch),
+    ) -> Result<(), EngineError> {
+        let d = y_pd.len() / rows.token_of_row.len().max(1);
+        let mut batches = Batches {
+            compute,
+            rows,
+            d,
+            x_td,
+            y_pd,
+            offsets,
+            ffn,
+            matmul,
         };
-        FeedForward::forward_groups(compute, rows, &expert, y_pd, scratch);
+        match self {
+            Self::Resident { experts, order } => {
+                let expert = |g: usize| &experts[usize::from(order[g])];
+                batches.forward(0..order.len(), &expert);
+            }
+            Self::Streamed(pass) => {
+                while let Some(batch) = pass.next_batch()? {
+                    let experts: Vec<&FeedForward> =
+                        batch.clone().map(|at| pass.expert(at)).collect();
+                    batches.forward(batch, &|g| experts[g]);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Rows of a layer that are computed a batch of experts at a time.
+struct Batches<'a> {
+    compute: &'a Compute,
+    rows: ExpertRows<'a>,
+    d: usize,
+    x_td: &'a [f32],
+    y_pd: &'a mut [f32],
+    offsets: &'a mut Vec<usize>,
+    ffn: &'a mut FeedForwardScratch,
+    matmul: &'a mut MatmulScratch,
+}
+
+impl Batches<'_> {
+    /// Computes the rows of the experts `batch` of the order; `expert(0)` is the first of these.
+    fn forward<'w>(
+        &mut self,
+        batch: Range<usize>,
+        expert: &(dyn Fn(usize) -> &'w FeedForward + Sync),
+    ) {
+        let offsets = &self.rows.offsets[batch.start..=batch.end];
+        let rows = offsets[0]..offsets[offsets.len() - 1];
+        self.offsets.clear();
+        self.offsets
+            .extend(offsets.iter().map(|offset| offset - rows.start));
+        let grouped = Grouped {
+            offsets: self.offsets,
+            x: self.x_td,
+            index: Some(&self.rows.token_of_row[rows.clone()]),
+        };
+        let y_pd = &mut self.y_pd[rows.start * self.d..rows.end * self.d];
+        FeedForward::forward_groups(self.compute, grouped, expert, y_pd, (self.ffn, self.matmul));
     }
 }

@@ -3,6 +3,7 @@
 //! Legend of shape suffixes: `t` tokens of the pass, `d` width of the residual stream, `e` experts,
 //! `p` (token, expert) pairs, `f` width of a feed-forward.
 
+mod ahead;
 mod attention;
 mod experts;
 mod feed_forward;
@@ -13,13 +14,14 @@ mod moe;
 mod norm;
 mod rope;
 
+pub(crate) use ahead::Ahead;
 pub(crate) use attention::{Attention, AttentionScratch};
 pub(crate) use experts::Experts;
 pub(crate) use feed_forward::{FeedForward, FeedForwardScratch};
 pub(crate) use kv_cache::{KvCache, KvShape, LayerKv};
 pub(crate) use latent_attention::{LatentAttention, LatentScratch, QueryProjection};
 pub(crate) use linear::{Linear, add_rows};
-pub(crate) use moe::{Moe, MoeScratch, MoeShape, Shared};
+pub(crate) use moe::{Moe, MoeError, MoeScratch, MoeShape, Shared};
 pub(crate) use norm::Norm;
 pub(crate) use rope::{Rope, RopeAngles};
 

@@ -6,8 +6,10 @@
 use cadre_kernels::{Compute, MatmulScratch, Matrix};
 use cadre_routing::{Policy, Routing, RoutingError};
 
+use super::ahead::{Ahead, AheadScratch};
 use super::experts::ExpertRows;
 use super::{Experts, FeedForward, FeedForwardScratch, Linear, Step};
+use crate::error::EngineError;
 use crate::model::{Observer, RoutingEvent};
 
 /// One layer's router and experts.
@@ -26,6 +28,20 @@ pub(crate) struct Shared {
     pub(crate) expert: FeedForward,
     /// `[d]`: its output is multiplied by the sigmoid of this projection.
     pub(crate) gate: Option<Vec<f32>>,
+}
+
+/// What ends a pass through the block.
+#[derive(Debug)]
+pub(crate) enum MoeError {
+    Routing(RoutingError),
+    /// An expert could not be brought in.
+    Experts(EngineError),
+}
+
+impl From<RoutingError> for MoeError {
+    fn from(source: RoutingError) -> Self {
+        Self::Routing(source)
+    }
 }
 
 /// Sizes that scratch is made for.
@@ -56,6 +72,9 @@ pub(crate) struct MoeScratch {
     shared_td: Vec<f32>,
     /// Output norm of each pair in routing order, when an observer wants it.
     norms: Vec<f32>,
+    /// Offsets of the rows of a batch of experts.
+    offsets: Vec<usize>,
+    ahead: AheadScratch,
     pub(crate) ffn: FeedForwardScratch,
     largest_input: usize,
 }
@@ -74,6 +93,8 @@ impl MoeScratch {
             y_pd: vec![0.0; n_pairs * shape.d_model],
             shared_td: vec![0.0; n_shared * shape.d_model],
             norms: Vec::new(),
+            offsets: Vec::with_capacity(shape.n_experts + 1),
+            ahead: AheadScratch::default(),
             ffn: FeedForwardScratch::new(inner),
             largest_input: inner,
         }
@@ -95,21 +116,23 @@ impl Moe {
         }
     }
 
-    /// `out_td = sum over picks of weight * expert(x_td)`; tells `observer` about the routing, if it watches.
+    /// `out_td = sum over picks of weight * expert(x_td)`; tells `observer` about the routing, if it watches. Experts of
+    /// the layer that `ahead` is about are read meanwhile.
     pub(crate) fn forward(
         &self,
         step: Step<'_>,
-        x_td: &[f32],
-        out_td: &mut [f32],
+        (x_td, out_td): (&[f32], &mut [f32]),
         (scratch, matmul): (&mut MoeScratch, &mut MatmulScratch),
+        ahead: Option<Ahead<'_>>,
         observer: &mut dyn Observer,
-    ) -> Result<(), RoutingError> {
+    ) -> Result<(), MoeError> {
         let MoeScratch {
             logits,
             routing,
             groups,
             y_pd,
             shared_td,
+            offsets,
             ffn,
             ..
         } = scratch;
@@ -118,11 +141,24 @@ impl Moe {
         self.gate.forward(compute, x_td, logits, matmul);
         self.policy.route(logits, routing)?;
 
-        groups.sort(routing, self.experts.n_experts());
-        let y_pd = &mut y_pd[..groups.n_rows() * self.gate.weight.n_in()];
-        self.experts
-            .forward(compute, groups.rows(), (x_td, y_pd), (ffn, matmul));
-        combine(compute, routing, groups, y_pd, out_td);
+        groups.count(routing, self.experts.n_experts());
+        let mut turn = self
+            .experts
+            .begin(&groups.active, &groups.counts, step.n_rows());
+        groups.rows.lay_out(routing, turn.order(), &groups.counts);
+        if let Some(ahead) = ahead {
+            ahead.look(compute, &mut turn, (&mut scratch.ahead, matmul));
+        }
+        let y_pd = &mut y_pd[..groups.rows.len() * self.gate.weight.n_in()];
+        turn.forward(
+            compute,
+            groups.rows.as_rows(),
+            (x_td, y_pd),
+            (offsets, ffn, matmul),
+        )
+        .map_err(MoeError::Experts)?;
+        drop(turn);
+        combine(compute, routing, &groups.rows, y_pd, out_td);
         if let Some(shared) = &self.shared {
             let shared_td = &mut shared_td[..x_td.len()];
             shared.add(compute, (x_td, shared_td), out_td, (ffn, matmul));
@@ -147,7 +183,7 @@ impl Moe {
         let (n_experts, d) = (self.gate.n_out(), self.gate.weight.n_in());
         norms.clear();
         if observer.wants_norms() {
-            output_norms(step.compute, groups, y_pd, d, norms);
+            output_norms(step.compute, &groups.rows, y_pd, d, norms);
         }
         for (sequence, span) in step.spans.iter().enumerate() {
             if span.n_rows == 0 {
@@ -198,10 +234,19 @@ impl Shared {
     }
 }
 
-/// The pairs of a routing sorted by expert; pairs of one expert stay in the order of their tokens.
+/// Which experts a routing uses, and its pairs sorted by expert.
 #[derive(Debug, Default)]
 struct Groups {
+    /// Experts that have pairs, ascending.
     active: Vec<u16>,
+    /// Pairs of each expert.
+    counts: Vec<u32>,
+    rows: Rows,
+}
+
+/// The pairs of a routing sorted by expert; pairs of one expert stay in the order of their tokens.
+#[derive(Debug, Default)]
+struct Rows {
     offsets: Vec<usize>,
     /// Row of each pair of the routing; [`NO_ROW`] for experts that are not computed.
     row_of_pair: Vec<u32>,
@@ -218,45 +263,55 @@ impl Groups {
     fn with_capacity(n_pairs: usize, n_experts: usize) -> Self {
         Self {
             active: Vec::with_capacity(n_experts),
-            offsets: Vec::with_capacity(n_experts + 1),
-            row_of_pair: Vec::with_capacity(n_pairs),
-            token_of_row: Vec::with_capacity(n_pairs),
-            next: Vec::with_capacity(n_experts),
+            counts: Vec::with_capacity(n_experts),
+            rows: Rows {
+                offsets: Vec::with_capacity(n_experts + 1),
+                row_of_pair: Vec::with_capacity(n_pairs),
+                token_of_row: Vec::with_capacity(n_pairs),
+                next: Vec::with_capacity(n_experts),
+            },
         }
     }
 
-    fn n_rows(&self) -> usize {
+    /// Counts the pairs of each expert. Ids from `n_experts` on are null experts.
+    fn count(&mut self, routing: &Routing, n_experts: usize) {
+        self.counts.clear();
+        self.counts.resize(n_experts, 0);
+        for expert in routing.experts() {
+            if let Some(count) = self.counts.get_mut(usize::from(*expert)) {
+                *count += 1;
+            }
+        }
+        self.active.clear();
+        let used = (0u16..).zip(&self.counts).filter(|(_, count)| **count > 0);
+        self.active.extend(used.map(|(expert, _)| expert));
+    }
+}
+
+impl Rows {
+    fn len(&self) -> usize {
         self.token_of_row.len()
     }
 
-    fn rows(&self) -> ExpertRows<'_> {
+    fn as_rows(&self) -> ExpertRows<'_> {
         ExpertRows {
-            active: &self.active,
             offsets: &self.offsets,
             token_of_row: &self.token_of_row,
         }
     }
 
-    /// Counting sort of the pairs. Ids from `n_experts` on are null experts.
-    fn sort(&mut self, routing: &Routing, n_experts: usize) {
+    /// Counting sort of the pairs, experts in `order`.
+    fn lay_out(&mut self, routing: &Routing, order: &[u16], counts: &[u32]) {
         self.next.clear();
-        self.next.resize(n_experts, 0);
-        for expert in routing.experts() {
-            if let Some(count) = self.next.get_mut(usize::from(*expert)) {
-                *count += 1;
-            }
-        }
-        self.active.clear();
+        self.next.resize(counts.len(), 0);
         self.offsets.clear();
         self.offsets.push(0);
         let mut n_rows = 0;
-        for (expert, next) in (0u16..).zip(&mut self.next) {
-            let count = std::mem::replace(next, n_rows);
-            n_rows += count;
-            if count > 0 {
-                self.active.push(expert);
-                self.offsets.push(n_rows as usize);
-            }
+        for expert in order {
+            let expert = usize::from(*expert);
+            self.next[expert] = n_rows;
+            n_rows += counts[expert];
+            self.offsets.push(n_rows as usize);
         }
         self.row_of_pair.clear();
         self.token_of_row.clear();
@@ -276,13 +331,7 @@ impl Groups {
 }
 
 /// Adds up each token's experts in the order of its picks.
-fn combine(
-    compute: &Compute,
-    routing: &Routing,
-    groups: &Groups,
-    y_pd: &[f32],
-    out_td: &mut [f32],
-) {
+fn combine(compute: &Compute, routing: &Routing, rows: &Rows, y_pd: &[f32], out_td: &mut [f32]) {
     let d = out_td.len() / routing.n_tokens().max(1);
     if d == 0 {
         return;
@@ -293,7 +342,7 @@ fn combine(
         out.fill(0.0);
         let first = routing.offsets()[t] as usize;
         let (_, weights) = routing.token(t);
-        for (weight, row) in weights.iter().zip(&groups.row_of_pair[first..]) {
+        for (weight, row) in weights.iter().zip(&rows.row_of_pair[first..]) {
             if *row != NO_ROW {
                 kernels.axpy(*weight, &y_pd[*row as usize * d..][..d], out);
             }
@@ -301,9 +350,9 @@ fn combine(
     });
 }
 
-fn output_norms(compute: &Compute, groups: &Groups, y_pd: &[f32], d: usize, norms: &mut Vec<f32>) {
+fn output_norms(compute: &Compute, rows: &Rows, y_pd: &[f32], d: usize, norms: &mut Vec<f32>) {
     let kernels = compute.kernels();
-    norms.extend(groups.row_of_pair.iter().map(|row| match *row {
+    norms.extend(rows.row_of_pair.iter().map(|row| match *row {
         NO_ROW => 0.0,
         row => {
             let y = &y_pd[row as usize * d..][..d];
@@ -373,7 +422,7 @@ mod tests {
                 bias: None,
             },
             policy: Box::new(policy),
-            experts: Experts::new(experts),
+            experts: Experts::Resident(experts),
             shared: None,
         }
     }
@@ -412,16 +461,16 @@ mod tests {
     }
 
     fn expert_reference(moe: &Moe, expert: usize, x: &[f32], y: &mut [f32]) {
+        let active = [expert as u16];
         let compute = Compute::new(Kernels::for_isa(Isa::Scalar).unwrap(), 1);
         let mut scratch = (FeedForwardScratch::new(64), MatmulScratch::default());
-        let active = [expert as u16];
         let rows = ExpertRows {
-            active: &active,
             offsets: &[0, 1],
             token_of_row: &[0],
         };
-        moe.experts
-            .forward(&compute, rows, (x, y), (&mut scratch.0, &mut scratch.1));
+        let mut turn = moe.experts.begin(&active, &[], 1);
+        let scratch = (&mut Vec::new(), &mut scratch.0, &mut scratch.1);
+        turn.forward(&compute, rows, (x, y), scratch).unwrap();
     }
 
     fn run(moe: &Moe, shape: &MoeShape, x_td: &[f32], observer: &mut dyn Observer) -> Vec<f32> {
@@ -448,7 +497,8 @@ mod tests {
                 span(n_first, n_last, 20),
             ],
         };
-        moe.forward(step, x_td, &mut out, (&mut scratch, &mut matmul), observer)
+        let scratch = (&mut scratch, &mut matmul);
+        moe.forward(step, (x_td, &mut out), scratch, None, observer)
             .unwrap();
         out
     }
@@ -534,15 +584,23 @@ mod tests {
         routing.push_token(&[], &[]);
         routing.push_token(&[0, 2], &[0.25, 0.75]);
         let mut groups = Groups::default();
-        groups.sort(&routing, 3);
+        groups.count(&routing, 3);
         assert_eq!(groups.active, [0, 2]);
-        assert_eq!(groups.offsets, [0, 1, 3]);
-        assert_eq!(groups.row_of_pair, [1, NO_ROW, 0, 2]);
-        assert_eq!(groups.token_of_row, [2, 0, 2]);
+        let Groups { rows, counts, .. } = &mut groups;
+        rows.lay_out(&routing, &[0, 2], counts);
+        assert_eq!(rows.offsets, [0, 1, 3]);
+        assert_eq!(rows.row_of_pair, [1, NO_ROW, 0, 2]);
+        assert_eq!(rows.token_of_row, [2, 0, 2]);
 
         let compute = Compute::new(Kernels::detect(), 1);
         let mut out = [9.0; 3];
-        combine(&compute, &routing, &groups, &[1.0, 10.0, 100.0], &mut out);
+        combine(&compute, &routing, rows, &[1.0, 10.0, 100.0], &mut out);
+        assert_eq!(out, [5.0, 0.0, 75.25]);
+
+        // Another order of the experts moves rows and changes no sum.
+        rows.lay_out(&routing, &[2, 0], counts);
+        assert_eq!(rows.row_of_pair, [0, NO_ROW, 2, 1]);
+        combine(&compute, &routing, rows, &[10.0, 100.0, 1.0], &mut out);
         assert_eq!(out, [5.0, 0.0, 75.25]);
     }
 }

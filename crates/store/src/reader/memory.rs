@@ -8,6 +8,14 @@ use super::ALIGN;
 /// harm.
 pub(crate) const LARGE_PAGE: usize = 2 << 20;
 
+/// Bytes that [`aligned`] takes of the system for `n_bytes`.
+pub fn whole_pages(n_bytes: usize) -> usize {
+    match n_bytes {
+        n if n >= LARGE_PAGE => n.next_multiple_of(LARGE_PAGE),
+        n => n.next_multiple_of(ALIGN),
+    }
+}
+
 /// `n_bytes` zeroed bytes whose address is a multiple of [`ALIGN`]; from 2 MiB on in large pages, where the system has them.
 ///
 /// A disk writes to physical memory, so a request is as many pieces as it has pages, and every piece costs time, here and
@@ -20,11 +28,7 @@ pub fn aligned(n_bytes: usize) -> BytesMut {
     let is_large = n_bytes >= LARGE_PAGE;
     let align = if is_large { LARGE_PAGE } else { ALIGN };
     // The last large page is ours as a whole.
-    let n_reserved = if is_large {
-        n_bytes.next_multiple_of(align)
-    } else {
-        n_bytes
-    };
+    let n_reserved = whole_pages(n_bytes);
     let mut memory = BytesMut::zeroed(n_reserved + align - 1);
     let before = memory.as_ptr().addr().next_multiple_of(align) - memory.as_ptr().addr();
     memory.advance(before);

@@ -23,7 +23,7 @@ pub use direct::OpenFile;
 pub use faulty::{Fault, FaultyReader, When};
 pub use kind::{ReaderKind, best};
 pub(crate) use memory::LARGE_PAGE;
-pub use memory::aligned;
+pub use memory::{aligned, whole_pages};
 pub use pool::PoolReader;
 pub use sync::SyncReader;
 #[cfg(target_os = "linux")]

@@ -1,8 +1,7 @@
 //! The forecast for a model that is larger than its budget: how fast it decodes with its experts on disk.
 
 use cadre_checkpoint::{ModelConfig, Sizes};
-use cadre_engine::SessionOptions;
-use cadre_store::forecast::{Machine, PromptWork, Work, decoding, prompt};
+use cadre_store::forecast::{Machine, Work, decoding};
 use serde::Serialize;
 
 use crate::demand::Demand;
@@ -11,20 +10,6 @@ use crate::output::bytes;
 /// Memory that experts are read into before they are put in their places: what a token needs in one layer, twice.
 fn staging(config: &ModelConfig, held: Sizes) -> u64 {
     2 * config.moe.top_k as u64 * held.one_expert
-}
-
-/// Tokens of the prompt that is forecast.
-const PROMPT: usize = 512;
-
-/// How fast everything else is, weights being in memory.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Resident {
-    /// Bytes per second that memory is read with.
-    pub(crate) memory: f64,
-    /// Seconds of decoding a token.
-    pub(crate) decode_seconds: f64,
-    /// Seconds of a token of a prompt, if they are known.
-    pub(crate) prompt_seconds: Option<f64>,
 }
 
 /// How a disk is read.
@@ -50,29 +35,28 @@ pub(crate) struct Streamed {
     forecast_tokens_per_s: f64,
     /// Disk speed by the bytes that a token misses.
     bound_tokens_per_s: f64,
-    /// Reading a prompt of 512 tokens.
-    forecast_prompt_tokens_per_s: Option<f64>,
 }
 
 impl Streamed {
-    /// Of a model whose weights take `held`, in `budget` bytes, at the start of a context. `None` if the model has no experts, or the budget does not hold the rest.
+    /// Of a model whose weights take `held`, in `budget` bytes, at the start of a context. `decode_seconds` is what a token
+    /// takes with everything in memory. `None` if the model has no experts, or the budget does not hold the rest.
     pub(crate) fn new(
         config: &ModelConfig,
         (demand, held): (&Demand, Sizes),
         budget: u64,
-        resident: Resident,
+        (memory, decode_seconds): (f64, f64),
         disk: DiskRate,
     ) -> Option<Self> {
         let moe = &config.moe;
         let one_token = (moe.layers.len() * moe.top_k) as u64 * held.one_expert;
-        let others = demand.needed_bytes - held.experts.min(demand.needed_bytes);
-        let others = others.saturating_add(staging(config, held));
-        let cache_bytes = budget.checked_sub(others)?;
+        let resident = demand.needed_bytes - held.experts.min(demand.needed_bytes);
+        let resident = resident.saturating_add(staging(config, held));
+        let cache_bytes = budget.checked_sub(resident)?;
         if held.experts == 0 {
             return None;
         }
         let work = Work {
-            resident_seconds: resident.decode_seconds,
+            resident_seconds: decode_seconds,
             dense_bytes: held.read_per_token.saturating_sub(one_token),
             expert_bytes: one_token,
             all_expert_bytes: held.experts,
@@ -80,20 +64,11 @@ impl Streamed {
             n_picked: moe.top_k,
         };
         let machine = Machine {
-            memory: resident.memory,
+            memory,
             disk: disk.bytes_per_second,
             latency: disk.latency_seconds,
         };
         let forecast = decoding(&work, &machine, cache_bytes);
-        let prompt_seconds = resident.prompt_seconds.map(|one| {
-            let read = PromptWork {
-                n_tokens: PROMPT,
-                chunk: SessionOptions::default().chunk,
-                resident_seconds: one * PROMPT as f64,
-                n_experts: moe.n_experts,
-            };
-            prompt(&work, &read, &machine, cache_bytes)
-        });
         Some(Self {
             cache_bytes: cache_bytes.min(held.experts),
             hit_rate: forecast.hit_rate,
@@ -102,18 +77,13 @@ impl Streamed {
             disk_source: disk.source,
             forecast_tokens_per_s: forecast.tokens_per_second,
             bound_tokens_per_s: forecast.bound_tokens_per_second,
-            forecast_prompt_tokens_per_s: prompt_seconds.map(|all| PROMPT as f64 / all),
         })
     }
 
     /// What it means, for people.
     pub(crate) fn text(&self) -> String {
-        let prompt = match self.forecast_prompt_tokens_per_s {
-            Some(rate) => format!("{rate:.0} tokens/s reading {PROMPT}, "),
-            None => String::new(),
-        };
         format!(
-            "about {:.1} tokens/s decoding, {prompt}with a cache of {} for experts: {:.0} % hits if all are as likely, and {} per \
+            "about {:.1} tokens/s decoding with a cache of {} for experts: {:.0} % hits if all are as likely, and {} per \
              token from a disk of {:.2} GB/s ({})",
             self.forecast_tokens_per_s,
             bytes(self.cache_bytes),
@@ -143,12 +113,7 @@ mod tests {
             latency_seconds: 1e-4,
             source: "given",
         };
-        let resident = Resident {
-            memory: 1e10,
-            decode_seconds: 1e-3,
-            prompt_seconds: Some(1e-4),
-        };
-        let at = |budget| Streamed::new(config, (&demand, held), budget, resident, disk);
+        let at = |budget| Streamed::new(config, (&demand, held), budget, (1e10, 1e-3), disk);
         let least = demand.needed_bytes - held.experts + staging(config, held);
         assert!(at(least - 1).is_none());
         let none = at(least).unwrap();
@@ -159,8 +124,6 @@ mod tests {
         assert!((half.hit_rate - 0.5).abs() < 1e-3);
         assert!(half.forecast_tokens_per_s > none.forecast_tokens_per_s);
         assert!(half.forecast_tokens_per_s < half.bound_tokens_per_s);
-        assert!(half.forecast_prompt_tokens_per_s <= Some(1e4));
-        assert!(half.forecast_prompt_tokens_per_s > none.forecast_prompt_tokens_per_s);
         assert!(half.text().contains("50 % hits"), "{}", half.text());
     }
 }

@@ -1,0 +1,95 @@
+//! Looking ahead: what the next layer's router says to this layer's input, which is mostly what it will say to its own.
+//!
+//! The stream changes little from one layer to the next, so most of these picks come true. They only decide what is read
+//! early, and change no result.
+
+use cadre_kernels::{Compute, MatmulScratch};
+use cadre_routing::Routing;
+
+use super::experts::Turn;
+use super::{Moe, Norm};
+
+/// A pass whose picks cover this share of the experts in one layer will touch nearly all of the next.
+const NEARLY_ALL: f64 = 0.9;
+
+/// The next layer that has experts, and the stream before this layer's.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead<'a> {
+    /// `[rows, d]`.
+    pub(crate) hidden: &'a [f32],
+    pub(crate) norm: &'a Norm,
+    pub(crate) moe: &'a Moe,
+    /// The most experts to read ahead of a layer.
+    pub(crate) limit: usize,
+}
+
+/// Memory to look ahead with; grows to what is asked for.
+#[derive(Debug, Default)]
+pub(crate) struct AheadScratch {
+    normed: Vec<f32>,
+    logits: Vec<f32>,
+    routing: Routing,
+    counts: Vec<u32>,
+    ranked: Vec<u16>,
+}
+
+impl Ahead<'_> {
+    /// Tells the store what the next layer will probably want.
+    pub(crate) fn look(
+        &self,
+        compute: &Compute,
+        turn: &mut Turn<'_>,
+        (scratch, matmul): (&mut AheadScratch, &mut MatmulScratch),
+    ) {
+        let (
+            Turn::Streamed(pass),
+            super::Experts::Streamed {
+                layer, n_experts, ..
+            },
+        ) = (turn, &self.moe.experts)
+        else {
+            return;
+        };
+        if pass.order().len() as f64 >= NEARLY_ALL * *n_experts as f64 {
+            // In the order of the file, which a disk likes best.
+            pass.expect(*layer, 0..*n_experts as u16, usize::MAX);
+            return;
+        }
+        let gate = &self.moe.gate;
+        let n_rows = self.hidden.len() / gate.weight.n_in();
+        scratch.normed.resize(self.hidden.len(), 0.0);
+        scratch.logits.resize(n_rows * gate.n_out(), 0.0);
+        self.norm.forward(compute, self.hidden, &mut scratch.normed);
+        gate.forward(compute, &scratch.normed, &mut scratch.logits, matmul);
+        // What cannot be routed here says so when it is that layer's turn.
+        if self
+            .moe
+            .policy
+            .route(&scratch.logits, &mut scratch.routing)
+            .is_err()
+        {
+            return;
+        }
+        scratch.rank(*n_experts);
+        pass.expect(*layer, scratch.ranked.iter().copied(), self.limit);
+    }
+}
+
+impl AheadScratch {
+    /// The experts of the routing, the most picked first.
+    fn rank(&mut self, n_experts: usize) {
+        self.counts.clear();
+        self.counts.resize(n_experts, 0);
+        for expert in self.routing.experts() {
+            if let Some(count) = self.counts.get_mut(usize::from(*expert)) {
+                *count += 1;
+            }
+        }
+        self.ranked.clear();
+        let counts = &self.counts;
+        self.ranked
+            .extend((0..n_experts as u16).filter(|expert| counts[usize::from(*expert)] > 0));
+        self.ranked
+            .sort_by_key(|expert| std::cmp::Reverse(counts[usize::from(*expert)]));
+    }
+}

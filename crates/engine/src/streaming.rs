@@ -1,0 +1,313 @@
+//! Experts that do not all fit into memory: how the store finds, reads and makes them.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use cadre_checkpoint::{Checkpoint, FileRange, ModelConfig, TensorOnDisk};
+use cadre_kernels::{Bytes, Compute, Matrix, PlacedMemory};
+use cadre_store::{ExpertId, Form, Piece, Store, StoreError, StoreOptions};
+
+use crate::blocks::{FeedForward, Linear};
+use crate::error::{EngineError, Result};
+use crate::load::{LoadOptions, Quant};
+use crate::weights::{self, weight_error};
+
+/// The three matrices of an expert, in the order of [`FeedForward`].
+const PARTS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+
+/// What is read ahead of the layer that is being computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReadAhead {
+    /// Nothing.
+    Off,
+    /// What the next layer's router says to this layer's input; everything when a prompt touches nearly all experts.
+    #[default]
+    Gate,
+}
+
+/// How a model runs that is larger than the memory it may take.
+#[derive(Clone, Copy, Debug)]
+pub struct StreamOptions {
+    /// Bytes that all weights may take: those that every token uses, and as many experts as fit beside them.
+    pub budget: u64,
+    /// What is read before it is wanted.
+    pub ahead: ReadAhead,
+    /// What is kept and how files are read; its own budget is not looked at.
+    pub store: StoreOptions,
+}
+
+impl StreamOptions {
+    /// The usual way, within `budget` bytes.
+    #[must_use]
+    pub fn new(budget: u64) -> Self {
+        Self {
+            budget,
+            ahead: ReadAhead::default(),
+            store: StoreOptions::default(),
+        }
+    }
+}
+
+/// The experts of a model on disk.
+pub(crate) type ExpertStore = Store<StoredExperts>;
+
+/// Makes experts of what is read for them.
+#[derive(Debug)]
+pub(crate) struct StoredExperts {
+    compute: Arc<Compute>,
+    /// By layer, then expert.
+    experts: Vec<StoredExpert>,
+    n_experts: usize,
+    activation: cadre_checkpoint::Activation,
+    float_activations: bool,
+}
+
+#[derive(Debug)]
+struct StoredExpert {
+    tensors: [TensorOnDisk; 3],
+    biases: Option<[Vec<f32>; 3]>,
+    /// In the order of the files.
+    pieces: Vec<Piece>,
+    /// Which pieces each tensor is put together from.
+    pieces_of: [Vec<u8>; 3],
+    n_bytes: usize,
+    /// Whether its values have been found to be finite.
+    is_checked: AtomicBool,
+}
+
+/// Whether a tensor is a matrix of an expert, which is read when it is wanted.
+fn is_streamed(name: &str) -> bool {
+    name.contains(".mlp.experts.") && name.ends_with(".weight")
+}
+
+/// Bytes of the weights that every token uses, as they are stored.
+#[must_use]
+pub fn dense_bytes(checkpoint: &Checkpoint) -> u64 {
+    let dense = checkpoint
+        .tensor_infos()
+        .filter(|(name, ..)| !is_streamed(name));
+    dense
+        .map(|(_, dtype, shape)| dtype.n_bytes(shape.iter().product()).unwrap_or(0) as u64)
+        .sum()
+}
+
+/// The store of a checkpoint's experts; `None` for a model without.
+pub(crate) fn open(
+    checkpoint: &Checkpoint,
+    options: &LoadOptions,
+    stream: &StreamOptions,
+    compute: &Arc<Compute>,
+) -> Result<Option<Arc<ExpertStore>>> {
+    let config = checkpoint.config();
+    let moe = &config.moe;
+    let dense = dense_bytes(checkpoint);
+    if moe.n_experts == 0 {
+        return match dense <= stream.budget {
+            true => Ok(None),
+            false => Err(EngineError::BudgetTooSmall {
+                budget: stream.budget,
+                needed: dense,
+                dense,
+            }),
+        };
+    }
+    if options.quant != Quant::AsStored {
+        return Err(EngineError::BadOption {
+            name: "quantisation while loading",
+            value: "q8_0".to_owned(),
+            expected: "none, since experts that stay on disk are used as they are stored; \
+                       convert the checkpoint first"
+                .to_owned(),
+        });
+    }
+    let mut files = Vec::new();
+    let form = StoredExperts::find(checkpoint, config, compute, &mut files)?;
+    let layers = config.moe_layers().len();
+    let mut store_options = stream.store;
+    store_options.budget = stream.budget.saturating_sub(dense);
+    let store = Store::new(form, [layers, moe.n_experts], &files, &store_options)?;
+    let needed = dense + store.n_bytes();
+    if needed > stream.budget {
+        return Err(EngineError::BudgetTooSmall {
+            budget: stream.budget,
+            needed,
+            dense,
+        });
+    }
+    tracing::debug!(
+        n_cached = store.n_cached(),
+        reader = store.reader(),
+        "experts are read from disk when they are wanted"
+    );
+    Ok(Some(Arc::new(store)))
+}
+
+impl StoredExperts {
+    fn find(
+        checkpoint: &Checkpoint,
+        config: &ModelConfig,
+        compute: &Arc<Compute>,
+        files: &mut Vec<PathBuf>,
+    ) -> Result<Self> {
+        let moe = &config.moe;
+        let mut experts = Vec::new();
+        for layer in config.moe_layers() {
+            for expert in 0..moe.n_experts {
+                let prefix = format!("model.layers.{layer}.mlp.experts.{expert}");
+                let found = StoredExpert::find(checkpoint, config, (&prefix, compute), files)?;
+                experts.push(found);
+            }
+        }
+        Ok(Self {
+            compute: Arc::clone(compute),
+            experts,
+            n_experts: moe.n_experts,
+            activation: config.activation,
+            float_activations: !checkpoint.is_gguf(),
+        })
+    }
+
+    fn get(&self, id: ExpertId) -> &StoredExpert {
+        &self.experts[usize::from(id.layer) * self.n_experts + usize::from(id.expert)]
+    }
+}
+
+impl StoredExpert {
+    fn find(
+        checkpoint: &Checkpoint,
+        config: &ModelConfig,
+        (prefix, compute): (&str, &Compute),
+        files: &mut Vec<PathBuf>,
+    ) -> Result<Self> {
+        let tensor = |part: &str| checkpoint.tensor_on_disk(&format!("{prefix}.{part}.weight"));
+        let [gate, up, down] = PARTS.map(tensor);
+        let tensors = [gate?, up?, down?];
+        let mut pieces: Vec<Piece> = Vec::new();
+        for source in tensors.iter().flat_map(TensorOnDisk::sources) {
+            let piece = piece(source, files);
+            if !pieces.contains(&piece) {
+                pieces.push(piece);
+            }
+        }
+        pieces.sort_by_key(|piece| (piece.file, piece.range.start));
+        let pieces_of = std::array::from_fn(|at| {
+            let sources = tensors[at].sources().iter();
+            let places = sources.map(|source| {
+                let wanted = piece(source, files);
+                pieces
+                    .iter()
+                    .position(|piece| *piece == wanted)
+                    .unwrap_or(0) as u8
+            });
+            places.collect()
+        });
+        let n_bytes = tensors.iter().map(|tensor| {
+            let &[n_out, n_in] = tensor.shape() else {
+                return 0;
+            };
+            compute.placed_bytes(tensor.dtype(), [n_out, n_in])
+        });
+        let (width, d) = (config.moe.intermediate_size, config.hidden_size);
+        let biases = match config.moe.expert_bias {
+            false => None,
+            true => {
+                let bias = |part, n| checkpoint.tensor_f32(&format!("{prefix}.{part}.bias"), &[n]);
+                Some([
+                    bias(PARTS[0], width)?,
+                    bias(PARTS[1], width)?,
+                    bias(PARTS[2], d)?,
+                ])
+            }
+        };
+        Ok(Self {
+            n_bytes: n_bytes.sum(),
+            tensors,
+            biases,
+            pieces,
+            pieces_of,
+            is_checked: AtomicBool::new(false),
+        })
+    }
+
+    /// The matrix of tensor `at`, over what was read.
+    fn matrix(&self, at: usize, pieces: &[Bytes], float_activations: bool) -> Result<Matrix> {
+        let tensor = &self.tensors[at];
+        let fail = |source| weight_error(tensor.stored_name(), source);
+        let read = self.pieces_of[at]
+            .iter()
+            .map(|piece| pieces[usize::from(*piece)].clone());
+        let view = tensor.view(&read.collect::<Vec<Bytes>>());
+        let &[n_out, n_in] = view.shape else {
+            unreachable!("shapes were compared when the checkpoint was opened");
+        };
+        let matrix = weights::matrix_of(&view, [n_out, n_in], !float_activations).map_err(fail)?;
+        if !self.is_checked.load(Ordering::Relaxed)
+            && let Some((row, column)) = matrix.first_non_finite()
+        {
+            return Err(EngineError::NonFiniteWeight {
+                tensor: tensor.stored_name().to_owned(),
+                row,
+                column,
+            });
+        }
+        Ok(matrix)
+    }
+}
+
+fn piece(source: &FileRange, files: &mut Vec<PathBuf>) -> Piece {
+    let known = files.iter().position(|file| **file == *source.path);
+    let file = known.unwrap_or_else(|| {
+        files.push(source.path.to_path_buf());
+        files.len() - 1
+    });
+    Piece {
+        file,
+        range: source.range.clone(),
+    }
+}
+
+impl Form for StoredExperts {
+    type Expert = FeedForward;
+    type Memory = PlacedMemory;
+    type Error = EngineError;
+
+    fn pieces(&self, expert: ExpertId) -> &[Piece] {
+        &self.get(expert).pieces
+    }
+
+    fn n_bytes(&self, expert: ExpertId) -> usize {
+        self.get(expert).n_bytes
+    }
+
+    fn memory(&self, n_bytes: usize) -> Option<PlacedMemory> {
+        self.compute.memory(n_bytes)
+    }
+
+    fn make(
+        &self,
+        expert: ExpertId,
+        pieces: &[Bytes],
+        memory: &mut PlacedMemory,
+    ) -> Result<FeedForward> {
+        let stored = self.get(expert);
+        let matrix = |at| stored.matrix(at, pieces, self.float_activations);
+        let read = [matrix(0)?, matrix(1)?, matrix(2)?];
+        stored.is_checked.store(true, Ordering::Relaxed);
+        let placed = self.compute.place(memory, [&read[0], &read[1], &read[2]]);
+        let Some([gate, up, down]) = placed else {
+            let n_bytes = stored.n_bytes;
+            return Err(StoreError::NoMemory { n_bytes }.into());
+        };
+        let linear = |at: usize, weight| Linear {
+            weight,
+            bias: stored.biases.as_ref().map(|biases| biases[at].clone()),
+        };
+        Ok(FeedForward {
+            gate_proj: linear(0, gate),
+            up_proj: linear(1, up),
+            down_proj: linear(2, down),
+            activation: self.activation,
+        })
+    }
+}

@@ -1,0 +1,531 @@
+//! The store: one cache, one reader and one ring of staging memory for all experts of a model.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use crate::budget::{Division, SizeClass};
+use crate::cache::{Cache, Placed};
+use crate::error::StoreError;
+use crate::expert::{ExpertId, Now};
+use crate::form::Form;
+use crate::pass::Pass;
+use crate::policies::PolicyKind;
+use crate::reader::{OpenFile, Reader, ReaderKind, whole_pages};
+use crate::staging::{Staging, buffer_bytes};
+use crate::stats::StoreStats;
+
+/// How long to wait for a completion before looking again; a disk that answers later than this is still waited for.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How a store is made.
+#[derive(Clone, Copy, Debug)]
+pub struct StoreOptions {
+    /// Bytes for experts: cached ones, and memory to read into. Less than the least that works is taken as that.
+    pub budget: u64,
+    /// What is kept.
+    pub policy: PolicyKind,
+    /// How files are read.
+    pub reader: ReaderKind,
+    /// Requests that the disk is given at once.
+    pub lanes: usize,
+    /// Bytes of a request.
+    pub request_bytes: usize,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self {
+            budget: 0,
+            policy: PolicyKind::default(),
+            reader: ReaderKind::default(),
+            lanes: crate::reader::LANES,
+            request_bytes: crate::reader::REQUEST_BYTES,
+        }
+    }
+}
+
+impl StoreOptions {
+    /// The reader that is asked for.
+    pub(crate) fn open_reader(&self) -> Result<Box<dyn Reader>, StoreError> {
+        self.reader
+            .open(self.lanes)
+            .map_err(|source| StoreError::Reader {
+                kind: self.reader.name(),
+                source,
+            })
+    }
+}
+
+/// Experts that do not all fit into memory. See the crate's documentation.
+///
+/// One pass of one layer uses it at a time; others wait.
+pub struct Store<F: Form> {
+    form: F,
+    inner: Mutex<Inner<F>>,
+    n_bytes: u64,
+    is_direct: bool,
+    reader: &'static str,
+    n_cached: usize,
+}
+
+/// What changes.
+pub(crate) struct Inner<F: Form> {
+    files: Vec<OpenFile>,
+    reader: Box<dyn Reader>,
+    staging: Staging,
+    cache: Cache,
+    /// The cache's slots; memory is taken when a slot is first used.
+    slots: Vec<Slot<F>>,
+    /// Slots for what is used once: `transit` of each size class.
+    transit: Vec<Slot<F>>,
+    n_transit: usize,
+    pub(crate) now: Now,
+    n_tokens_of_pass: u64,
+    /// Wanted experts of the pass, in the order in which they come: first those that are in memory.
+    pub(crate) order: Vec<u16>,
+    /// Where each of them is.
+    pub(crate) places: Vec<Place>,
+    /// Of `order`, those that were in memory at the start.
+    pub(crate) n_hits: usize,
+    /// Of `order`, those that are in memory or have been asked for.
+    n_asked: usize,
+    /// What is to be read ahead, best first.
+    ahead: VecDeque<ExpertId>,
+    pieces: Vec<Bytes>,
+    pub(crate) stats: StoreStats,
+}
+
+/// Memory with the expert that was last made in it.
+#[derive(Debug)]
+struct Slot<F: Form> {
+    memory: Option<F::Memory>,
+    expert: Option<F::Expert>,
+    class: usize,
+    in_use: bool,
+}
+
+/// Where a wanted expert is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    Slot(usize),
+    Transit(usize),
+    /// Not in memory yet.
+    Disk,
+}
+
+impl<F: Form> std::fmt::Debug for Store<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store")
+            .field("n_bytes", &self.n_bytes)
+            .field("n_cached", &self.n_cached)
+            .field("reader", &self.reader)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<F: Form> Store<F> {
+    /// A store of `n_experts` experts in each of `n_layers` layers, whose pieces lie in `files`.
+    ///
+    /// # Errors
+    /// A file cannot be opened.
+    pub fn new(
+        form: F,
+        [n_layers, n_experts]: [usize; 2],
+        files: &[PathBuf],
+        options: &StoreOptions,
+    ) -> Result<Self, StoreError> {
+        let reader = options.open_reader()?;
+        Self::with_reader(form, [n_layers, n_experts], files, (options, reader))
+    }
+
+    /// [`Store::new`] with a reader of the caller's; the one that the options name is not opened.
+    ///
+    /// # Errors
+    /// A file cannot be opened.
+    pub fn with_reader(
+        form: F,
+        [n_layers, n_experts]: [usize; 2],
+        files: &[PathBuf],
+        (options, reader): (&StoreOptions, Box<dyn Reader>),
+    ) -> Result<Self, StoreError> {
+        let files = files
+            .iter()
+            .map(|path| OpenFile::open(path))
+            .collect::<Result<Vec<_>, _>>()?;
+        let ids = || {
+            (0..n_layers as u16).flat_map(move |layer| {
+                (0..n_experts as u16).map(move |expert| ExpertId { layer, expert })
+            })
+        };
+        let mut classes: Vec<SizeClass> = Vec::new();
+        let mut class_of = Vec::with_capacity(n_layers * n_experts);
+        let mut buffer = 0;
+        for id in ids() {
+            let slot_bytes = form.n_bytes(id);
+            buffer = buffer.max(buffer_bytes(form.pieces(id)));
+            let known = classes
+                .iter()
+                .position(|class| class.slot_bytes == slot_bytes);
+            let class = known.unwrap_or(classes.len());
+            if known.is_none() {
+                classes.push(SizeClass {
+                    slot_bytes,
+                    n_experts: 0,
+                });
+            }
+            classes[class].n_experts += 1;
+            class_of.push(class);
+        }
+        let buffer = whole_pages(buffer);
+        let division = Division::new(options.budget, buffer, &classes);
+        let n_cached = division.cache.iter().map(|capacity| capacity.n_slots).sum();
+        let policy = options.policy.make(n_layers, n_experts, n_cached);
+        let class =
+            |id: ExpertId| class_of[usize::from(id.layer) * n_experts + usize::from(id.expert)];
+        let cache = Cache::new(division.cache.clone(), class, (n_layers, n_experts), policy);
+        let is_direct = files.iter().all(OpenFile::is_direct);
+        let reader_name = reader.name();
+        let slot = |class: usize| Slot {
+            memory: None,
+            expert: None,
+            class,
+            in_use: false,
+        };
+        let slots = division.cache.iter().enumerate();
+        let slots: Vec<Slot<F>> = slots
+            .flat_map(|(class, capacity)| (0..capacity.n_slots).map(move |_| class))
+            .map(slot)
+            .collect();
+        let transit =
+            (0..classes.len()).flat_map(|class| (0..division.transit).map(move |_| class));
+        Ok(Self {
+            n_bytes: division.n_bytes(buffer),
+            is_direct,
+            reader: reader_name,
+            n_cached,
+            inner: Mutex::new(Inner {
+                files,
+                reader,
+                staging: Staging::new(division.staging_buffers, buffer, options.request_bytes),
+                cache,
+                slots,
+                transit: transit.map(slot).collect(),
+                n_transit: division.transit,
+                now: Now::default(),
+                n_tokens_of_pass: 0,
+                order: Vec::with_capacity(n_experts),
+                places: Vec::with_capacity(n_experts),
+                n_hits: 0,
+                n_asked: 0,
+                ahead: VecDeque::with_capacity(n_experts),
+                pieces: Vec::new(),
+                stats: StoreStats::default(),
+            }),
+            form,
+        })
+    }
+
+    /// How experts are made.
+    pub fn form(&self) -> &F {
+        &self.form
+    }
+
+    /// The most memory that the store takes, for experts and for reading.
+    pub fn n_bytes(&self) -> u64 {
+        self.n_bytes
+    }
+
+    /// Experts that can be in memory at once.
+    pub fn n_cached(&self) -> usize {
+        self.n_cached
+    }
+
+    /// Whether reading goes past the system's own cache of files.
+    pub fn is_direct(&self) -> bool {
+        self.is_direct
+    }
+
+    /// How files are read: `pread`, `io_uring`.
+    pub fn reader(&self) -> &'static str {
+        self.reader
+    }
+
+    /// Counts since the store was made.
+    pub fn stats(&self) -> StoreStats {
+        self.lock().stats
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner<F>> {
+        // A pass that panicked leaves the bookkeeping whole: what it wanted is forgotten by the next.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins the pass of `layer`, with `experts` serving so many tokens each, ascending, out of `n_tokens` tokens.
+    /// Reading of what is missing begins as well.
+    pub fn begin(
+        &self,
+        layer: u16,
+        experts: impl Iterator<Item = (u16, u32)>,
+        n_tokens: usize,
+    ) -> Pass<'_, F> {
+        let mut inner = self.lock();
+        inner.begin(layer, experts, n_tokens);
+        inner.feed(&self.form);
+        Pass::new(&self.form, inner)
+    }
+}
+
+impl<F: Form> Inner<F> {
+    fn begin(&mut self, layer: u16, experts: impl Iterator<Item = (u16, u32)>, n_tokens: usize) {
+        self.collect(Duration::ZERO);
+        if layer <= self.now.layer {
+            self.now.token += self.n_tokens_of_pass;
+            self.n_tokens_of_pass = n_tokens as u64;
+        }
+        self.now.layer = layer;
+        self.ahead.clear();
+        self.order.clear();
+        self.places.clear();
+        self.stats.passes += 1;
+        for (expert, n) in experts {
+            let id = ExpertId { layer, expert };
+            self.stats.lookups += 1;
+            let place = match self.cache.lookup(id, n, self.now) {
+                Some(slot) => {
+                    // It must stay until it has been computed.
+                    self.slots[slot].in_use = true;
+                    Place::Slot(slot)
+                }
+                None => Place::Disk,
+            };
+            self.order.push(expert);
+            self.places.push(place);
+        }
+        // What is in memory comes first, then what is being read, then the rest in the order of the file.
+        let rank = |inner: &Self, at: usize| {
+            let id = ExpertId {
+                layer,
+                expert: inner.order[at],
+            };
+            match (inner.places[at], inner.staging.of(id)) {
+                (Place::Slot(_), _) => 0,
+                (_, Some(buffer)) if inner.staging.is_ready(buffer) => 1,
+                (_, Some(_)) => 2,
+                _ => 3,
+            }
+        };
+        let mut n_ranked = 0;
+        for wanted in 0..3 {
+            let (from, n) = (n_ranked, self.order.len());
+            for at in from..n {
+                if rank(self, at) == wanted {
+                    self.order[n_ranked..=at].rotate_right(1);
+                    self.places[n_ranked..=at].rotate_right(1);
+                    n_ranked += 1;
+                }
+            }
+        }
+        let hits = self
+            .places
+            .iter()
+            .filter(|place| **place != Place::Disk)
+            .count();
+        self.stats.hits += hits as u64;
+        (self.n_hits, self.n_asked) = (hits, hits);
+        let Self {
+            staging,
+            order,
+            stats,
+            ..
+        } = self;
+        for expert in &order[hits..] {
+            if let Some(buffer) = staging.of(ExpertId {
+                layer,
+                expert: *expert,
+            }) {
+                staging.want(buffer);
+                stats.read_ahead += 1;
+            }
+        }
+        stats.wasted += staging.forget(|id| id.layer == layer);
+    }
+
+    /// The wanted expert at `at` of the order.
+    fn wanted(&self, at: usize) -> ExpertId {
+        ExpertId {
+            layer: self.now.layer,
+            expert: self.order[at],
+        }
+    }
+
+    /// Asks the reader for as much as there is memory to read into: what the pass wants, then what is expected.
+    pub(crate) fn feed(&mut self, form: &F) {
+        while self.n_asked < self.order.len() {
+            let id = self.wanted(self.n_asked);
+            if self.staging.of(id).is_none() {
+                let free = self.staging.free().or_else(|| {
+                    let reclaimed = self.staging.reclaim();
+                    self.stats.wasted += u64::from(reclaimed);
+                    self.staging.free()
+                });
+                let Some(free) = free else { return };
+                self.read(form, free, id, true);
+            }
+            self.n_asked += 1;
+        }
+        while let Some(id) = self.ahead.front().copied() {
+            let Some(free) = self.staging.free() else {
+                return;
+            };
+            self.ahead.pop_front();
+            if self.cache.slot_of(id).is_none() && self.staging.of(id).is_none() {
+                self.read(form, free, id, false);
+            }
+        }
+    }
+
+    fn read(&mut self, form: &F, buffer: usize, id: ExpertId, wanted: bool) {
+        let pieces = form.pieces(id);
+        self.stats.reads += 1;
+        self.stats.bytes_read += pieces
+            .iter()
+            .map(|piece| piece.range.end - piece.range.start)
+            .sum::<u64>();
+        self.staging
+            .read(buffer, (id, wanted), pieces, &self.files, &mut *self.reader);
+    }
+
+    /// Takes completions, waiting up to `timeout` for the first.
+    fn collect(&mut self, mut timeout: Duration) {
+        while let Some(completion) = self.reader.next(timeout) {
+            self.staging.complete(completion, &self.files);
+            timeout = Duration::ZERO;
+        }
+    }
+
+    /// Whether the wanted expert at `at` has been read.
+    pub(crate) fn is_ready(&mut self, form: &F, at: usize) -> bool {
+        let id = self.wanted(at);
+        let ready = |inner: &Self| {
+            let buffer = inner.staging.of(id);
+            buffer.is_some_and(|buffer| inner.staging.is_ready(buffer))
+        };
+        if !ready(self) {
+            self.collect(Duration::ZERO);
+            self.feed(form);
+        }
+        ready(self)
+    }
+
+    /// Waits until the wanted expert at `at` has been read.
+    pub(crate) fn wait(&mut self, form: &F, at: usize) {
+        let start = Instant::now();
+        while !self.is_ready(form, at) {
+            self.collect(PATIENCE);
+        }
+        self.stats.stall += start.elapsed();
+    }
+
+    /// Makes the wanted expert at `at`, which has been read, in a slot. False when there is none left for this batch.
+    pub(crate) fn make(&mut self, form: &F, at: usize) -> Result<bool, F::Error> {
+        let id = self.wanted(at);
+        let class = self.cache.class_of(id);
+        let first = class * self.n_transit;
+        let free = (first..first + self.n_transit).find(|slot| !self.transit[*slot].in_use);
+        let Some(free) = free else { return Ok(false) };
+        let (slots, now) = (&self.slots, self.now);
+        let placed = self.cache.place(id, now, &|slot| slots[slot].in_use);
+        let place = match placed {
+            Placed::Free(slot) => Place::Slot(slot),
+            Placed::Evicted(slot, _) => {
+                self.stats.evictions += 1;
+                Place::Slot(slot)
+            }
+            Placed::Refused => {
+                self.stats.refused += 1;
+                Place::Transit(free)
+            }
+        };
+        if let Err(error) = self.make_in(form, id, place) {
+            self.cache.remove(id);
+            return Err(error);
+        }
+        self.places[at] = place;
+        Ok(true)
+    }
+
+    fn make_in(&mut self, form: &F, id: ExpertId, place: Place) -> Result<(), F::Error> {
+        let start = Instant::now();
+        let Some(buffer) = self.staging.of(id) else {
+            unreachable!("only what has been read is made");
+        };
+        let slot = match place {
+            Place::Slot(slot) => &mut self.slots[slot],
+            Place::Transit(slot) => &mut self.transit[slot],
+            Place::Disk => unreachable!("a place in memory"),
+        };
+        slot.expert = None;
+        let memory = self.staging.take(buffer, &mut self.pieces, &self.files)?;
+        let n_bytes = self.cache.capacities()[slot.class].slot_bytes;
+        let made = match &mut slot.memory {
+            Some(memory) => form.make(id, &self.pieces, memory),
+            none => match form.memory(n_bytes) {
+                Some(memory) => form.make(id, &self.pieces, none.insert(memory)),
+                None => Err(StoreError::NoMemory { n_bytes }.into()),
+            },
+        };
+        self.pieces.clear();
+        self.staging.put(buffer, memory);
+        slot.expert = Some(made?);
+        slot.in_use = true;
+        self.stats.making += start.elapsed();
+        Ok(())
+    }
+
+    /// The expert at `at` of the order, which is in memory.
+    pub(crate) fn expert(&self, at: usize) -> &F::Expert {
+        let slot = match self.places[at] {
+            Place::Slot(slot) => &self.slots[slot],
+            Place::Transit(slot) => &self.transit[slot],
+            Place::Disk => unreachable!("experts are used in the batch that they come in"),
+        };
+        let Some(expert) = &slot.expert else {
+            unreachable!("a slot that is in the cache has been made");
+        };
+        expert
+    }
+
+    /// The experts of a batch may make room for others.
+    pub(crate) fn release(&mut self, batch: Range<usize>) {
+        for place in &self.places[batch] {
+            match *place {
+                Place::Slot(slot) => self.slots[slot].in_use = false,
+                Place::Transit(slot) => self.transit[slot].in_use = false,
+                Place::Disk => {}
+            }
+        }
+    }
+
+    /// Expects experts of a later layer, best first, and reads them when nothing else is to be read.
+    pub(crate) fn expect(&mut self, form: &F, experts: impl Iterator<Item = ExpertId>) {
+        self.ahead.extend(experts);
+        self.feed(form);
+    }
+
+    /// Whether an expert is in memory or being read.
+    pub(crate) fn has(&self, id: ExpertId) -> bool {
+        self.cache.slot_of(id).is_some() || self.staging.of(id).is_some()
+    }
+
+    /// Ends the pass, whether all was computed or not.
+    pub(crate) fn end(&mut self) {
+        self.release(0..self.order.len());
+        self.staging.want_nothing();
+        self.n_asked = self.order.len();
+    }
+}
