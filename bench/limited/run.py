@@ -19,9 +19,9 @@ belongs to the disk and needs root, is set only while llama.cpp is measured and 
 a margin as --mem-budget.
 
 Beside each figure stands what physics allows. The disk is measured in every round with random direct reads (disk.py and
-`cadre doctor`, whichever finds more). Decoding: the
-disk's bandwidth by the bytes that a token had to read. Prompts and first tokens: the time in which the disk gives the
-whole file once, or that which the prompt takes without a limit, whichever is longer.
+`cadre doctor`, whichever finds more). Decoding: the disk's bandwidth by the bytes that a token had to read, and no more
+than the speed without a limit. Prompts and first tokens: the time in which the disk gives the whole file once, or that which
+the prompt takes without a limit, whichever is longer.
 
 One line is appended to bench/record/limited.jsonl for each share; bench/table.py makes tables of them, and plot.py a
 picture of the sweep. Needs Linux, Python 3.9 or newer and a memory control group: run as root, or see --cgroup.
@@ -116,7 +116,7 @@ def row_of(name, samples):
     key = "seconds" if parse(name).is_time else "ts"
     values = [sample[key] for sample in good]
     row |= {"unit": key} | spread(values, 3) | {"samples": [round(value, 3) for value in values]}
-    facts = [*STREAMED.values(), "read_bytes", "major_faults", "peak_group_bytes", "tokens"]
+    facts = [*STREAMED, "read_bytes", "major_faults", "peak_group_bytes", "tokens"]
     for fact in dict.fromkeys(facts):
         value = median_of(good, fact)
         if value is not None:
@@ -131,11 +131,14 @@ def bounds(name, cadre, disk, compute_ts, file_bytes):
     if not samples:
         return {}
     if test.kind == "tg":
-        pairs = [(sample["ts"], rate / sample["bytes_read_per_token"]) for sample, rate in samples if sample.get("bytes_read_per_token")]
-        if not pairs:
+        # A token that reads next to nothing is bound by what it costs with everything in memory.
+        known = [(sample["ts"], rate / max(sample["bytes_read_per_token"], 1)) for sample, rate in samples if "bytes_read_per_token" in sample]
+        if not known:
             return {}
-        shares = [reached / allowed for reached, allowed in pairs]
-        return {"bound_ts": round(statistics.median(allowed for _, allowed in pairs), 3)} | share_facts(shares)
+        allowed = [min(by_disk, compute_ts) for _, by_disk in known]
+        shares = [reached / bound for (reached, _), bound in zip(known, allowed)]
+        by_disk = statistics.median(by_disk for _, by_disk in known)
+        return {"disk_bound_ts": round(by_disk, 3), "bound_ts": round(statistics.median(allowed), 3)} | share_facts(shares)
     times = [max(test.count / compute_ts, file_bytes / rate) for _, rate in samples]
     took = [sample["seconds"] if test.is_time else test.count / sample["ts"] for sample, _ in samples]
     shares = [allowed / reached for allowed, reached in zip(times, took)]

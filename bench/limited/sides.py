@@ -24,14 +24,12 @@ from disk import drop_cache, window_file, window_of  # noqa: E402
 from group import Group  # noqa: E402
 
 GROUP = "cadre-bench"
-# What `cadre bench -o json` says of a streamed model: key there, key here. Lists hold one value a repetition; the last counts.
-STREAMED = {
-    "bytes_read_per_token": "bytes_read_per_token",
-    "hit_rate": "hit_rate",
-    "stall_seconds": "stall_seconds",
-    "disk_bytes_per_second": "disk_bytes_per_s",
-    "peak_rss_bytes": "peak_rss_bytes",
-}
+# What `cadre bench -o json` says of a streamed model, and the records repeat. The first repetition fills the cache and does not count:
+# of a key with `samples_` before it, a list with one value a repetition, the last value is taken.
+STREAMED = (
+    "bytes_read_per_token", "hit_rate", "disk_bytes_per_s", "stall_ns_per_token", "making_ns_per_token", "evictions_per_token",
+    "read_ahead_share", "wasted_share", "peak_rss_bytes", "experts_bytes",
+)  # fmt: skip
 # Loading, flags of llama.py. Those that hold the weights in memory of their own are killed where they do not fit.
 LOADING = {
     "default": [],
@@ -142,8 +140,7 @@ class Cadre:
         if test.kind == "first":
             return ended.facts | {"seconds": ended.seconds}
         record = json.loads(ended.out)[0]
-        # The first repetition fills the cache, and does not count.
-        own = {ours: last(record[theirs]) for theirs, ours in STREAMED.items() if record.get(theirs) is not None}
+        own = {key: value for key in STREAMED if (value := own_figure(record, key)) is not None}
         return ended.facts | own | {"ts": record["samples_ts"][-1]}
 
 
@@ -182,9 +179,10 @@ class Llama:
         return facts | {"ts": found["tokens"] * 1e9 / found["ns"]}
 
 
-def last(value):
-    """The last of a list, or the value itself."""
-    return value[-1] if isinstance(value, list) else value
+def own_figure(record, key):
+    """A figure of the last repetition, or of all where the record has no list."""
+    samples = record.get(f"samples_{key}")
+    return samples[-1] if samples else record.get(key)
 
 
 class Tuning:
