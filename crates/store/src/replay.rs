@@ -364,6 +364,29 @@ mod tests {
     }
 
     #[test]
+    fn a_long_prompt_finds_as_much_as_fits() {
+        // Ten passes of eight tokens, each of which wants all 16 experts twice; 8 fit.
+        let mut recording = Recording::new(4, 4);
+        let tokens: Vec<&[u16]> = [0, 0, 1, 1, 2, 2, 3, 3].chunks(1).collect();
+        assert!(recording.push_sequence(&[
+            tokens.repeat(10),
+            tokens.repeat(10),
+            tokens.repeat(10),
+            tokens.repeat(10)
+        ]));
+        let sizes = ExpertSizes::new(4, 4, |_| 1);
+        let passing = Passing {
+            n_prompt: 80,
+            chunk: 8,
+        };
+        let replay = Replay::new(&recording, &sizes, passing);
+        assert_eq!(replay.run(PolicyKind::Lru, 8).prompt.hits, 0);
+        assert_eq!(replay.bound(8).prompt.hits, 72);
+        let hits = replay.run(PolicyKind::Lfu, 8).prompt.hits;
+        assert!(hits >= 64, "{hits} of 72");
+    }
+
+    #[test]
     fn a_step_does_not_evict_what_it_uses() {
         let mut recording = Recording::new(1, 4);
         assert!(recording.push_sequence(&[vec![&[0, 1, 2], &[0, 1, 3]]]));
