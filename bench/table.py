@@ -146,7 +146,9 @@ def limited_kind(test):
 def limited_cell(row):
     """A side's median, or why it has none."""
     if "median" not in row:
-        return row.get("failed", "-")
+        # The record has the whole message.
+        what = row.get("failed", "-").partition(":")[0]
+        return f"refused ({what})" if what.startswith("exit code") else what
     some = f", {row['n_failed']} failed" if row.get("n_failed") else ""
     return f"{row['median']:.2f} {'s' if row['unit'] == 'seconds' else 'tok/s'}{some}"
 

@@ -200,13 +200,18 @@ def sweep(args, cadre, llama):
         disk.append(disk_bandwidth(args))
         say(f"  {share:.0%}, {limit / 1e9:.2f} GB; disk {disk[-1] / 1e6:.0f} MB/s")
         point = {"share": share, "limit_bytes": limit, "disk_bytes_per_s": round(disk[-1])}
-        for side in args.sides if index % 2 == 0 else args.sides[::-1]:
-            if side == "cadre":
-                samples = [cadre.measure(name, limit, args.most_seconds) for _ in range(args.rounds)]
-                point[side] = row_of(name, samples)
-                say(f"    {side:12} {[shown(sample) for sample in samples]}")
-                continue
-            point[side] = swept_llama(args, llama, name, limit, side)
+
+        def ours():
+            samples = [cadre.measure(name, limit, args.most_seconds) for _ in range(args.rounds)]
+            say(f"    cadre: {[shown(sample) for sample in samples]}")
+            return {"cadre": row_of(name, samples)}
+
+        def theirs():
+            return swept_llama(args, llama, name, limit)
+
+        parts = ([ours] if "cadre" in args.sides else []) + ([theirs] if set(PEERS) & set(args.sides) else [])
+        for part in parts if index % 2 == 0 else parts[::-1]:
+            point |= part()
         points.append(point)
     whole = unlimited(cadre, [name], args.rounds) if "cadre" in args.sides else {}
     return {
@@ -215,21 +220,25 @@ def sweep(args, cadre, llama):
     }  # fmt: skip
 
 
-def swept_llama(args, llama, name, limit, side):
-    """The faster way of loading llama.cpp at one limit; with the given windows of reading ahead for the side llama-window."""
+def swept_llama(args, llama, name, limit):
+    """llama.cpp at one limit: the faster way of loading as the machine is, and the fastest with other windows of reading ahead too."""
     rows, failed = [], {}
-    windows = [None] if side == "llama-best" else args.window_kib
     for loading in SWEPT:
-        for window in windows:
-            settings = {"loading": loading, "flash": FLASH[0], "window_kib": window}
+        for window in [None, *(args.window_kib if "llama-window" in args.sides else [])]:
             if loading in failed:
                 continue
+            settings = {"loading": loading, "flash": FLASH[0], "window_kib": window}
             samples = [llama.measure(name, limit, args.most_seconds, settings, args.part_seconds / 2) for _ in range(args.rounds)]
-            say(f"    {side:12} {loading}, window {window}: {[shown(sample) for sample in samples]}")
+            say(f"    llama.cpp, {loading}, window {window}: {[shown(sample) for sample in samples]}")
             rows.append(row_of(name, samples) | {"loading": loading, "window_kib": window})
             if "failed" in rows[-1]:
                 failed[loading] = rows[-1]["failed"]
-    return max(rows, key=lambda row: row.get("median", 0)) | {"failed_loading": failed}
+
+    def fastest(among):
+        return max(among, key=lambda row: row.get("median", 0)) | {"failed_loading": failed}
+
+    found = {"llama-best": fastest([row for row in rows if row["window_kib"] is None])}
+    return found | ({"llama-window": fastest(rows)} if "llama-window" in args.sides else {})
 
 
 def overhead(args, cadre):
