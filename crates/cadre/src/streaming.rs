@@ -1,15 +1,15 @@
 //! `--mem-budget` and what belongs to it: running a model that is larger than the memory it may take.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use cadre_checkpoint::{Checkpoint, kv_bytes_per_token, scratch_bytes};
 use cadre_engine::{
-    Model, PolicyKind, ReadAhead, ReaderKind, SessionOptions, StoreOptions, StoreStats,
+    AheadKind, Model, PolicyKind, ReaderKind, Score, SessionOptions, StoreOptions, StoreStats,
     StreamOptions,
 };
-use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -31,14 +31,13 @@ pub(crate) struct StreamArgs {
     /// Which experts are kept: lfu, lru, lfru, edgemoe, layer-partition, random.
     #[arg(long, value_name = "POLICY", default_value_t, requires = "mem_budget")]
     cache_policy: PolicyKind,
-    /// What is read before it is wanted.
-    #[arg(
-        long,
-        value_name = "WHAT",
-        default_value = "gate",
-        requires = "mem_budget"
-    )]
-    read_ahead: AheadArg,
+    /// Who says what is read before it is wanted: gate (the next layer's router, asked early), edgemoe, popularity,
+    /// previous, off. It is tried now and then, and kept up only while it helps.
+    #[arg(long, value_name = "WHO", default_value_t, requires = "mem_budget")]
+    read_ahead: AheadKind,
+    /// Read ahead without trying whether it helps.
+    #[arg(long, requires = "mem_budget")]
+    read_ahead_always: bool,
     /// How files are read: auto, io_uring, pread, sync.
     #[arg(
         long,
@@ -59,14 +58,6 @@ enum Budget {
     Bytes(u64),
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum AheadArg {
-    /// Nothing.
-    Off,
-    /// What the next layer's router says to this layer's input.
-    Gate,
-}
-
 impl Budget {
     fn parse(text: &str) -> Result<Self, String> {
         match text {
@@ -85,7 +76,8 @@ impl StreamArgs {
         start: Instant,
     ) -> Option<Summary> {
         let stats = model.store_stats().filter(|_| self.stats)?;
-        Some(Summary::new(&stats, n_tokens, start.elapsed()))
+        let scores = model.predictor_scores();
+        Some(Summary::new(&stats, &scores, (n_tokens, start.elapsed())))
     }
 
     /// How to load `checkpoint` for `n_seqs` sessions like `session`; `None` to load all of it.
@@ -126,12 +118,11 @@ impl StreamArgs {
                 .into());
         };
         Ok(Some(StreamOptions {
-            ahead: match self.read_ahead {
-                AheadArg::Off => ReadAhead::Off,
-                AheadArg::Gate => ReadAhead::Gate,
-            },
             store: StoreOptions {
                 policy: self.cache_policy,
+                ahead: self.read_ahead,
+                adaptive: !self.read_ahead_always,
+                scored: self.stats,
                 reader: self.reader,
                 ..StoreOptions::default()
             },
@@ -141,7 +132,7 @@ impl StreamArgs {
 }
 
 /// What `--stats` says of a run.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Summary {
     n_tokens: usize,
     /// Experts that were wanted, each once per layer and pass.
@@ -162,13 +153,19 @@ pub(crate) struct Summary {
     stall_ms_per_token: f64,
     /// Of these, bringing what was read into the order that kernels read.
     making_ms_per_token: f64,
+    /// Share of the picks that each way of guessing foresaw, one layer ahead; `control` is told the truth.
+    foreseen: BTreeMap<&'static str, f64>,
     /// Whether results differ from those of the whole model in memory.
     lossy: bool,
 }
 
 impl Summary {
     /// Of `n_tokens`, prompt and new ones, that took so long.
-    pub(crate) fn new(stats: &StoreStats, n_tokens: usize, took: Duration) -> Self {
+    pub(crate) fn new(
+        stats: &StoreStats,
+        scores: &[Score],
+        (n_tokens, took): (usize, Duration),
+    ) -> Self {
         let per_token = |n: f64| n / n_tokens.max(1) as f64;
         let ms = |time: Duration| per_token(1e3 * time.as_secs_f64());
         Self {
@@ -185,6 +182,10 @@ impl Summary {
             ms_per_token: ms(took),
             stall_ms_per_token: ms(stats.stall),
             making_ms_per_token: ms(stats.making),
+            foreseen: scores
+                .iter()
+                .map(|score| (score.name, score.overall().overlap()))
+                .collect(),
             lossy: false,
         }
     }
@@ -209,6 +210,13 @@ impl fmt::Display for Summary {
             self.evictions,
             self.refused
         )?;
+        let foreseen = self.foreseen.iter();
+        let foreseen: Vec<String> = foreseen
+            .map(|(name, share)| format!("{name} {:.0} %", 100.0 * share))
+            .collect();
+        if !foreseen.is_empty() {
+            writeln!(f, "foreseen {}", foreseen.join(", "))?;
+        }
         write!(
             f,
             "time     {:.1} ms per token, of it {:.1} waiting for the disk, {:.1} making what was read ready; lossy=no",
@@ -231,7 +239,7 @@ mod tests {
             stall: Duration::from_millis(30),
             ..StoreStats::default()
         };
-        let summary = Summary::new(&stats, 10, Duration::from_millis(200));
+        let summary = Summary::new(&stats, &[], (10, Duration::from_millis(200)));
         assert!((summary.hit_rate - 0.75).abs() < 1e-12);
         assert!((summary.bytes_read_per_token - 100.0).abs() < 1e-9);
         assert!((summary.ms_per_token - 20.0).abs() < 1e-9);

@@ -28,8 +28,6 @@ pub(crate) struct Decoder {
     pub(crate) compute: Arc<Compute>,
     /// Where experts are read from, unless all are in memory.
     pub(crate) store: Option<Arc<ExpertStore>>,
-    /// The most experts to read ahead of a layer.
-    pub(crate) ahead_limit: Option<usize>,
     /// `[vocab, d]`.
     pub(crate) embed_tokens: Matrix,
     pub(crate) embedding_scale: f32,
@@ -224,7 +222,6 @@ impl Builder<'_> {
             head,
             ropes: ropes.into_iter().flatten().map(Rope::new).collect(),
             store: self.weights.store.clone(),
-            ahead_limit: self.weights.ahead_limit,
             compute: self.weights.compute,
         };
         decoder.info.weight_bytes = decoder.weight_bytes();

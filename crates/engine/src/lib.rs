@@ -30,13 +30,14 @@ mod workspace;
 
 pub use batch::Sequence;
 pub use cadre_kernels::{KvFormat, KvFormats};
+pub use cadre_store::predictors::Score;
 pub use cadre_store::reader::ReaderKind;
-pub use cadre_store::{PolicyKind, StoreError, StoreOptions, StoreStats};
+pub use cadre_store::{AheadKind, PolicyKind, StoreError, StoreOptions, StoreStats};
 pub use error::{EngineError, Result};
 pub use generate::{Finish, GenerateOptions, Generated, Hooks, generate};
 pub use load::{LoadOptions, Progress, Quant, known_model_types, load, load_watched};
 pub use model::{Logits, Model, ModelInfo, NoObserver, Observer, RoutingEvent};
 pub use sampling::{Sampler, SamplingOptions};
 pub use session::{Session, SessionOptions};
-pub use streaming::{ReadAhead, StreamOptions, dense_bytes};
+pub use streaming::{StreamOptions, dense_bytes};
 pub use workspace::Workspace;

@@ -3,6 +3,7 @@
 use cadre_kernels::{Compute, Matrix};
 use cadre_routing::Routing;
 use cadre_store::StoreStats;
+use cadre_store::predictors::Score;
 
 use crate::batch::Sequence;
 use crate::error::Result;
@@ -22,6 +23,9 @@ pub trait Model: Send + Sync + std::fmt::Debug {
 
     /// What has been read from disk, for a model that does not fit into memory.
     fn store_stats(&self) -> Option<StoreStats>;
+
+    /// How well each way of guessing which experts will be wanted has done, for a model that is streamed and scored.
+    fn predictor_scores(&self) -> Vec<Score>;
 
     /// A new, empty session.
     ///

@@ -6,6 +6,7 @@
 use cadre_kernels::{Compute, Matrix};
 use cadre_routing::RoutingError;
 use cadre_store::StoreStats;
+use cadre_store::predictors::Score;
 
 use crate::batch::{Sequence, Span, n_rows, span_of};
 use crate::blocks::{Ahead, MoeError, Norm, Step};
@@ -45,6 +46,13 @@ impl Model for Decoder {
 
     fn store_stats(&self) -> Option<StoreStats> {
         Some(self.store.as_ref()?.stats())
+    }
+
+    fn predictor_scores(&self) -> Vec<Score> {
+        self.store
+            .as_ref()
+            .map(|store| store.scores())
+            .unwrap_or_default()
     }
 
     fn session(&self, options: &SessionOptions) -> Result<Session> {
@@ -309,7 +317,7 @@ impl Decoder {
 
     /// What the next layer that has experts may be asked before its turn.
     fn ahead<'a>(&'a self, index: usize, hidden: &'a [f32]) -> Option<Ahead<'a>> {
-        let limit = self.ahead_limit?;
+        self.store.as_ref()?;
         self.layers[index + 1..]
             .iter()
             .find_map(|layer| match &layer.ffn {
@@ -317,7 +325,6 @@ impl Decoder {
                     hidden,
                     norm: &layer.ffn_norm,
                     moe,
-                    limit,
                 }),
                 AnyFeedForward::Dense(_) => None,
             })

@@ -16,23 +16,11 @@ use crate::weights::{self, weight_error};
 /// The three matrices of an expert, in the order of [`FeedForward`].
 const PARTS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
-/// What is read ahead of the layer that is being computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ReadAhead {
-    /// Nothing.
-    Off,
-    /// What the next layer's router says to this layer's input; everything when a prompt touches nearly all experts.
-    #[default]
-    Gate,
-}
-
 /// How a model runs that is larger than the memory it may take.
 #[derive(Clone, Copy, Debug)]
 pub struct StreamOptions {
     /// Bytes that all weights may take: those that every token uses, and as many experts as fit beside them.
     pub budget: u64,
-    /// What is read before it is wanted.
-    pub ahead: ReadAhead,
     /// What is kept and how files are read; its own budget is not looked at.
     pub store: StoreOptions,
 }
@@ -43,7 +31,6 @@ impl StreamOptions {
     pub fn new(budget: u64) -> Self {
         Self {
             budget,
-            ahead: ReadAhead::default(),
             store: StoreOptions::default(),
         }
     }

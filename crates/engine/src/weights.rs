@@ -11,7 +11,7 @@ use cadre_store::BulkReader;
 use crate::blocks::Linear;
 use crate::error::{EngineError, Result};
 use crate::load::{LoadOptions, Progress, Quant};
-use crate::streaming::{self, ExpertStore, ReadAhead};
+use crate::streaming::{self, ExpertStore};
 
 /// Reads tensors of one checkpoint, checked for shape and for NaN and infinities.
 pub(crate) struct Weights<'a> {
@@ -21,7 +21,6 @@ pub(crate) struct Weights<'a> {
     pub(crate) compute: Arc<Compute>,
     /// Where experts are read from when they are wanted, unless all are loaded.
     pub(crate) store: Option<Arc<ExpertStore>>,
-    pub(crate) ahead_limit: Option<usize>,
     /// Reads what is loaded of a model that is streamed.
     bulk: Option<Mutex<BulkReader>>,
     /// Matrices that the wanted format cannot hold.
@@ -40,13 +39,8 @@ impl<'a> Weights<'a> {
             None => None,
             Some(stream) => streaming::open(checkpoint, options, stream, &compute)?,
         };
-        let ahead = options.stream.map(|stream| stream.ahead);
         Ok(Self {
             checkpoint,
-            ahead_limit: match ahead {
-                Some(ReadAhead::Gate) => Some(usize::MAX),
-                Some(ReadAhead::Off) | None => None,
-            },
             bulk: match &options.stream {
                 None => None,
                 Some(stream) => Some(Mutex::new(BulkReader::new(&stream.store)?)),

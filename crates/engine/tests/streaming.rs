@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use cadre_checkpoint::Checkpoint;
 use cadre_engine::{
-    EngineError, LoadOptions, Logits, Model, NoObserver, PolicyKind, ReadAhead, ReaderKind,
+    AheadKind, EngineError, LoadOptions, Logits, Model, NoObserver, PolicyKind, ReaderKind,
     Sequence, SessionOptions, StreamOptions, load,
 };
 use cadre_testkit::{Random, TinyMoe, golden_dir};
@@ -142,7 +142,9 @@ fn streamed_is_resident_byte_for_byte() {
             stream.store.reader =
                 [ReaderKind::Auto, ReaderKind::Pread, ReaderKind::Sync][random.below(3)];
             stream.store.request_bytes = [4096, 1 << 20][random.below(2)];
-            stream.ahead = [ReadAhead::Off, ReadAhead::Gate][random.below(2)];
+            stream.store.ahead = AheadKind::ALL[random.below(AheadKind::ALL.len())];
+            (stream.store.adaptive, stream.store.scored) =
+                (random.below(2) == 0, random.below(2) == 0);
             let (n_threads, chunk) = (1 + random.below(3), [1, 5, 64][random.below(3)]);
             let model = open(&checkpoint, n_threads, Some(stream));
             assert!(
@@ -160,7 +162,7 @@ fn with_room_for_all_every_expert_is_read_once() {
     let folder = TinyMoe::default().n_layers(4).build().unwrap();
     let checkpoint = folder.open().unwrap();
     let mut stream = StreamOptions::new(1 << 30);
-    stream.ahead = ReadAhead::Off;
+    stream.store.ahead = AheadKind::Off;
     let model = open(&checkpoint, 2, Some(stream));
     logits(&*model, 64);
     let first = model.store_stats().unwrap();

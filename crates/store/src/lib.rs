@@ -4,6 +4,7 @@
 //! [`Policy`] sees it, reads the others past the system's own cache ([`reader`]), and reads ahead what a predictor
 //! expects while that helps. [`replay`] says from a recorded routing what each policy would have done.
 
+mod ahead;
 mod budget;
 mod bulk;
 mod cache;
@@ -24,6 +25,7 @@ mod staging;
 mod stats;
 mod store;
 
+pub use ahead::{AheadKind, Look};
 pub use bulk::BulkReader;
 pub use cache::{Cache, CacheCounts, Capacity, Placed};
 pub use error::{Result, StoreError};

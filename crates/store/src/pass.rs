@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::MutexGuard;
 
-use crate::expert::ExpertId;
+use crate::ahead::Look;
 use crate::form::Form;
 use crate::store::Inner;
 
@@ -40,16 +40,20 @@ impl<'a, F: Form> Pass<'a, F> {
         &self.inner.order
     }
 
-    /// Expects experts of `layer` in a later pass, best first: at most `limit` of those that are not in memory are read
-    /// ahead, as soon as everything that this pass wants has been asked for.
-    pub fn expect(&mut self, layer: u16, experts: impl Iterator<Item = u16>, limit: usize) {
-        let inner = &mut *self.inner;
-        let missing: Vec<ExpertId> = experts
-            .map(|expert| ExpertId { layer, expert })
-            .filter(|id| !inner.has(*id))
-            .take(limit)
-            .collect();
-        inner.expect(self.form, missing.into_iter());
+    /// What is worth finding out about the next layer that has experts.
+    pub fn look(&self) -> Look {
+        self.inner.look()
+    }
+
+    /// Expects all of `experts` in `layer`, a later one: they are read in this order as soon as everything that this pass
+    /// wants has been asked for.
+    pub fn expect(&mut self, layer: u16, experts: impl Iterator<Item = u16>) {
+        self.inner.expect(self.form, layer, experts, usize::MAX);
+    }
+
+    /// Says what the router of a later layer answered to the input of this one, the most picked first.
+    pub fn give(&mut self, layer: u16, ranked: &[u16]) {
+        self.inner.give(self.form, layer, ranked);
     }
 
     /// The next batch: a range of [`Pass::order`], whose experts are in memory until the next call. Batches cover the

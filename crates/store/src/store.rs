@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use crate::ahead::{Ahead, AheadKind, Look};
 use crate::budget::{Division, SizeClass};
 use crate::cache::{Cache, Placed};
 use crate::error::StoreError;
@@ -15,6 +16,7 @@ use crate::expert::{ExpertId, Now};
 use crate::form::Form;
 use crate::pass::Pass;
 use crate::policies::PolicyKind;
+use crate::predictors::Score;
 use crate::reader::{OpenFile, Reader, ReaderKind, whole_pages};
 use crate::staging::{Staging, buffer_bytes};
 use crate::stats::StoreStats;
@@ -29,6 +31,12 @@ pub struct StoreOptions {
     pub budget: u64,
     /// What is kept.
     pub policy: PolicyKind,
+    /// What is read before it is wanted.
+    pub ahead: AheadKind,
+    /// Whether that is tried and kept up only while it helps.
+    pub adaptive: bool,
+    /// Whether all ways of guessing what will be wanted are scored: [`Store::scores`].
+    pub scored: bool,
     /// How files are read.
     pub reader: ReaderKind,
     /// Requests that the disk is given at once.
@@ -42,6 +50,9 @@ impl Default for StoreOptions {
         Self {
             budget: 0,
             policy: PolicyKind::default(),
+            ahead: AheadKind::default(),
+            adaptive: true,
+            scored: false,
             reader: ReaderKind::default(),
             lanes: crate::reader::LANES,
             request_bytes: crate::reader::REQUEST_BYTES,
@@ -94,8 +105,9 @@ pub(crate) struct Inner<F: Form> {
     pub(crate) n_hits: usize,
     /// Of `order`, those that are in memory or have been asked for.
     n_asked: usize,
+    ahead: Ahead,
     /// What is to be read ahead, best first.
-    ahead: VecDeque<ExpertId>,
+    expected: VecDeque<ExpertId>,
     pieces: Vec<Bytes>,
     pub(crate) stats: StoreStats,
 }
@@ -222,7 +234,12 @@ impl<F: Form> Store<F> {
                 places: Vec::with_capacity(n_experts),
                 n_hits: 0,
                 n_asked: 0,
-                ahead: VecDeque::with_capacity(n_experts),
+                ahead: Ahead::new(
+                    options.ahead,
+                    [n_layers, n_experts],
+                    (options.adaptive, options.scored),
+                ),
+                expected: VecDeque::with_capacity(n_experts),
                 pieces: Vec::new(),
                 stats: StoreStats::default(),
             }),
@@ -260,6 +277,11 @@ impl<F: Form> Store<F> {
         self.lock().stats
     }
 
+    /// How well each way of guessing has done, where [`StoreOptions::scored`] asked for it.
+    pub fn scores(&self) -> Vec<Score> {
+        self.lock().ahead.scores().to_vec()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner<F>> {
         // A pass that panicked leaves the bookkeeping whole: what it wanted is forgotten by the next.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -285,10 +307,11 @@ impl<F: Form> Inner<F> {
         self.collect(Duration::ZERO);
         if layer <= self.now.layer {
             self.now.token += self.n_tokens_of_pass;
-            self.n_tokens_of_pass = n_tokens as u64;
+            self.ahead.begin(n_tokens);
         }
+        self.n_tokens_of_pass = n_tokens as u64;
         self.now.layer = layer;
-        self.ahead.clear();
+        self.expected.clear();
         self.order.clear();
         self.places.clear();
         self.stats.passes += 1;
@@ -305,6 +328,13 @@ impl<F: Form> Inner<F> {
             };
             self.order.push(expert);
             self.places.push(place);
+        }
+        if let Some((next, ranked)) = self.ahead.observe(layer, &self.order, n_tokens) {
+            let expected = ranked.iter().map(|expert| ExpertId {
+                layer: next,
+                expert: *expert,
+            });
+            self.expected.extend(expected);
         }
         // What is in memory comes first, then what is being read, then the rest in the order of the file.
         let rank = |inner: &Self, at: usize| {
@@ -378,11 +408,11 @@ impl<F: Form> Inner<F> {
             }
             self.n_asked += 1;
         }
-        while let Some(id) = self.ahead.front().copied() {
+        while let Some(id) = self.expected.front().copied() {
             let Some(free) = self.staging.free() else {
                 return;
             };
-            self.ahead.pop_front();
+            self.expected.pop_front();
             if self.cache.slot_of(id).is_none() && self.staging.of(id).is_none() {
                 self.read(form, free, id, false);
             }
@@ -511,15 +541,39 @@ impl<F: Form> Inner<F> {
         }
     }
 
-    /// Expects experts of a later layer, best first, and reads them when nothing else is to be read.
-    pub(crate) fn expect(&mut self, form: &F, experts: impl Iterator<Item = ExpertId>) {
-        self.ahead.extend(experts);
+    /// Expects experts of a later layer, best first, and reads up to `limit` missing ones when nothing else is to be read.
+    pub(crate) fn expect(
+        &mut self,
+        form: &F,
+        layer: u16,
+        experts: impl Iterator<Item = u16>,
+        limit: usize,
+    ) {
+        let Self {
+            cache,
+            staging,
+            expected,
+            ..
+        } = self;
+        let missing = experts
+            .map(|expert| ExpertId { layer, expert })
+            .filter(|id| cache.slot_of(*id).is_none() && staging.of(*id).is_none());
+        expected.extend(missing.take(limit));
         self.feed(form);
     }
 
-    /// Whether an expert is in memory or being read.
-    pub(crate) fn has(&self, id: ExpertId) -> bool {
-        self.cache.slot_of(id).is_some() || self.staging.of(id).is_some()
+    /// What to find out about the next layer.
+    pub(crate) fn look(&self) -> Look {
+        self.ahead
+            .look(self.n_tokens_of_pass as usize, self.order.len())
+    }
+
+    /// Takes what the router of a later layer said early.
+    pub(crate) fn give(&mut self, form: &F, layer: u16, ranked: &[u16]) {
+        let limit = self
+            .ahead
+            .give(layer, ranked, self.n_tokens_of_pass as usize);
+        self.expect(form, layer, ranked.iter().copied(), limit);
     }
 
     /// Ends the pass, whether all was computed or not.

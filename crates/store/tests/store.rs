@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use cadre_store::reader::{Fault, FaultyReader, PoolReader, Reader, ReaderKind, When};
-use cadre_store::{ExpertId, Form, Piece, PolicyKind, Store, StoreError, StoreOptions};
+use cadre_store::{AheadKind, ExpertId, Form, Piece, PolicyKind, Store, StoreError, StoreOptions};
 use proptest::prelude::*;
 
 const N_LAYERS: usize = 3;
@@ -141,11 +141,7 @@ fn pass(
     ahead: &[u16],
 ) -> Result<(), StoreError> {
     let mut pass = store.begin(layer, experts.iter().map(|e| (*e, 1)), 1);
-    pass.expect(
-        (layer + 1) % N_LAYERS as u16,
-        ahead.iter().copied(),
-        usize::MAX,
-    );
+    pass.expect((layer + 1) % N_LAYERS as u16, ahead.iter().copied());
     let order = pass.order().to_vec();
     let mut sorted = order.clone();
     sorted.sort_unstable();
@@ -172,6 +168,7 @@ fn options(budget: u64, policy: PolicyKind) -> StoreOptions {
     StoreOptions {
         budget,
         policy,
+        ahead: AheadKind::Off,
         request_bytes: 4096,
         ..StoreOptions::default()
     }

@@ -65,6 +65,8 @@ pub(crate) struct Record {
     peak_share: Option<f64>,
     /// The most memory that was resident after loading or after a repetition so far.
     peak_rss_bytes: Option<u64>,
+    /// The most that was ever resident, memory that is only there for measuring included (`VmHWM`).
+    vm_hwm_bytes: Option<u64>,
     /// Of a model that is streamed.
     #[serde(flatten)]
     streamed: Option<Streamed>,
@@ -218,6 +220,7 @@ impl Record {
             gflops,
             peak_share: gflops.zip(peak).map(|(rate, peak)| 1e9 * rate / peak),
             peak_rss_bytes,
+            vm_hwm_bytes: status_bytes("VmHWM:"),
             streamed: streaming.map(|s| Streamed::new(s, samples, n_tokens, median_ts)),
             median_ts,
             samples_ts: ts,
@@ -334,8 +337,13 @@ fn cpu_info() -> String {
 
 /// The memory that this process holds now, where the system says it in a file.
 pub(crate) fn rss_bytes() -> Option<u64> {
+    status_bytes("VmRSS:")
+}
+
+/// A line of this process's status that counts memory.
+fn status_bytes(label: &str) -> Option<u64> {
     let text = fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(label))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kilobytes.checked_mul(1024)
 }

@@ -139,7 +139,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
             seed: sampling.seed,
             prompt_tokens_per_second: rates.prompt,
             tokens_per_second: rates.new,
-            streaming,
+            streaming: streaming.clone(),
             experts: stats.as_ref(),
         })?;
     } else if let (Some(view), Some(stats)) = (&view, &stats) {

@@ -5,12 +5,10 @@
 
 use cadre_kernels::{Compute, MatmulScratch};
 use cadre_routing::Routing;
+use cadre_store::Look;
 
 use super::experts::Turn;
 use super::{Moe, Norm};
-
-/// A pass whose picks cover this share of the experts in one layer will touch nearly all of the next.
-const NEARLY_ALL: f64 = 0.9;
 
 /// The next layer that has experts, and the stream before this layer's.
 #[derive(Clone, Copy)]
@@ -19,8 +17,6 @@ pub(crate) struct Ahead<'a> {
     pub(crate) hidden: &'a [f32],
     pub(crate) norm: &'a Norm,
     pub(crate) moe: &'a Moe,
-    /// The most experts to read ahead of a layer.
-    pub(crate) limit: usize,
 }
 
 /// Memory to look ahead with; grows to what is asked for.
@@ -50,10 +46,11 @@ impl Ahead<'_> {
         else {
             return;
         };
-        if pass.order().len() as f64 >= NEARLY_ALL * *n_experts as f64 {
+        match pass.look() {
+            Look::Nowhere => return,
             // In the order of the file, which a disk likes best.
-            pass.expect(*layer, 0..*n_experts as u16, usize::MAX);
-            return;
+            Look::Everywhere => return pass.expect(*layer, 0..*n_experts as u16),
+            Look::Gate => {}
         }
         let gate = &self.moe.gate;
         let n_rows = self.hidden.len() / gate.weight.n_in();
@@ -71,7 +68,7 @@ impl Ahead<'_> {
             return;
         }
         scratch.rank(*n_experts);
-        pass.expect(*layer, scratch.ranked.iter().copied(), self.limit);
+        pass.give(*layer, &scratch.ranked);
     }
 }
 

@@ -1,0 +1,332 @@
+//! Reading ahead: what a predictor expects of the layers to come, and whether acting on it is worth while.
+//!
+//! A read that nobody wants delays the next one that somebody does, so on a busy disk reading ahead loses however good
+//! the guesses are. Blocks of passes with and without it are timed in turns, and the faster way is kept for a while.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use crate::error::StoreError;
+use crate::predictors::{EdgeMoe, Given, Popularity, Predictor, Previous, Score, Scoreboard};
+
+/// Passes of up to so many tokens decode; larger ones read prompts.
+pub(crate) const FEW: usize = 8;
+/// The most experts that are read ahead of a layer while decoding.
+const LIMIT: usize = 2;
+/// A prompt whose picks cover this share of the experts in one layer will touch nearly all of the next.
+const NEARLY_ALL: f64 = 0.9;
+/// Passes that are timed with and without reading ahead, and how long the outcome is kept.
+const BLOCK: usize = 16;
+const KEPT: usize = 128;
+
+/// Who says what a layer will want before its router does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AheadKind {
+    /// Nobody: nothing is read ahead.
+    Off,
+    /// The layer's own router, asked with the input of the layer before.
+    #[default]
+    Gate,
+    /// [`EdgeMoe`].
+    EdgeMoe,
+    /// [`Popularity`].
+    Popularity,
+    /// [`Previous`].
+    Previous,
+}
+
+impl AheadKind {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Off,
+        Self::Gate,
+        Self::EdgeMoe,
+        Self::Popularity,
+        Self::Previous,
+    ];
+
+    /// The name that [`FromStr`] reads.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Gate => "gate",
+            Self::EdgeMoe => "edgemoe",
+            Self::Popularity => "popularity",
+            Self::Previous => "previous",
+        }
+    }
+
+    fn predictor(self, n_layers: usize, n_experts: usize) -> Option<Box<dyn Predictor>> {
+        Some(match self {
+            Self::Off => return None,
+            Self::Gate => Box::new(Given::new("gate", n_layers)),
+            Self::EdgeMoe => Box::new(EdgeMoe::new(n_layers, n_experts)),
+            Self::Popularity => Box::new(Popularity::new(
+                n_layers,
+                n_experts,
+                crate::policies::HALF_LIFE,
+            )),
+            Self::Previous => Box::new(Previous::new(n_layers)),
+        })
+    }
+}
+
+impl fmt::Display for AheadKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for AheadKind {
+    type Err = StoreError;
+
+    fn from_str(name: &str) -> Result<Self, StoreError> {
+        let found = Self::ALL.into_iter().find(|kind| kind.name() == name);
+        found.ok_or_else(|| StoreError::Unknown {
+            what: "way of reading ahead",
+            found: name.to_owned(),
+            known: Self::ALL.map(Self::name).join(", "),
+        })
+    }
+}
+
+/// What a pass should find out about the next layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// Nothing.
+    Nowhere,
+    /// Nothing: all of its experts will be wanted.
+    Everywhere,
+    /// What its router says to this layer's input.
+    Gate,
+}
+
+/// The predictor of a store, with what is known of its use.
+#[derive(Debug)]
+pub(crate) struct Ahead {
+    kind: AheadKind,
+    n_layers: usize,
+    n_experts: usize,
+    predictor: Option<Box<dyn Predictor>>,
+    /// `None`: always, without a trial.
+    trial: Option<Trial>,
+    scoreboard: Option<Scoreboard>,
+    ranked: Vec<u16>,
+}
+
+impl Ahead {
+    /// `adaptive`: only while it helps. `scored`: all ways of guessing are scored, whichever is acted on.
+    pub(crate) fn new(
+        kind: AheadKind,
+        [n_layers, n_experts]: [usize; 2],
+        (adaptive, scored): (bool, bool),
+    ) -> Self {
+        let all = AheadKind::ALL.iter();
+        let predictors = all
+            .filter_map(|kind| kind.predictor(n_layers, n_experts))
+            .collect();
+        Self {
+            kind,
+            n_layers,
+            n_experts,
+            predictor: kind.predictor(n_layers, n_experts),
+            trial: adaptive.then(Trial::default),
+            scoreboard: scored.then(|| Scoreboard::new(n_layers, predictors)),
+            ranked: Vec::with_capacity(n_experts),
+        }
+    }
+
+    /// A pass through all layers begins.
+    pub(crate) fn begin(&mut self, n_tokens: usize) {
+        if let Some(trial) = &mut self.trial {
+            trial.begin(Instant::now(), n_tokens <= FEW);
+        }
+    }
+
+    fn acts(&self, n_tokens: usize) -> bool {
+        let helps = self.trial.as_ref().is_none_or(|trial| trial.is_on);
+        self.kind != AheadKind::Off && (n_tokens > FEW || helps)
+    }
+
+    /// What to find out for a pass of `n_tokens` whose picks in this layer are `n_picked` experts.
+    pub(crate) fn look(&self, n_tokens: usize, n_picked: usize) -> Look {
+        let is_decoding = n_tokens <= FEW;
+        if !is_decoding
+            && self.acts(n_tokens)
+            && n_picked as f64 >= NEARLY_ALL * self.n_experts as f64
+        {
+            return Look::Everywhere;
+        }
+        let is_asked = self.kind == AheadKind::Gate && self.acts(n_tokens);
+        match is_asked || (is_decoding && self.scoreboard.is_some()) {
+            true => Look::Gate,
+            false => Look::Nowhere,
+        }
+    }
+
+    /// Tells the predictors what `layer` picked, and gives what is expected of the next one, best first.
+    pub(crate) fn observe(
+        &mut self,
+        layer: u16,
+        picked: &[u16],
+        n_tokens: usize,
+    ) -> Option<(u16, &[u16])> {
+        if n_tokens > FEW {
+            return None;
+        }
+        if let Some(scoreboard) = &mut self.scoreboard {
+            scoreboard.observe(layer, picked);
+        }
+        let next = (layer + 1) % self.n_layers.max(1) as u16;
+        let acts = self.acts(n_tokens);
+        let predictor = self.predictor.as_mut()?;
+        predictor.observe(layer, picked);
+        if self.kind == AheadKind::Gate || !acts {
+            return None;
+        }
+        predictor.rank(next, &mut self.ranked);
+        self.ranked.truncate(LIMIT);
+        Some((next, &self.ranked))
+    }
+
+    /// Takes what a layer's router said early; how many of these to read, if they are to be read.
+    pub(crate) fn give(&mut self, layer: u16, ranked: &[u16], n_tokens: usize) -> usize {
+        if n_tokens <= FEW
+            && let Some(scoreboard) = &mut self.scoreboard
+        {
+            scoreboard.give(layer, ranked);
+        }
+        match (
+            self.kind == AheadKind::Gate && self.acts(n_tokens),
+            n_tokens <= FEW,
+        ) {
+            (false, _) => 0,
+            (true, true) => LIMIT,
+            (true, false) => usize::MAX,
+        }
+    }
+
+    pub(crate) fn scores(&self) -> &[Score] {
+        self.scoreboard.as_ref().map_or(&[], Scoreboard::scores)
+    }
+}
+
+/// Times passes with and without reading ahead in turns.
+#[derive(Debug, Default)]
+struct Trial {
+    is_on: bool,
+    /// What passes of this block took.
+    times: Vec<Duration>,
+    /// What a pass took in the last block without and with it, the middle one.
+    medians: [Option<Duration>; 2],
+    /// The outcome is kept for this many passes more.
+    kept: usize,
+    last: Option<Instant>,
+}
+
+impl Trial {
+    /// A pass begins at `now`; only those that decode, one after the other, are timed.
+    fn begin(&mut self, now: Instant, is_decoding: bool) {
+        let last = self.last.take();
+        if !is_decoding {
+            return;
+        }
+        self.last = Some(now);
+        let Some(last) = last else { return };
+        if self.kept > 0 {
+            self.kept -= 1;
+            return;
+        }
+        self.times.push(now - last);
+        if self.times.len() < BLOCK {
+            return;
+        }
+        // A pass may have waited for somebody who typed; the middle one did not.
+        self.times.sort_unstable();
+        self.medians[usize::from(self.is_on)] = Some(self.times[BLOCK / 2]);
+        self.times.clear();
+        self.is_on = match self.medians {
+            [Some(without), Some(with)] => {
+                self.medians = [None, None];
+                self.kept = KEPT;
+                with < without
+            }
+            [_, with] => with.is_none(),
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs passes that take `with` or `without`, and says in which share of the last 300 of them reading ahead was on.
+    fn share_on(with: u64, without: u64) -> f64 {
+        let (mut trial, mut now, mut n_on) = (Trial::default(), Instant::now(), 0);
+        for pass in 0..900 {
+            trial.begin(now, true);
+            n_on += usize::from(trial.is_on && pass >= 600);
+            now += Duration::from_millis(if trial.is_on { with } else { without });
+        }
+        n_on as f64 / 300.0
+    }
+
+    #[test]
+    fn the_faster_way_is_kept() {
+        assert!(share_on(10, 20) > 0.8, "{}", share_on(10, 20));
+        assert!(share_on(20, 10) < 0.2, "{}", share_on(20, 10));
+    }
+
+    #[test]
+    fn prompts_are_not_timed_and_read_ahead_at_once() {
+        let mut ahead = Ahead::new(AheadKind::Gate, [3, 10], (true, false));
+        for _ in 0..100 {
+            ahead.begin(64);
+        }
+        assert_eq!(ahead.look(64, 10), Look::Everywhere);
+        assert_eq!(ahead.look(64, 5), Look::Gate);
+        assert_eq!(ahead.give(1, &[1, 2], 64), usize::MAX);
+        assert_eq!(
+            (ahead.look(1, 2), ahead.give(1, &[1, 2], 1)),
+            (Look::Nowhere, 0),
+            "on trial"
+        );
+    }
+
+    #[test]
+    fn each_kind_expects_the_next_layer() {
+        for kind in AheadKind::ALL {
+            assert_eq!(kind.name().parse::<AheadKind>().unwrap(), kind);
+            let mut ahead = Ahead::new(kind, [2, 8], (false, true));
+            let mut expected = Vec::new();
+            for _ in 0..6 {
+                for layer in 0..2 {
+                    let next = ahead.observe(layer, &[layer + 1, layer + 3, layer + 5], 1);
+                    expected = next
+                        .map(|(layer, ranked)| (layer, ranked.to_vec()))
+                        .into_iter()
+                        .collect();
+                    assert_eq!(ahead.look(1, 3), Look::Gate, "{kind} is scored");
+                    let n = ahead.give(1 - layer, &[1, 2, 3], 1);
+                    assert_eq!(n, if kind == AheadKind::Gate { LIMIT } else { 0 });
+                }
+            }
+            match kind {
+                AheadKind::Off | AheadKind::Gate => assert!(expected.is_empty()),
+                _ => {
+                    assert_eq!((expected[0].0, expected[0].1.len()), (0, LIMIT), "{kind}");
+                    assert!(
+                        expected[0]
+                            .1
+                            .iter()
+                            .all(|expert| [1, 3, 5].contains(expert)),
+                        "{kind}"
+                    );
+                }
+            }
+            assert!(ahead.scores().len() >= 4);
+        }
+        assert!("oracle".parse::<AheadKind>().is_err());
+    }
+}
