@@ -85,11 +85,11 @@ struct Streamed {
     hit_rate: f64,
     bytes_read_per_token: f64,
     /// Reading the file as experts are read, around every repetition; the median.
-    disk_bytes_per_s: f64,
+    disk_bytes_per_s: Option<f64>,
     /// What the disk allows: `disk_bytes_per_s / bytes_read_per_token`.
-    disk_bound_ts: f64,
+    disk_bound_ts: Option<f64>,
     /// `median_ts / disk_bound_ts`.
-    disk_bound_share: f64,
+    disk_bound_share: Option<f64>,
     /// Waiting for the disk.
     stall_ns_per_token: f64,
     /// Bringing what was read into the order that kernels read.
@@ -108,7 +108,7 @@ pub(crate) struct Streaming {
     pub(crate) weights_budget_bytes: u64,
     pub(crate) experts_bytes: u64,
     /// Bytes per second of the disk.
-    pub(crate) disk: f64,
+    pub(crate) disk: Option<f64>,
 }
 
 impl Streamed {
@@ -122,7 +122,9 @@ impl Streamed {
                 .sum()
         };
         let bytes_read_per_token = sum(|s| s.bytes_read as f64) / all;
-        let disk_bound_ts = streaming.disk / bytes_read_per_token.max(1.0);
+        let disk_bound_ts = streaming
+            .disk
+            .map(|disk| disk / bytes_read_per_token.max(1.0));
         let reads = sum(|s| s.reads as f64).max(1.0);
         Self {
             weights_budget_bytes: streaming.weights_budget_bytes,
@@ -131,7 +133,7 @@ impl Streamed {
             bytes_read_per_token,
             disk_bytes_per_s: streaming.disk,
             disk_bound_ts,
-            disk_bound_share: median_ts / disk_bound_ts,
+            disk_bound_share: disk_bound_ts.map(|bound| median_ts / bound),
             stall_ns_per_token: sum(|s| s.stall.as_nanos() as f64) / all,
             making_ns_per_token: sum(|s| s.making.as_nanos() as f64) / all,
             evictions_per_token: sum(|s| s.evictions as f64) / all,

@@ -215,9 +215,9 @@ fn measure(
                 repetition + 1,
                 args.repetitions
             ));
-            disks.extend(disk.as_ref().map(Disk::measure).transpose()?);
+            disks.extend(disk.as_ref().and_then(Disk::measure));
             samples.push(runner.sample()?);
-            disks.extend(disk.as_ref().map(Disk::measure).transpose()?);
+            disks.extend(disk.as_ref().and_then(Disk::measure));
             peak_rss_bytes = peak_rss_bytes.max(rss_bytes());
             bandwidths.push(read_weights(&*model));
         }
@@ -229,7 +229,7 @@ fn measure(
             streaming: disk.as_ref().map(|disk| Streaming {
                 weights_budget_bytes: disk.budget,
                 experts_bytes: disk.experts_bytes,
-                disk: median(&disks),
+                disk: (!disks.is_empty()).then(|| median(&disks)),
             }),
         };
         records.push(Record::new(&machine, test, &samples, around));
@@ -275,8 +275,8 @@ impl Disk {
         })
     }
 
-    /// Bytes per second of reading random places as experts are read.
-    fn measure(&self) -> Result<f64> {
+    /// Bytes per second of reading random places as experts are read; `None` for a file too short to tell.
+    fn measure(&self) -> Option<f64> {
         let StoreOptions {
             lanes,
             request_bytes,
@@ -290,7 +290,10 @@ impl Disk {
             most: DISK_TIME,
         };
         let reader = |lanes| reader.open(lanes).unwrap_or_else(|_| best(lanes).0);
-        Ok(probe::measure(&self.file, &plan, reader)?.bytes_per_second)
+        let measured = probe::measure(&self.file, &plan, reader);
+        let measured =
+            measured.inspect_err(|error| tracing::info!(%error, "the disk is not measured"));
+        Some(measured.ok()?.bytes_per_second)
     }
 }
 

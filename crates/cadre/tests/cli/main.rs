@@ -15,5 +15,6 @@ mod interrupt;
 #[cfg(target_os = "linux")]
 mod limits;
 mod nano;
+mod streaming;
 #[cfg(feature = "train")]
 mod train;
