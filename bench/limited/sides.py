@@ -89,6 +89,7 @@ def execute(command, group, most_seconds, wrap=True):
             file.seek(0)
             texts.append(file.read().decode("utf-8", "replace"))
     facts = {"peak_rss_bytes": usage.ru_maxrss * 1024, "read_bytes": usage.ru_inblock * 512, "major_faults": usage.ru_majflt}
+    facts |= {"user_s": round(usage.ru_utime, 3), "system_s": round(usage.ru_stime, 3)}
     killed = False
     if group:
         killed = group.kills() > 0
@@ -119,7 +120,9 @@ class Cadre:
         if budget is not None:
             command += ["--mem-budget", str(budget), *self.extra]
         if test.kind == "first":
-            return command + ["-p", first_text(test.count), "-n", "1", "--temp", "0", "-o", "json"]
+            # As long a context as llama.cpp gets (peers/llama_bench.py).
+            context = -(-(test.count + 1) // 1024) * 1024
+            return command + ["-p", first_text(test.count), "-n", "1", "-c", str(context), "--temp", "0", "-o", "json"]
         counts = {"tg": ("0", str(test.count)), "pp": (str(test.count), "0")}[test.kind]
         command += ["-p", counts[0], "-n", counts[1], "-r", str(repetitions), "-o", "json"]
         return command + (["--no-warmup"] if budget is not None else [])
@@ -141,6 +144,8 @@ class Cadre:
             return ended.facts | {"seconds": ended.seconds}
         record = json.loads(ended.out)[0]
         own = {key: value for key in STREAMED if (value := own_figure(record, key)) is not None}
+        # It also reads the disk to measure it, so that what the process read says nothing of the model.
+        ended.facts.pop("read_bytes")
         return ended.facts | own | {"ts": record["samples_ts"][-1]}
 
 
