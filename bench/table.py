@@ -251,7 +251,7 @@ LIMITED_INTRO = """The process is in a memory control group smaller than the mod
 measured. `first32`: from the start of the program to the first token after a prompt of 32. *Bound*: for decoding, the disk's bandwidth (random direct
 reads, measured in the same rounds) by the bytes that a token had to read, but no more than the speed without a limit; else the time in which the disk gives the whole file, or that of the
 same prompt without a limit if it is longer. *Best window*: the same flags of llama.cpp, and how much the system reads around a missing page of a mapped file (a setting of the
-disk) chosen for it, from a few. A prompt that finds part of the model in memory can exceed the bound. Ratios and shares in bold reach the aim."""
+disk) chosen for it, from a few. A prompt that finds part of the model in memory, or does not pick every expert, can exceed its bound. Ratios and shares in bold reach the aim."""
 
 
 def limited(records):
