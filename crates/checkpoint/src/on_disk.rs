@@ -131,6 +131,12 @@ impl TensorOnDisk {
         self.dtype
     }
 
+    /// Whether its bytes lie one after the other as its format has them, nothing but these.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        matches!(self.layout, Layout::Plain) && self.scales.is_none()
+    }
+
     /// Dimensions, slowest first.
     #[must_use]
     pub fn shape(&self) -> &[usize] {

@@ -10,7 +10,7 @@ use cadre_kernels::{Compute, MatmulScratch, Matrix};
 
 use crate::batch::Sequence;
 use crate::blocks::{
-    Attention, FeedForward, KvShape, LatentAttention, Linear, Moe, MoeShape, Norm, Rope,
+    Attention, Embedding, FeedForward, KvShape, LatentAttention, Linear, Moe, MoeShape, Norm, Rope,
     RopeAngles, Step, add_rows,
 };
 use crate::builder::Builder;
@@ -28,8 +28,7 @@ pub(crate) struct Decoder {
     pub(crate) compute: Arc<Compute>,
     /// Where experts are read from, unless all are in memory.
     pub(crate) store: Option<Arc<ExpertStore>>,
-    /// `[vocab, d]`.
-    pub(crate) embed_tokens: Matrix,
+    pub(crate) embed_tokens: Embedding,
     pub(crate) embedding_scale: f32,
     pub(crate) layers: Vec<Layer>,
     /// Factor on the output of every block.
@@ -185,15 +184,11 @@ impl Builder<'_> {
     pub(crate) fn decoder(self, layer: impl Fn(&Self, usize) -> Result<Layer>) -> Result<Decoder> {
         let config = self.config;
         let (vocab, d) = (config.vocab_size, config.hidden_size);
-        let embed_tokens = self
-            .weights
-            .matrix("model.embed_tokens.weight", [vocab, d])?;
-        // Multiplied by only where it is the head as well. A file that is read all the time is not left mapped.
-        let is_moved = config.tie_word_embeddings || self.weights.store.is_some();
-        let embed_tokens = match is_moved {
-            true => self.weights.placed(embed_tokens),
-            false => embed_tokens,
-        };
+        let embed_tokens = self.weights.embedding(
+            "model.embed_tokens.weight",
+            [vocab, d],
+            config.tie_word_embeddings,
+        )?;
         let linear = match config.tie_word_embeddings {
             true => None,
             false => Some(self.weights.linear("lm_head", [vocab, d], false)?),
@@ -303,7 +298,7 @@ fn info(b: &Builder<'_>) -> ModelInfo {
 impl Decoder {
     /// Every matrix; norms and biases are negligible.
     pub(crate) fn matrices(&self) -> Vec<&Matrix> {
-        let mut all = vec![&self.embed_tokens];
+        let mut all: Vec<&Matrix> = self.embed_tokens.matrix().into_iter().collect();
         if let Some(linear) = &self.head.linear {
             linear.matrices(&mut all);
         }
@@ -325,11 +320,14 @@ impl Head {
     pub(crate) fn forward(
         &self,
         compute: &Compute,
-        embed_tokens: &Matrix,
+        embed_tokens: &Embedding,
         (x, logits): (&[f32], &mut [f32]),
         matmul: &mut MatmulScratch,
     ) {
-        let weight = self.linear.as_ref().map_or(embed_tokens, |l| &l.weight);
+        let own = self.linear.as_ref().map(|linear| &linear.weight);
+        let Some(weight) = own.or(embed_tokens.matrix()) else {
+            unreachable!("an embedding that is the head is in memory");
+        };
         compute.matmul(weight, x, logits, matmul);
         if let Some(bias) = &self.bias {
             add_rows(compute, logits, bias);

@@ -24,6 +24,13 @@ pub trait Model: Send + Sync + std::fmt::Debug {
     /// What has been read from disk, for a model that does not fit into memory.
     fn store_stats(&self) -> Option<StoreStats>;
 
+    /// Reads experts of a streamed model into memory, in the order of its files, as long as there is room; `progress` is
+    /// told of each few that have been read. Does nothing for a model that is in memory.
+    ///
+    /// # Errors
+    /// An expert cannot be read.
+    fn preload(&self, progress: &dyn Fn(usize)) -> Result<()>;
+
     /// How well each way of guessing which experts will be wanted has done, for a model that is streamed and scored.
     fn predictor_scores(&self) -> Vec<Score>;
 

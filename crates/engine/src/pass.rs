@@ -48,6 +48,13 @@ impl Model for Decoder {
         Some(self.store.as_ref()?.stats())
     }
 
+    fn preload(&self, progress: &dyn Fn(usize)) -> Result<()> {
+        match &self.store {
+            None => Ok(()),
+            Some(store) => store.preload(progress),
+        }
+    }
+
     fn predictor_scores(&self) -> Vec<Score> {
         self.store
             .as_ref()
@@ -164,7 +171,7 @@ impl Decoder {
         observer: &mut dyn Observer,
     ) -> Result<(), Failure> {
         workspace.begin(batch);
-        self.embed(workspace);
+        self.embed(workspace)?;
         for (index, layer) in self.layers.iter().enumerate() {
             self.remember(index, layer, batch, workspace);
             let is_last = index + 1 == self.layers.len();
@@ -186,7 +193,7 @@ impl Decoder {
     }
 
     /// Embeddings of the tokens, and the angles of their positions.
-    fn embed(&self, workspace: &mut Workspace) {
+    fn embed(&self, workspace: &mut Workspace) -> Result<(), Failure> {
         let d = self.info.d_model;
         let Workspace {
             spans,
@@ -196,17 +203,14 @@ impl Decoder {
             ..
         } = workspace;
         let hidden = &mut hidden[..tokens.len() * d];
-        self.compute.for_each_chunk(hidden, d, d, |row, hidden| {
-            self.embed_tokens.row(tokens[row] as usize, hidden);
-            if self.embedding_scale != 1.0 {
-                for value in hidden {
-                    *value *= self.embedding_scale;
-                }
-            }
-        });
+        let embedded = self
+            .embed_tokens
+            .rows(&self.compute, tokens, self.embedding_scale, hidden);
+        embedded.map_err(|error| Failure { sequence: 0, error })?;
         for (rope, angles) in self.ropes.iter().zip(angles) {
             rope.angles(&self.compute, spans, angles);
         }
+        Ok(())
     }
 
     fn step<'a>(&'a self, layer: usize, spans: &'a [Span]) -> Step<'a> {

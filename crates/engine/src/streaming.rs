@@ -63,6 +63,9 @@ struct StoredExpert {
     is_checked: AtomicBool,
 }
 
+/// Read a row at a time where it is not the head as well.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// Whether a tensor is a matrix of an expert, which is read when it is wanted.
 fn is_streamed(name: &str) -> bool {
     name.contains(".mlp.experts.") && name.ends_with(".weight")
@@ -71,9 +74,11 @@ fn is_streamed(name: &str) -> bool {
 /// Bytes of the weights that every token uses, as they are stored.
 #[must_use]
 pub fn dense_bytes(checkpoint: &Checkpoint) -> u64 {
+    let is_tied = checkpoint.config().tie_word_embeddings;
+    let is_on_disk = |name: &str| is_streamed(name) || (name == EMBEDDING && !is_tied);
     let dense = checkpoint
         .tensor_infos()
-        .filter(|(name, ..)| !is_streamed(name));
+        .filter(|(name, ..)| !is_on_disk(name));
     dense
         .map(|(_, dtype, shape)| dtype.n_bytes(shape.iter().product()).unwrap_or(0) as u64)
         .sum()

@@ -8,7 +8,7 @@ use cadre_kernels::{Bytes, Compute, Format, Matrix, MatrixError};
 
 use cadre_store::BulkReader;
 
-use crate::blocks::Linear;
+use crate::blocks::{Embedding, Linear};
 use crate::error::{EngineError, Result};
 use crate::load::{LoadOptions, Progress, Quant};
 use crate::streaming::{self, ExpertStore};
@@ -22,7 +22,7 @@ pub(crate) struct Weights<'a> {
     /// Where experts are read from when they are wanted, unless all are loaded.
     pub(crate) store: Option<Arc<ExpertStore>>,
     /// Reads what is loaded of a model that is streamed.
-    bulk: Option<Mutex<BulkReader>>,
+    bulk: Option<Arc<Mutex<BulkReader>>>,
     /// Matrices that the wanted format cannot hold.
     n_kept: AtomicUsize,
     progress: &'a Progress<'a>,
@@ -43,7 +43,7 @@ impl<'a> Weights<'a> {
             checkpoint,
             bulk: match &options.stream {
                 None => None,
-                Some(stream) => Some(Mutex::new(BulkReader::new(&stream.store)?)),
+                Some(stream) => Some(Arc::new(Mutex::new(BulkReader::new(&stream.store)?))),
             },
             store,
             quant: options.quant,
@@ -78,6 +78,28 @@ impl<'a> Weights<'a> {
     pub(crate) fn matrix(&self, name: &str, [n_out, n_in]: [usize; 2]) -> Result<Matrix> {
         let stored = self.stored(name, &[n_out, n_in], [n_out, n_in])?;
         self.wanted(name, stored)
+    }
+
+    /// The embedding. It is left on disk where it would take memory that experts could have, and is multiplied by nothing.
+    pub(crate) fn embedding(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        is_head: bool,
+    ) -> Result<Embedding> {
+        if let Some(reader) = self.bulk.as_ref().filter(|_| !is_head) {
+            let tensor = self.checkpoint.tensor_on_disk(name)?;
+            if tensor.is_plain() {
+                let reader = Arc::clone(reader);
+                return Ok(Embedding::OnDisk { tensor, reader });
+            }
+        }
+        let matrix = self.matrix(name, shape)?;
+        // Multiplied by only where it is the head as well.
+        Ok(Embedding::Resident(match is_head || self.bulk.is_some() {
+            true => self.placed(matrix),
+            false => matrix,
+        }))
     }
 
     /// A tensor of several matrices, `[n, n_out, n_in]`, one after the other.
@@ -168,6 +190,15 @@ impl<'a> Weights<'a> {
         (self.progress)(source.len() as u64);
         Ok(self.copied(&source, matrix))
     }
+}
+
+/// Rows that were read one by one, as a matrix.
+pub(crate) fn matrix_of_rows(
+    dtype: Format,
+    n_in: usize,
+    rows: &[Bytes],
+) -> std::result::Result<Matrix, MatrixError> {
+    Matrix::new(dtype, rows.len(), n_in, rows.concat().into())
 }
 
 /// Reads what a tensor is made of, past the system's cache of files: that would need memory which the model may not take.

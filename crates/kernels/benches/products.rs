@@ -74,6 +74,7 @@ fn prompt(bencher: Bencher<'_, '_>, format: &str, tokens: usize) {
                 offsets: &offsets,
                 x: &x,
                 index: None,
+                is_same: false,
             };
             COMPUTE.grouped_matmul(rows, &|g| &experts[g], &mut y, &mut scratch);
             note(&name, operations as f64, start.elapsed().as_secs_f64());

@@ -17,6 +17,15 @@ pub struct MatmulScratch {
     rounded: Vec<f32>,
     bf16: Vec<bf16>,
     gathered: Vec<f32>,
+    made: Made,
+}
+
+/// Forms that the inputs of the last call were brought into.
+#[derive(Clone, Copy, Debug, Default)]
+struct Made {
+    q8: bool,
+    q8_k: bool,
+    bf16: bool,
 }
 
 impl MatmulScratch {
@@ -43,7 +52,12 @@ impl MatmulScratch {
             rounded,
             bf16,
             gathered,
+            made,
         } = self;
+        // Gathered rows are those of this call, whatever the inputs.
+        if !rows.is_same || matches!(compute.kernels().table().products, Products::Rows(_)) {
+            *made = Made::default();
+        }
         let (mut x, mut index) = (rows.x, rows.index);
         let kernels = compute.kernels();
         let table = kernels.table();
@@ -55,15 +69,15 @@ impl MatmulScratch {
             }
             (x, index) = (&gathered[..of.len() * n_in], None);
         }
-        if needs(ActFormat::Q8) {
+        if needs(ActFormat::Q8) && !std::mem::replace(&mut made.q8, true) {
             let zero = (ActQ8::ZERO, Q8_BLOCK);
             quantize(compute, x, q8, zero, Kernels::quantize_act);
         }
-        if needs(ActFormat::Q8K) {
+        if needs(ActFormat::Q8K) && !std::mem::replace(&mut made.q8_k, true) {
             let zero = (ActQ8K::ZERO, SUPER_BLOCK);
             quantize(compute, x, q8_k, zero, Kernels::quantize_act_k);
         }
-        if needs(ActFormat::Bf16) {
+        if needs(ActFormat::Bf16) && !std::mem::replace(&mut made.bf16, true) {
             match table.products {
                 Products::Panels(panels)
                     if matches!(panels(Format::Bf16, false), PanelKernels::Bf16(..)) =>

@@ -31,6 +31,8 @@ pub struct Grouped<'a> {
     pub x: &'a [f32],
     /// The row of `x` that each output comes from; absent where they are the same.
     pub index: Option<&'a [u32]>,
+    /// Whether `x` is what the last call with the same scratch was given: it is then not quantised again.
+    pub is_same: bool,
 }
 
 impl<'a> Grouped<'a> {
@@ -40,6 +42,7 @@ impl<'a> Grouped<'a> {
             offsets,
             x,
             index: None,
+            is_same: false,
         }
     }
 
@@ -394,6 +397,35 @@ mod tests {
     }
 
     #[test]
+    fn inputs_that_are_the_same_are_not_made_again() {
+        let (n_out, n_in) = (40, 512);
+        let (x, other) = (noise(3 * n_in, 3), noise(3 * n_in, 4));
+        for compute in computes() {
+            let weights = matrices(n_out, n_in);
+            let mut scratch = MatmulScratch::default();
+            let product = |w: &Matrix, x: &[f32], is_same, scratch: &mut MatmulScratch| {
+                let mut y = vec![0.0; 2 * n_out];
+                let rows = Grouped {
+                    offsets: &[0, 2],
+                    x,
+                    index: Some(&[2, 0]),
+                    is_same,
+                };
+                compute.grouped_matmul(rows, &|_| w, &mut y, scratch);
+                y
+            };
+            // Formats change between calls about the same inputs, and each makes what it needs.
+            for round in [&x, &other] {
+                for (at, w) in weights.iter().enumerate() {
+                    let expected = product(w, round, false, &mut MatmulScratch::default());
+                    let got = product(w, round, at > 0, &mut scratch);
+                    assert_eq!(got, expected, "{compute:?} {w:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn every_instruction_set_computes_what_the_twin_does() {
         let (n_tokens, n_out, n_in) = (11, 13, 1024);
         let x = noise(n_tokens * n_in, 9);
@@ -494,6 +526,7 @@ mod tests {
                 offsets: &offsets,
                 x: &gathered,
                 index: None,
+                is_same: false,
             };
             let [mut a, mut b] = [const { Vec::new() }; 2];
             for (weights, y) in [(&gate, &mut a), (&up, &mut b)] {
@@ -560,6 +593,7 @@ mod tests {
                 offsets: &offsets,
                 x: &x,
                 index: None,
+                is_same: false,
             };
             compute.grouped_matmul(rows, &|g| &weights[g], &mut y, &mut scratch);
             for g in 0..4 {

@@ -21,6 +21,14 @@ pub struct BulkReader {
     request_bytes: usize,
 }
 
+/// A part of a piece: one request.
+struct Part {
+    offset: u64,
+    /// Bytes that must come.
+    n_needed: usize,
+    memory: Option<BytesMut>,
+}
+
 impl std::fmt::Debug for BulkReader {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("BulkReader")
@@ -47,25 +55,64 @@ impl BulkReader {
     /// # Errors
     /// The file cannot be opened or read, or ends before the range does.
     pub fn read(&mut self, path: &Path, range: &Range<u64>) -> Result<Bytes> {
+        let pieces = self.read_all(path, std::slice::from_ref(range))?;
+        Ok(pieces.into_iter().next().unwrap_or_default())
+    }
+
+    /// Bytes of each of `ranges` of the file at `path`, all asked for at once.
+    ///
+    /// # Errors
+    /// As [`BulkReader::read`].
+    pub fn read_all(&mut self, path: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
         let at = self.file(path)?;
-        let file = Arc::clone(self.files[at].file());
-        let (start, n_bytes) = OpenFile::window(range);
-        let mut memory = aligned(n_bytes);
-        let mut n_requests = 0;
-        while !memory.is_empty() {
-            let offset = (n_requests * self.request_bytes) as u64;
-            let n = self.request_bytes.min(memory.len());
-            self.reader.submit(Request {
-                tag: n_requests as u64,
-                file: Arc::clone(&file),
-                offset: start + offset,
-                memory: memory.split_to(n),
-            });
-            n_requests += 1;
+        let mut parts: Vec<Part> = Vec::new();
+        for range in ranges {
+            let (start, n_bytes) = OpenFile::window(range);
+            let mut memory = aligned(n_bytes);
+            for offset in (0..n_bytes).step_by(self.request_bytes) {
+                let offset = start + offset as u64;
+                let n = self.request_bytes.min(memory.len());
+                self.reader.submit(Request {
+                    tag: parts.len() as u64,
+                    file: Arc::clone(self.files[at].file()),
+                    offset,
+                    memory: memory.split_to(n),
+                });
+                parts.push(Part {
+                    offset,
+                    n_needed: range.end.saturating_sub(offset).min(n as u64) as usize,
+                    memory: None,
+                });
+            }
         }
-        let mut parts: Vec<Option<BytesMut>> = (0..n_requests).map(|_| None).collect();
-        let mut failure = None;
-        while parts.iter().any(Option::is_none) {
+        let failure = self.collect(path, &mut parts);
+        self.files[at].check_unchanged()?;
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+        let mut parts = parts.into_iter().peekable();
+        let join = |range: &Range<u64>| {
+            let (start, n_bytes) = OpenFile::window(range);
+            self.files[at].read_done(range.clone());
+            let end = start + n_bytes as u64;
+            let mut whole = BytesMut::new();
+            while whole.len() < n_bytes
+                && let Some(part) = parts.next_if(|part| part.offset < end)
+            {
+                whole.unsplit(part.memory.unwrap_or_default());
+            }
+            let from = (range.start - start) as usize;
+            whole
+                .freeze()
+                .slice(from..from + (range.end - range.start) as usize)
+        };
+        Ok(ranges.iter().map(join).collect())
+    }
+
+    /// Waits for all parts; the first failure.
+    fn collect(&mut self, path: &Path, parts: &mut [Part]) -> Option<StoreError> {
+        let (mut n_left, mut failure) = (parts.len(), None);
+        while n_left > 0 {
             let Some(Completion {
                 tag,
                 memory,
@@ -74,36 +121,24 @@ impl BulkReader {
             else {
                 continue;
             };
-            let offset = start + tag * self.request_bytes as u64;
-            let needed = range.end.saturating_sub(offset).min(memory.len() as u64) as usize;
+            let part = &mut parts[tag as usize];
             let problem = match result {
-                Ok(n) if n < needed => Some(std::io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) if n < part.n_needed => Some(std::io::ErrorKind::UnexpectedEof.into()),
                 Ok(_) => None,
                 Err(source) => Some(source),
             };
             if let Some(source) = problem {
                 failure.get_or_insert(StoreError::ReadWeights {
                     path: path.to_owned(),
-                    offset,
-                    n_bytes: needed,
+                    offset: part.offset,
+                    n_bytes: part.n_needed,
                     source,
                 });
             }
-            parts[tag as usize] = Some(memory);
+            part.memory = Some(memory);
+            n_left -= 1;
         }
-        if let Some(failure) = failure {
-            return Err(failure);
-        }
-        self.files[at].read_done(range.clone());
-        let mut parts = parts.into_iter().flatten();
-        let mut whole = parts.next().unwrap_or_default();
-        for part in parts {
-            whole.unsplit(part);
-        }
-        let from = (range.start - start) as usize;
-        Ok(whole
-            .freeze()
-            .slice(from..from + (range.end - range.start) as usize))
+        failure
     }
 
     fn file(&mut self, path: &Path) -> Result<usize> {
@@ -143,6 +178,14 @@ mod tests {
                 let got = bulk.read(file.path(), &range).unwrap();
                 assert!(
                     got == bytes[range.start as usize..range.end as usize],
+                    "{range:?}"
+                );
+            }
+            let ranges = [5..9, 90_000..100_003, 5..5, 4096..8192, 6..7];
+            let many = bulk.read_all(file.path(), &ranges).unwrap();
+            for (got, range) in many.iter().zip(ranges) {
+                assert!(
+                    *got == bytes[range.start as usize..range.end as usize],
                     "{range:?}"
                 );
             }

@@ -152,6 +152,11 @@ impl Cache {
         self.experts.len()
     }
 
+    /// Empty slots of every class.
+    pub fn n_free(&self) -> Vec<usize> {
+        self.free.iter().map(Vec::len).collect()
+    }
+
     /// The slots of every class.
     pub fn capacities(&self) -> &[Capacity] {
         &self.capacities

@@ -82,6 +82,8 @@ pub struct Store<F: Form> {
     is_direct: bool,
     reader: &'static str,
     n_cached: usize,
+    n_layers: usize,
+    n_experts: usize,
 }
 
 /// What changes.
@@ -220,6 +222,8 @@ impl<F: Form> Store<F> {
             is_direct,
             reader: reader_name,
             n_cached,
+            n_layers,
+            n_experts,
             inner: Mutex::new(Inner {
                 files,
                 reader,
@@ -287,6 +291,22 @@ impl<F: Form> Store<F> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Reads experts in the order of the files into slots that are empty, until there is none; `progress` is told how many
+    /// have been read. Worth while where everything fits.
+    ///
+    /// # Errors
+    /// An expert cannot be read or made.
+    pub fn preload(&self, progress: &dyn Fn(usize)) -> Result<(), F::Error> {
+        for layer in 0..self.n_layers as u16 {
+            let missing = self.lock().room_for(layer, self.n_experts as u16);
+            let mut pass = self.begin(layer, missing.iter().map(|expert| (*expert, 0)), 0);
+            while let Some(batch) = pass.next_batch()? {
+                progress(batch.len());
+            }
+        }
+        Ok(())
+    }
+
     /// Begins the pass of `layer`, with `experts` serving so many tokens each, ascending, out of `n_tokens` tokens.
     /// Reading of what is missing begins as well.
     pub fn begin(
@@ -303,6 +323,21 @@ impl<F: Form> Store<F> {
 }
 
 impl<F: Form> Inner<F> {
+    /// Experts of `layer` that are not in memory and for which there are empty slots.
+    fn room_for(&self, layer: u16, n_experts: u16) -> Vec<u16> {
+        let mut n_free = self.cache.n_free();
+        let mut missing = Vec::new();
+        for expert in 0..n_experts {
+            let id = ExpertId { layer, expert };
+            let free = &mut n_free[self.cache.class_of(id)];
+            if self.cache.slot_of(id).is_none() && *free > 0 {
+                *free -= 1;
+                missing.push(expert);
+            }
+        }
+        missing
+    }
+
     fn begin(&mut self, layer: u16, experts: impl Iterator<Item = (u16, u32)>, n_tokens: usize) {
         self.collect(Duration::ZERO);
         if layer <= self.now.layer {

@@ -323,3 +323,28 @@ fn a_second_pass_comes_from_memory() {
     assert_eq!(stats.wasted, 0);
     assert!(store.n_bytes() <= 1 << 20);
 }
+
+#[test]
+fn preloading_fills_what_is_empty_and_nothing_else() {
+    let (files, form) = files();
+    let all = options(1 << 20, PolicyKind::Lfu);
+    let store = Store::new(form, [N_LAYERS, N_EXPERTS], &files.paths, &all).unwrap();
+    let n_read = std::cell::Cell::new(0);
+    store.preload(&|n| n_read.set(n_read.get() + n)).unwrap();
+    assert_eq!(n_read.get(), 30);
+    let before = store.stats();
+    let every: Vec<u16> = (0..N_EXPERTS as u16).collect();
+    pass(&store, &files, (1, &every), &[]).unwrap();
+    store.preload(&|_| panic!("nothing is missing")).unwrap();
+    let since = store.stats().since(&before);
+    assert_eq!((since.reads, since.hits), (0, 10));
+
+    let (files, form) = self::files();
+    let few = options(100_000, PolicyKind::Lfu);
+    let store = Store::new(form, [N_LAYERS, N_EXPERTS], &files.paths, &few).unwrap();
+    store.preload(&|_| {}).unwrap();
+    let stats = store.stats();
+    assert!(stats.reads as usize <= store.n_cached() && stats.evictions == 0);
+    pass(&store, &files, (0, &every), &[]).unwrap();
+    assert!(store.stats().hits > 0);
+}

@@ -75,7 +75,7 @@ pub(crate) struct Record {
 }
 
 /// What a test read from disk; means over its repetitions.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 struct Streamed {
     /// Memory that weights may take.
     weights_budget_bytes: u64,
@@ -83,7 +83,9 @@ struct Streamed {
     experts_bytes: u64,
     /// Share of the wanted experts that were in memory.
     hit_rate: f64,
+    samples_hit_rate: Vec<f64>,
     bytes_read_per_token: f64,
+    samples_bytes_read_per_token: Vec<f64>,
     /// Reading the file as experts are read, around every repetition; the median.
     disk_bytes_per_s: Option<f64>,
     /// What the disk allows: `disk_bytes_per_s / bytes_read_per_token`.
@@ -121,6 +123,13 @@ impl Streamed {
                 .map(of)
                 .sum()
         };
+        let each = |of: &dyn Fn(&StoreStats) -> f64| -> Vec<f64> {
+            samples
+                .iter()
+                .filter_map(|sample| sample.store.as_ref())
+                .map(of)
+                .collect()
+        };
         let bytes_read_per_token = sum(|s| s.bytes_read as f64) / all;
         let disk_bound_ts = streaming
             .disk
@@ -131,6 +140,8 @@ impl Streamed {
             experts_bytes: streaming.experts_bytes,
             hit_rate: sum(|s| s.hits as f64) / sum(|s| s.lookups as f64).max(1.0),
             bytes_read_per_token,
+            samples_hit_rate: each(&|store| store.hit_rate()),
+            samples_bytes_read_per_token: each(&|store| store.bytes_read as f64 / n_tokens),
             disk_bytes_per_s: streaming.disk,
             disk_bound_ts,
             disk_bound_share: disk_bound_ts.map(|bound| median_ts / bound),

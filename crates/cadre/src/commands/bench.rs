@@ -185,6 +185,7 @@ fn measure(
     let runner = |test| Runner::new(&*model, checkpoint.config(), held, (test, setting));
     if !args.no_warmup {
         progress.set_message("warming up");
+        model.preload(&|_| {})?;
         let n_prompt = WARM_UP.min(checkpoint.config().max_position_embeddings);
         let lists = Lists {
             prompts: &[n_prompt],

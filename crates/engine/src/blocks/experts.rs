@@ -109,6 +109,8 @@ impl Turn<'_> {
             offsets,
             ffn,
             matmul,
+            keeps_inputs: matches!(self, Self::Streamed(_)),
+            is_same: false,
         };
         match self {
             Self::Resident { experts, order } => {
@@ -137,6 +139,9 @@ struct Batches<'a> {
     offsets: &'a mut Vec<usize>,
     ffn: &'a mut FeedForwardScratch,
     matmul: &'a mut MatmulScratch,
+    /// Whether there are several batches, all about the same inputs.
+    keeps_inputs: bool,
+    is_same: bool,
 }
 
 impl Batches<'_> {
@@ -155,8 +160,11 @@ impl Batches<'_> {
             offsets: self.offsets,
             x: self.x_td,
             index: Some(&self.rows.token_of_row[rows.clone()]),
+            is_same: self.is_same,
         };
+        self.is_same = self.keeps_inputs;
         let y_pd = &mut self.y_pd[rows.start * self.d..rows.end * self.d];
-        FeedForward::forward_groups(self.compute, grouped, expert, y_pd, (self.ffn, self.matmul));
+        let scratch = (&mut *self.ffn, &mut *self.matmul, self.keeps_inputs);
+        FeedForward::forward_groups(self.compute, grouped, expert, y_pd, scratch);
     }
 }

@@ -19,6 +19,8 @@ pub(crate) struct FeedForward {
 pub(crate) struct FeedForwardScratch {
     /// `[rows, d_ff]`.
     inner: Vec<f32>,
+    /// Inputs in the forms that weights are multiplied by, where they are to outlive a call.
+    inputs: MatmulScratch,
 }
 
 impl FeedForwardScratch {
@@ -26,6 +28,7 @@ impl FeedForwardScratch {
     pub(crate) fn new(n_values: usize) -> Self {
         Self {
             inner: vec![0.0; n_values],
+            inputs: MatmulScratch::default(),
         }
     }
 }
@@ -51,17 +54,20 @@ impl FeedForward {
             offsets: &[0, n_tokens],
             x: x_td,
             index: None,
+            is_same: false,
         };
-        Self::forward_groups(compute, rows, &|_| self, out_td, (scratch, matmul));
+        let scratch = (scratch, matmul, false);
+        Self::forward_groups(compute, rows, &|_| self, out_td, scratch);
     }
 
-    /// What `of(g)` makes of the rows of group `g`, into `out_pd`; all of one shape and kind.
+    /// What `of(g)` makes of the rows of group `g`, into `out_pd`; all of one shape and kind. With `keeps_inputs`, a later
+    /// call may say that it is about the same inputs.
     pub(crate) fn forward_groups<'w>(
         compute: &Compute,
         rows: Grouped<'_>,
         of: &(dyn Fn(usize) -> &'w Self + Sync),
         out_pd: &mut [f32],
-        (scratch, matmul): (&mut FeedForwardScratch, &mut MatmulScratch),
+        (scratch, matmul, keeps_inputs): (&mut FeedForwardScratch, &mut MatmulScratch, bool),
     ) {
         let offsets = rows.offsets;
         let n_rows = offsets[offsets.len() - 1];
@@ -87,11 +93,16 @@ impl FeedForward {
             let ffn = of(g);
             [&ffn.gate_proj.weight, &ffn.up_proj.weight]
         };
-        compute.grouped_gated(rows, &weights, &finish, inner, matmul);
+        let inputs = match keeps_inputs {
+            true => &mut scratch.inputs,
+            false => &mut *matmul,
+        };
+        compute.grouped_gated(rows, &weights, &finish, inner, inputs);
         let rows = Grouped {
             offsets,
             x: inner,
             index: None,
+            is_same: false,
         };
         compute.grouped_matmul(rows, &|g| &of(g).down_proj.weight, out_pd, matmul);
         for (g, rows) in offsets.windows(2).enumerate() {

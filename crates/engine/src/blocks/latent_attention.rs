@@ -151,6 +151,7 @@ impl LatentAttention {
             offsets: &scratch.offsets,
             x,
             index: None,
+            is_same: false,
         };
         compute.grouped_matmul(
             by_head(&scratch.q_nope[..rows * self.mla.qk_nope_head_dim]),
@@ -163,6 +164,7 @@ impl LatentAttention {
             offsets: &scratch.offsets,
             x: &scratch.mixed[..rows * latent],
             index: None,
+            is_same: false,
         };
         compute.grouped_matmul(
             by_head,

@@ -5,6 +5,7 @@
 
 mod ahead;
 mod attention;
+mod embedding;
 mod experts;
 mod feed_forward;
 mod kv_cache;
@@ -16,6 +17,7 @@ mod rope;
 
 pub(crate) use ahead::Ahead;
 pub(crate) use attention::{Attention, AttentionScratch};
+pub(crate) use embedding::Embedding;
 pub(crate) use experts::Experts;
 pub(crate) use feed_forward::{FeedForward, FeedForwardScratch};
 pub(crate) use kv_cache::{KvCache, KvShape, LayerKv};
