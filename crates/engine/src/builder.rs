@@ -10,9 +10,11 @@ use cadre_routing::policies::{
 use cadre_routing::{Policy, RoutingError};
 
 use crate::blocks::{
-    Attention, Experts, FeedForward, LatentAttention, Linear, Moe, Norm, QueryProjection, Shared,
+    Attention, Experts, FeedForward, LatentAttention, Linear, LossyRules, Moe, Norm,
+    QueryProjection, Shared,
 };
 use crate::error::{EngineError, Result};
+use crate::lossy::Weighing;
 use crate::weights::{Weights, weight_error};
 
 /// Builds blocks from the tensors of one checkpoint.
@@ -231,9 +233,16 @@ impl<'a> Builder<'a> {
                 bias: bias.transpose()?,
             },
             policy: self.policy(layer)?,
+            lossy: self.lossy_rules(),
             experts: self.experts(layer, &prefix)?,
             shared: self.shared(&prefix)?,
         })
+    }
+
+    fn lossy_rules(&self) -> Option<Box<LossyRules>> {
+        let lossy = self.weights.lossy;
+        let weighing = Weighing::of(&self.config.moe.router);
+        (!lossy.is_none()).then(|| Box::new(LossyRules { lossy, weighing }))
     }
 
     fn experts(&self, layer: usize, prefix: &str) -> Result<Experts> {

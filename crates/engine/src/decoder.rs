@@ -292,6 +292,7 @@ fn info(b: &Builder<'_>) -> ModelInfo {
         n_params,
         n_active_params: n_params - n_unused * per_expert,
         weight_bytes: 0,
+        lossy: b.weights.lossy,
     }
 }
 

@@ -18,6 +18,7 @@ mod error;
 pub mod eval;
 mod generate;
 mod load;
+mod lossy;
 mod model;
 mod models;
 mod pass;
@@ -36,6 +37,7 @@ pub use cadre_store::{AheadKind, PolicyKind, StoreError, StoreOptions, StoreStat
 pub use error::{EngineError, Result};
 pub use generate::{Finish, GenerateOptions, Generated, Hooks, generate};
 pub use load::{LoadOptions, Progress, Quant, known_model_types, load, load_watched};
+pub use lossy::{Lossy, MinWeight, PreferCached};
 pub use model::{Logits, Model, ModelInfo, NoObserver, Observer, RoutingEvent};
 pub use sampling::{Sampler, SamplingOptions};
 pub use session::{Session, SessionOptions};

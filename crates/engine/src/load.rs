@@ -8,6 +8,7 @@ use cadre_kernels::{Compute, Isa, Kernels, doctor};
 use crate::builder::Builder;
 use crate::decoder::Decoder;
 use crate::error::{EngineError, Result};
+use crate::lossy::Lossy;
 use crate::model::Model;
 use crate::models as m;
 use crate::streaming::StreamOptions;
@@ -39,6 +40,8 @@ pub struct LoadOptions {
     /// Set for a model that is to take no more than so much memory: experts are then read from its file when they are
     /// wanted, and the most useful ones kept. Changes no result.
     pub stream: Option<StreamOptions>,
+    /// What of the model's routing is not followed. Changes results; off by default.
+    pub lossy: Lossy,
 }
 
 /// What is told how loading goes on.
@@ -96,6 +99,7 @@ pub fn load_watched(
             known: known_model_types(),
         });
     };
+    options.lossy.check(config, options.stream.is_some())?;
     checkpoint.expect_exactly(&tensor_specs(config))?;
     let weights = Weights::new(checkpoint, options, Arc::new(compute(options)?), progress)?;
     let model = loader(Builder::new(weights))?;

@@ -7,6 +7,7 @@ use cadre_store::predictors::Score;
 
 use crate::batch::Sequence;
 use crate::error::Result;
+use crate::lossy::Lossy;
 use crate::session::{Session, SessionOptions};
 use crate::workspace::Workspace;
 
@@ -121,7 +122,7 @@ pub struct ModelInfo {
     pub moe_layers: Vec<usize>,
     /// Experts per MoE layer.
     pub n_experts: usize,
-    /// Experts that one token uses.
+    /// Experts that one token uses, as the checkpoint asks for.
     pub top_k: usize,
     /// Longest context of the model.
     pub max_context: usize,
@@ -133,6 +134,8 @@ pub struct ModelInfo {
     pub n_active_params: u64,
     /// Bytes of all weights in memory; of experts on disk, the most that they take there.
     pub weight_bytes: u64,
+    /// What of the routing is not followed.
+    pub lossy: Lossy,
 }
 
 /// The routing of one sequence's tokens of a pass in one layer.

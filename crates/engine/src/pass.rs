@@ -218,6 +218,7 @@ impl Decoder {
             compute: &self.compute,
             layer,
             spans,
+            decodes: false,
         }
     }
 
@@ -290,6 +291,7 @@ impl Decoder {
     ) -> Result<(), Failure> {
         let Workspace {
             spans,
+            decodes,
             hidden,
             normed,
             block_out,
@@ -302,7 +304,10 @@ impl Decoder {
         layer.ffn_norm.forward(&self.compute, hidden, normed);
         match &layer.ffn {
             AnyFeedForward::Moe(block) => {
-                let step = self.step(index, spans);
+                let step = Step {
+                    decodes: *decodes,
+                    ..self.step(index, spans)
+                };
                 let ahead = self.ahead(index, hidden);
                 block
                     .forward(step, (normed, out), (moe, matmul), ahead, observer)

@@ -11,6 +11,7 @@ use cadre_store::BulkReader;
 use crate::blocks::{Embedding, Linear};
 use crate::error::{EngineError, Result};
 use crate::load::{LoadOptions, Progress, Quant};
+use crate::lossy::Lossy;
 use crate::streaming::{self, ExpertStore};
 
 /// Reads tensors of one checkpoint, checked for shape and for NaN and infinities.
@@ -21,6 +22,7 @@ pub(crate) struct Weights<'a> {
     pub(crate) compute: Arc<Compute>,
     /// Where experts are read from when they are wanted, unless all are loaded.
     pub(crate) store: Option<Arc<ExpertStore>>,
+    pub(crate) lossy: Lossy,
     /// Reads what is loaded of a model that is streamed.
     bulk: Option<Arc<Mutex<BulkReader>>>,
     /// Matrices that the wanted format cannot hold.
@@ -46,6 +48,7 @@ impl<'a> Weights<'a> {
                 Some(stream) => Some(Arc::new(Mutex::new(BulkReader::new(&stream.store)?))),
             },
             store,
+            lossy: options.lossy,
             quant: options.quant,
             in_place: options.in_place,
             compute,

@@ -20,6 +20,8 @@ pub struct Workspace {
     capacity: usize,
     /// Rows of each sequence of the pass; the wanted ones once it is trimmed.
     pub(crate) spans: Vec<Span>,
+    /// Whether the pass has at most one token of each sequence.
+    pub(crate) decodes: bool,
     /// Tokens of the pass.
     pub(crate) tokens: Vec<u32>,
     /// Residual stream, `[rows, d_model]`.
@@ -77,6 +79,7 @@ impl Workspace {
         Ok(Self {
             capacity,
             spans: Vec::new(),
+            decodes: false,
             tokens: Vec::with_capacity(capacity),
             hidden: rows(),
             normed: rows(),
@@ -106,6 +109,7 @@ impl Workspace {
     pub(crate) fn begin(&mut self, batch: &[Sequence<'_>]) {
         self.spans.clear();
         self.tokens.clear();
+        self.decodes = batch.iter().all(|sequence| sequence.tokens.len() <= 1);
         for sequence in batch {
             self.spans.push(sequence.span(self.tokens.len()));
             self.tokens.extend_from_slice(sequence.tokens);

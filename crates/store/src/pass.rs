@@ -56,6 +56,11 @@ impl<'a, F: Form> Pass<'a, F> {
         self.inner.give(self.form, layer, ranked);
     }
 
+    /// Sets for every expert of `layer` whether it is in memory.
+    pub fn mark_cached(&self, layer: u16, is_cached: &mut [bool]) {
+        self.inner.mark_cached(layer, is_cached);
+    }
+
     /// The next batch: a range of [`Pass::order`], whose experts are in memory until the next call. Batches cover the
     /// order, in whatever sequence suits the disk: what has been read makes room for what has not. `None` after the last.
     ///

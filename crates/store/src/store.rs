@@ -307,6 +307,11 @@ impl<F: Form> Store<F> {
         Ok(())
     }
 
+    /// Sets for every expert of `layer` whether it is in memory, in one go.
+    pub fn mark_cached(&self, layer: u16, is_cached: &mut [bool]) {
+        self.lock().mark_cached(layer, is_cached);
+    }
+
     /// Begins the pass of `layer`, with `experts` serving so many tokens each, ascending, out of `n_tokens` tokens.
     /// Reading of what is missing begins as well.
     pub fn begin(
@@ -418,6 +423,12 @@ impl<F: Form> Inner<F> {
             }
         }
         stats.wasted += staging.forget(|id| id.layer == layer);
+    }
+
+    pub(crate) fn mark_cached(&self, layer: u16, is_cached: &mut [bool]) {
+        for (expert, is_cached) in (0..).zip(is_cached) {
+            *is_cached = self.cache.slot_of(ExpertId { layer, expert }).is_some();
+        }
     }
 
     /// The wanted expert at `at` of the order.

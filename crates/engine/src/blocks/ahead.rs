@@ -3,12 +3,13 @@
 //! The stream changes little from one layer to the next, so most of these picks come true. They only decide what is read
 //! early, and change no result.
 
-use cadre_kernels::{Compute, MatmulScratch};
+use cadre_kernels::MatmulScratch;
 use cadre_routing::Routing;
 use cadre_store::Look;
 
 use super::experts::Turn;
-use super::{Moe, Norm};
+use super::lossy::LossyScratch;
+use super::{Moe, Norm, Step};
 
 /// The next layer that has experts, and the stream before this layer's.
 #[derive(Clone, Copy)]
@@ -25,6 +26,7 @@ pub(crate) struct AheadScratch {
     normed: Vec<f32>,
     logits: Vec<f32>,
     routing: Routing,
+    lossy: LossyScratch,
     counts: Vec<u32>,
     ranked: Vec<u16>,
 }
@@ -33,7 +35,7 @@ impl Ahead<'_> {
     /// Tells the store what the next layer will probably want.
     pub(crate) fn look(
         &self,
-        compute: &Compute,
+        step: Step<'_>,
         turn: &mut Turn<'_>,
         (scratch, matmul): (&mut AheadScratch, &mut MatmulScratch),
     ) {
@@ -52,6 +54,7 @@ impl Ahead<'_> {
             Look::Everywhere => return pass.expect(*layer, 0..*n_experts as u16),
             Look::Gate => {}
         }
+        let compute = step.compute;
         let gate = &self.moe.gate;
         let n_rows = self.hidden.len() / gate.weight.n_in();
         scratch.normed.resize(self.hidden.len(), 0.0);
@@ -66,6 +69,21 @@ impl Ahead<'_> {
             .is_err()
         {
             return;
+        }
+        if let Some(rules) = &self.moe.lossy {
+            // What would not be computed need not be read.
+            let asks_cache = step.decodes && rules.lossy.asks_cache();
+            if asks_cache {
+                scratch.lossy.is_cached.resize(*n_experts, false);
+                pass.mark_cached(*layer, &mut scratch.lossy.is_cached);
+            }
+            let AheadScratch {
+                logits,
+                routing,
+                lossy,
+                ..
+            } = scratch;
+            rules.edit(logits, routing, asks_cache, lossy);
         }
         scratch.rank(*n_experts);
         pass.give(*layer, &scratch.ranked);

@@ -52,6 +52,15 @@ impl Experts {
         }
     }
 
+    /// Whether each of them is in memory.
+    pub(crate) fn mark_cached(&self, is_cached: &mut Vec<bool>) {
+        is_cached.resize(self.n_experts(), true);
+        match self {
+            Self::Resident(_) => is_cached.fill(true),
+            Self::Streamed { store, layer, .. } => store.mark_cached(*layer, is_cached),
+        }
+    }
+
     /// Adds its matrices to `all`; those on disk are not there.
     pub(crate) fn matrices<'a>(&'a self, all: &mut Vec<&'a Matrix>) {
         if let Self::Resident(experts) = self {

@@ -11,6 +11,7 @@ mod feed_forward;
 mod kv_cache;
 mod latent_attention;
 mod linear;
+mod lossy;
 mod moe;
 mod norm;
 mod rope;
@@ -23,6 +24,7 @@ pub(crate) use feed_forward::{FeedForward, FeedForwardScratch};
 pub(crate) use kv_cache::{KvCache, KvShape, LayerKv};
 pub(crate) use latent_attention::{LatentAttention, LatentScratch, QueryProjection};
 pub(crate) use linear::{Linear, add_rows};
+pub(crate) use lossy::LossyRules;
 pub(crate) use moe::{Moe, MoeError, MoeScratch, MoeShape, Shared};
 pub(crate) use norm::Norm;
 pub(crate) use rope::{Rope, RopeAngles};
@@ -38,6 +40,8 @@ pub(crate) struct Step<'a> {
     pub(crate) layer: usize,
     /// The rows of each sequence, one after the other.
     pub(crate) spans: &'a [Span],
+    /// Whether the pass has at most one token of each sequence.
+    pub(crate) decodes: bool,
 }
 
 impl Step<'_> {

@@ -8,7 +8,8 @@ use cadre_routing::{Policy, Routing, RoutingError};
 
 use super::ahead::{Ahead, AheadScratch};
 use super::experts::ExpertRows;
-use super::{Experts, FeedForward, FeedForwardScratch, Linear, Step};
+use super::lossy::LossyScratch;
+use super::{Experts, FeedForward, FeedForwardScratch, Linear, LossyRules, Step};
 use crate::error::EngineError;
 use crate::model::{Observer, RoutingEvent};
 
@@ -18,6 +19,8 @@ pub(crate) struct Moe {
     /// Router, `[n_experts, d]`, always f32.
     pub(crate) gate: Linear,
     pub(crate) policy: Box<dyn Policy>,
+    /// What changes the policy's picks, if anything.
+    pub(crate) lossy: Option<Box<LossyRules>>,
     pub(crate) experts: Experts,
     pub(crate) shared: Option<Shared>,
 }
@@ -75,6 +78,7 @@ pub(crate) struct MoeScratch {
     /// Offsets of the rows of a batch of experts.
     offsets: Vec<usize>,
     ahead: AheadScratch,
+    lossy: LossyScratch,
     pub(crate) ffn: FeedForwardScratch,
     largest_input: usize,
 }
@@ -95,6 +99,7 @@ impl MoeScratch {
             norms: Vec::new(),
             offsets: Vec::with_capacity(shape.n_experts + 1),
             ahead: AheadScratch::default(),
+            lossy: LossyScratch::default(),
             ffn: FeedForwardScratch::new(inner),
             largest_input: inner,
         }
@@ -140,6 +145,13 @@ impl Moe {
         let logits = &mut logits[..step.n_rows() * self.gate.n_out()];
         self.gate.forward(compute, x_td, logits, matmul);
         self.policy.route(logits, routing)?;
+        if let Some(rules) = &self.lossy {
+            let asks_cache = step.decodes && rules.lossy.asks_cache();
+            if asks_cache {
+                self.experts.mark_cached(&mut scratch.lossy.is_cached);
+            }
+            rules.edit(logits, routing, asks_cache, &mut scratch.lossy);
+        }
 
         groups.count(routing, self.experts.n_experts());
         let mut turn = self
@@ -147,7 +159,7 @@ impl Moe {
             .begin(&groups.active, &groups.counts, step.n_rows());
         groups.rows.lay_out(routing, turn.order(), &groups.counts);
         if let Some(ahead) = ahead {
-            ahead.look(compute, &mut turn, (&mut scratch.ahead, matmul));
+            ahead.look(step, &mut turn, (&mut scratch.ahead, matmul));
         }
         let y_pd = &mut y_pd[..groups.rows.len() * self.gate.weight.n_in()];
         turn.forward(
@@ -422,6 +434,7 @@ mod tests {
                 bias: None,
             },
             policy: Box::new(policy),
+            lossy: None,
             experts: Experts::Resident(experts),
             shared: None,
         }
@@ -491,6 +504,7 @@ mod tests {
         let step = Step {
             compute: &compute,
             layer: 3,
+            decodes: false,
             spans: &[
                 span(0, n_first, 10),
                 span(n_first, 0, 7),
