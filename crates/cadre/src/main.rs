@@ -20,6 +20,7 @@ mod forecast;
 mod hub;
 mod interrupt;
 mod live;
+mod lossy;
 mod machine;
 mod memory;
 mod model;

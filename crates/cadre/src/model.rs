@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use crate::cli::App;
 use crate::embedded;
 use crate::hub::{self, HubRef};
+use crate::lossy::LossyArgs;
 use crate::output::bytes_bar;
 use crate::streaming::StreamArgs;
 
@@ -155,6 +156,8 @@ pub(crate) struct ModelArgs {
     no_repack: bool,
     #[command(flatten)]
     pub(crate) stream: StreamArgs,
+    #[command(flatten)]
+    lossy: LossyArgs,
 }
 
 /// A model with its text side.
@@ -191,6 +194,7 @@ impl ModelArgs {
             quant: self.quant.quant(),
             n_threads: (self.threads > 0).then_some(self.threads),
             in_place: self.no_repack,
+            lossy: self.lossy.options(stream.is_some()),
             stream,
             ..LoadOptions::default()
         };

@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use cadre_checkpoint::{Checkpoint, kv_bytes_per_token, scratch_bytes};
 use cadre_engine::{
-    AheadKind, Model, PolicyKind, ReaderKind, Score, SessionOptions, StoreOptions, StoreStats,
-    StreamOptions,
+    AheadKind, Lossy, Model, PolicyKind, ReaderKind, Score, SessionOptions, StoreOptions,
+    StoreStats, StreamOptions,
 };
 use serde::Serialize;
 
 use crate::failure::Failure;
+use crate::lossy;
 use crate::memory;
 use crate::output::bytes;
 use crate::units::parse_bytes;
@@ -77,7 +78,11 @@ impl StreamArgs {
     ) -> Option<Summary> {
         let stats = model.store_stats().filter(|_| self.stats)?;
         let scores = model.predictor_scores();
-        Some(Summary::new(&stats, &scores, (n_tokens, start.elapsed())))
+        let summary = Summary::new(&stats, &scores, (n_tokens, start.elapsed()));
+        Some(Summary {
+            lossy: model.info().lossy,
+            ..summary
+        })
     }
 
     /// How to load `checkpoint` for `n_seqs` sessions like `session`; `None` to load all of it.
@@ -156,16 +161,13 @@ pub(crate) struct Summary {
     /// Share of the picks that each way of guessing foresaw, one layer ahead; `control` is told the truth.
     foreseen: BTreeMap<&'static str, f64>,
     /// Whether results differ from those of the whole model in memory.
-    lossy: bool,
+    #[serde(serialize_with = "lossy::serialize")]
+    lossy: Lossy,
 }
 
 impl Summary {
-    /// Of `n_tokens`, prompt and new ones, that took so long.
-    pub(crate) fn new(
-        stats: &StoreStats,
-        scores: &[Score],
-        (n_tokens, took): (usize, Duration),
-    ) -> Self {
+    /// Of `n_tokens`, prompt and new ones, that took so long, with the model's own routing.
+    fn new(stats: &StoreStats, scores: &[Score], (n_tokens, took): (usize, Duration)) -> Self {
         let per_token = |n: f64| n / n_tokens.max(1) as f64;
         let ms = |time: Duration| per_token(1e3 * time.as_secs_f64());
         Self {
@@ -186,7 +188,7 @@ impl Summary {
                 .iter()
                 .map(|score| (score.name, score.overall().overlap()))
                 .collect(),
-            lossy: false,
+            lossy: Lossy::default(),
         }
     }
 }
@@ -219,8 +221,8 @@ impl fmt::Display for Summary {
         }
         write!(
             f,
-            "time     {:.1} ms per token, of it {:.1} waiting for the disk, {:.1} making what was read ready; lossy=no",
-            self.ms_per_token, self.stall_ms_per_token, self.making_ms_per_token
+            "time     {:.1} ms per token, of it {:.1} waiting for the disk, {:.1} making what was read ready; lossy={}",
+            self.ms_per_token, self.stall_ms_per_token, self.making_ms_per_token, self.lossy
         )
     }
 }
@@ -245,6 +247,7 @@ mod tests {
         assert!((summary.ms_per_token - 20.0).abs() < 1e-9);
         assert!((summary.stall_ms_per_token - 3.0).abs() < 1e-9);
         let said = summary.to_string();
+        assert!(said.ends_with("; lossy=no"), "{said}");
         assert!(
             said.contains("75.0 % of 40") && said.contains("100 B per token"),
             "{said}"

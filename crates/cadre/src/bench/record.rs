@@ -5,11 +5,12 @@ use std::fs;
 use std::time::SystemTime;
 
 use cadre_checkpoint::{Checkpoint, Dtype, model_sizes};
-use cadre_engine::{ModelInfo, StoreStats};
+use cadre_engine::{Lossy, ModelInfo, StoreStats};
 use serde::Serialize;
 
 use super::measure::Sample;
 use super::plan::Test;
+use crate::lossy;
 use crate::output::{bytes, count};
 
 /// What is the same in all records of a loaded model.
@@ -67,6 +68,9 @@ pub(crate) struct Record {
     peak_rss_bytes: Option<u64>,
     /// The most that was ever resident, memory that is only there for measuring included (`VmHWM`).
     vm_hwm_bytes: Option<u64>,
+    /// Which rules changed the routing.
+    #[serde(serialize_with = "lossy::serialize")]
+    lossy: Lossy,
     /// Of a model that is streamed.
     #[serde(flatten)]
     streamed: Option<Streamed>,
@@ -101,7 +105,6 @@ struct Streamed {
     read_ahead_share: f64,
     /// Of the experts that were read, those that nobody wanted.
     wasted_share: f64,
-    lossy: bool,
 }
 
 /// What is known of a streamed model before it is measured.
@@ -150,7 +153,6 @@ impl Streamed {
             evictions_per_token: sum(|s| s.evictions as f64) / all,
             read_ahead_share: sum(|s| s.read_ahead as f64) / reads,
             wasted_share: sum(|s| s.wasted as f64) / reads,
-            lossy: false,
         }
     }
 }
@@ -167,6 +169,8 @@ pub(crate) struct Around {
     pub(crate) peak: Option<f64>,
     /// The most memory seen.
     pub(crate) peak_rss_bytes: Option<u64>,
+    /// Which rules changed the routing.
+    pub(crate) lossy: Lossy,
     /// For a model that is streamed.
     pub(crate) streaming: Option<Streaming>,
 }
@@ -202,6 +206,7 @@ impl Record {
             weights: (all, head),
             peak,
             peak_rss_bytes,
+            lossy,
             streaming,
         } = around;
         let ns: Vec<f64> = samples.iter().map(|sample| sample.ns as f64).collect();
@@ -234,6 +239,7 @@ impl Record {
             peak_share: gflops.zip(peak).map(|(rate, peak)| 1e9 * rate / peak),
             peak_rss_bytes,
             vm_hwm_bytes: status_bytes("VmHWM:"),
+            lossy,
             streamed: streaming.map(|s| Streamed::new(s, samples, n_tokens, median_ts)),
             median_ts,
             samples_ts: ts,
@@ -437,6 +443,7 @@ mod tests {
             weights: (3_000, 1_000),
             peak: Some(1e12),
             peak_rss_bytes: None,
+            lossy: Lossy::default(),
             streaming: None,
         };
         Record::new(&machine(), test, &samples, around)

@@ -19,6 +19,7 @@ use crate::bench::{
 use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::failure::Failure;
+use crate::lossy::LossyArgs;
 use crate::model::{CheckpointArg, QuantArg};
 use crate::output::{Out, spinner};
 use crate::streaming::StreamArgs;
@@ -93,6 +94,8 @@ pub(crate) struct Args {
     no_repack: bool,
     #[command(flatten)]
     stream: StreamArgs,
+    #[command(flatten)]
+    lossy: LossyArgs,
     /// Start measuring at once.
     #[arg(long)]
     no_warmup: bool,
@@ -163,6 +166,7 @@ fn measure(
         quant: args.quant.quant(),
         n_threads: (threads > 0).then_some(threads),
         in_place: args.no_repack,
+        lossy: args.lossy.options(stream.is_some()),
         stream,
         ..LoadOptions::default()
     };
@@ -227,6 +231,7 @@ fn measure(
             weights,
             peak,
             peak_rss_bytes,
+            lossy: model.info().lossy,
             streaming: disk.as_ref().map(|disk| Streaming {
                 weights_budget_bytes: disk.budget,
                 experts_bytes: disk.experts_bytes,

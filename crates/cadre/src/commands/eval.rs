@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
-use cadre_engine::SessionOptions;
 use cadre_engine::eval::{self, Perplexity, Score, Windows};
+use cadre_engine::{Lossy, SessionOptions};
 use clap::Subcommand;
 use serde::Serialize;
 
@@ -16,6 +16,7 @@ use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::data;
 use crate::failure::Failure;
+use crate::lossy;
 use crate::model::ModelArgs;
 use crate::output::{Format, Out, bar, say};
 
@@ -59,6 +60,8 @@ struct Report {
     #[serde(flatten)]
     total: Numbers,
     domains: BTreeMap<String, Numbers>,
+    #[serde(serialize_with = "lossy::serialize")]
+    lossy: Lossy,
 }
 
 #[derive(Debug, Serialize)]
@@ -143,7 +146,7 @@ fn perplexity(app: &App, args: &PerplexityArgs) -> Result<()> {
             .hint(hint)
             .into());
     }
-    print(&result, args.output)?;
+    print(&result, loaded.model.info().lossy, args.output)?;
     let summary = args
         .model
         .stream
@@ -154,7 +157,7 @@ fn perplexity(app: &App, args: &PerplexityArgs) -> Result<()> {
     Ok(())
 }
 
-fn print(result: &Perplexity, format: Format) -> Result<()> {
+fn print(result: &Perplexity, lossy: Lossy, format: Format) -> Result<()> {
     let domains = result
         .domains
         .iter()
@@ -162,6 +165,7 @@ fn print(result: &Perplexity, format: Format) -> Result<()> {
     let report = Report {
         total: (&result.total).into(),
         domains: domains.collect(),
+        lossy,
     };
     let mut out = Out::new();
     match format {
@@ -193,6 +197,9 @@ fn table(report: &Report) -> String {
             text,
             "{name:width$}  {tokens:>9}  {nll:>10.4}  {perplexity:>10.3}"
         );
+    }
+    if !report.lossy.is_none() {
+        let _ = writeln!(text, "lossy={}", report.lossy);
     }
     text
 }

@@ -3,12 +3,13 @@
 use std::fmt::Write;
 
 use anyhow::{Context, Result};
-use cadre_engine::{Logits, Observer, RoutingEvent, SessionOptions};
+use cadre_engine::{Logits, Lossy, Observer, RoutingEvent, SessionOptions};
 use serde::Serialize;
 
 use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::failure::Failure;
+use crate::lossy;
 use crate::model::ModelArgs;
 use crate::output::{Format, Out};
 
@@ -96,6 +97,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         out: Out::new(),
         format: args.output,
         n_rows: 0,
+        lossy: model.info().lossy,
     };
     if tokens.len() > n_ctx {
         let message = format!(
@@ -130,6 +132,7 @@ struct Printer {
     out: Out,
     format: Format,
     n_rows: usize,
+    lossy: Lossy,
 }
 
 impl Printer {
@@ -161,7 +164,11 @@ impl Printer {
                 Some(layers) => format!(",\"routing\":{}", serde_json::to_string(layers)?),
                 None => String::new(),
             };
-            self.out.write(&format!("]{routing}}}\n"))?;
+            let lossy = lossy::serialize(&self.lossy, serde_json::value::Serializer)?;
+            self.out
+                .write(&format!("],\"lossy\":{lossy}{routing}}}\n"))?;
+        } else if !self.lossy.is_none() {
+            self.out.write(&format!("lossy={}\n", self.lossy))?;
         }
         self.out.finish()
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use cadre_engine::{Finish, GenerateOptions, SessionOptions, generate};
+use cadre_engine::{Finish, GenerateOptions, Lossy, SessionOptions, generate};
 use serde::Serialize;
 
 use crate::cache::CacheArgs;
@@ -13,6 +13,7 @@ use crate::cli::App;
 use crate::experts::{ExpertView, ExpertWatch};
 use crate::failure::Failure;
 use crate::live::Live;
+use crate::lossy;
 use crate::model::ModelArgs;
 use crate::output::{Format, Out, note, say};
 use crate::sampling::SamplingArgs;
@@ -74,6 +75,8 @@ struct Report<'a> {
     seed: u64,
     prompt_tokens_per_second: f64,
     tokens_per_second: f64,
+    #[serde(serialize_with = "lossy::serialize")]
+    lossy: Lossy,
     #[serde(skip_serializing_if = "Option::is_none")]
     streaming: Option<Summary>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -139,6 +142,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
             seed: sampling.seed,
             prompt_tokens_per_second: rates.prompt,
             tokens_per_second: rates.new,
+            lossy: loaded.model.info().lossy,
             streaming: streaming.clone(),
             experts: stats.as_ref(),
         })?;

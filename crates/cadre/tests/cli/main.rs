@@ -14,6 +14,7 @@ mod inspect;
 mod interrupt;
 #[cfg(target_os = "linux")]
 mod limits;
+mod lossy;
 mod nano;
 mod streaming;
 #[cfg(feature = "train")]

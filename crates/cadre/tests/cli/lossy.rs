@@ -1,0 +1,95 @@
+//! Lossy routing: refused where it makes no sense, and said by every output when it is on.
+
+use serde_json::Value;
+
+use crate::common::{arg, failure, json, output, stdout, tiny};
+
+const TOP_1: [&str; 2] = ["--top-k-experts", "1"];
+const LOGITS: [&str; 5] = ["logits", "--tokens", "1,2,3", "-o", "json"];
+
+#[test]
+fn logits_differ_and_say_so() {
+    let plain = json(&LOGITS);
+    assert_eq!(plain["lossy"], false);
+    let lossy = json(&[&LOGITS[..], &TOP_1].concat());
+    assert_eq!(lossy["lossy"], "top-k-experts=1");
+    assert_ne!(lossy["logits"], plain["logits"]);
+    let text = stdout(&[&LOGITS[..3], &TOP_1].concat());
+    assert!(text.ends_with("lossy=top-k-experts=1\n"), "{text}");
+}
+
+#[test]
+fn every_report_says_lossy() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data.txt");
+    std::fs::write(&data, "Once upon a time there was a fox.").unwrap();
+    let run = ["run", "-p", "Once", "-n", "2", "-o", "json"];
+    let eval = ["eval", "perplexity", "--data", arg(&data), "-o", "json"];
+    for command in [&run[..], &eval] {
+        assert_eq!(json(command)["lossy"], false);
+        let more = [
+            "--min-expert-weight",
+            "0.5",
+            "--prefer-cached",
+            "1,6",
+            "--drop-cold",
+            "0.75",
+            "--mem-budget",
+            "1GiB",
+        ];
+        let said = "min-expert-weight=0.5 min-experts=1 prefer-cached=1,6 drop-cold=0.75";
+        assert_eq!(json(&[command, &more].concat())["lossy"], said);
+        // All of the model fits, so that no expert is ever cold.
+        let more = ["--drop-cold", "0.75", "--mem-budget", "auto"];
+        assert_eq!(json(&[command, &more].concat())["lossy"], false);
+    }
+    let bench: Vec<&str> = "bench -p 4 -n 2 -r 1 --no-warmup -o jsonl"
+        .split(' ')
+        .collect();
+    for (more, said) in [
+        (&[][..], Value::Bool(false)),
+        (&TOP_1, "top-k-experts=1".into()),
+    ] {
+        for line in stdout(&[&bench, more].concat()).lines() {
+            let record: Value = serde_json::from_str(line).unwrap();
+            assert_eq!(record["lossy"], said);
+        }
+    }
+}
+
+#[test]
+fn one_line_warns() {
+    let folder = tiny();
+    let warning = |more: &[&str]| {
+        let command = ["logits", "-m", arg(folder.path()), "--tokens", "1,2"];
+        let output = output(&[&command, more].concat());
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert_eq!(warning(&[]), "");
+    let said = warning(&["--drop-cold", "1", "--mem-budget", "1GiB"]);
+    assert_eq!(said.lines().count(), 1, "{said}");
+    for part in ["lossy drop-cold=1", "read before", "few picks"] {
+        assert!(said.contains(part), "{said}");
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_refused() {
+    for (more, said) in [
+        (&["--drop-cold", "1"][..], "--mem-budget"),
+        (&["--prefer-cached", "1,2"], "--mem-budget"),
+        (
+            &["--prefer-cached", "1", "--mem-budget", "1GiB"],
+            "two whole numbers",
+        ),
+        (&["--min-experts", "2"], "--min-expert-weight"),
+    ] {
+        let (code, text) = failure(&[&LOGITS[..], more].concat());
+        assert_eq!(code, 2);
+        assert!(text.contains(said), "{text}");
+    }
+    let (code, text) = failure(&[&LOGITS[..], &["--top-k-experts", "99"]].concat());
+    assert_eq!(code, 1);
+    assert!(text.contains("experts per token = 99"), "{text}");
+}
