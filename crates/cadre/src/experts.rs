@@ -91,6 +91,7 @@ pub(crate) fn meta(loaded: &Loaded) -> TraceMeta {
         n_layers: info.n_layers,
         n_experts: info.n_experts,
         top_k: info.top_k,
+        lossy: (!info.lossy.is_none()).then(|| info.lossy.to_string()),
     }
 }
 

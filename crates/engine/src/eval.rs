@@ -89,7 +89,10 @@ pub fn perplexity(
     let defaults = SessionOptions::default();
     let options = SessionOptions {
         n_ctx: Some(windows.window),
-        chunk: defaults.chunk.min((MAX_LOGITS / vocab.max(1)).max(1)),
+        chunk: model
+            .info()
+            .lossy
+            .chunk(defaults.chunk.min((MAX_LOGITS / vocab.max(1)).max(1))),
         kv,
     };
     let mut session = model.session(&options)?;

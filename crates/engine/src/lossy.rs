@@ -62,6 +62,13 @@ impl Lossy {
         self.prefer_cached.is_some() || self.drop_cold.is_some()
     }
 
+    /// Tokens of a text to read at once where the pass is what is measured or recorded, instead of `usual`: one, where
+    /// rules apply to such passes only.
+    #[must_use]
+    pub fn chunk(&self, usual: usize) -> usize {
+        if self.asks_cache() { 1 } else { usual }
+    }
+
     /// Refuses what cannot be done with this model, and warns of what can.
     pub(crate) fn check(&self, config: &ModelConfig, is_streamed: bool) -> Result<()> {
         if self.is_none() {

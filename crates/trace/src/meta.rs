@@ -9,6 +9,7 @@
 //! | `cadre.n_layers` | decoder layers, dense ones included |
 //! | `cadre.n_experts` | routed experts per layer |
 //! | `cadre.top_k` | experts per token the checkpoint asks for; rows may hold fewer or more |
+//! | `cadre.lossy` | rules that changed the routing; absent when none did |
 
 use crate::error::TraceError;
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,8 @@ pub const KEY_N_LAYERS: &str = "cadre.n_layers";
 pub const KEY_N_EXPERTS: &str = "cadre.n_experts";
 /// Key of the experts per token.
 pub const KEY_TOP_K: &str = "cadre.top_k";
+/// Key of the rules that changed the routing.
+pub const KEY_LOSSY: &str = "cadre.lossy";
 
 /// The model a trace was recorded from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +48,9 @@ pub struct TraceMeta {
     pub n_experts: usize,
     /// Experts per token the checkpoint asks for.
     pub top_k: usize,
+    /// Rules that changed the routing while it was recorded, if any did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lossy: Option<String>,
 }
 
 impl TraceMeta {
@@ -73,7 +79,7 @@ impl TraceMeta {
 
     /// The key-value pairs of the file metadata.
     pub(crate) fn to_pairs(&self) -> Vec<(&'static str, String)> {
-        vec![
+        let mut pairs = vec![
             (KEY_TRACE_VERSION, FORMAT_VERSION.to_string()),
             (KEY_VERSION, env!("CARGO_PKG_VERSION").to_string()),
             (KEY_DIGEST, self.digest.clone()),
@@ -81,7 +87,9 @@ impl TraceMeta {
             (KEY_N_LAYERS, self.n_layers.to_string()),
             (KEY_N_EXPERTS, self.n_experts.to_string()),
             (KEY_TOP_K, self.top_k.to_string()),
-        ]
+        ];
+        pairs.extend(self.lossy.clone().map(|lossy| (KEY_LOSSY, lossy)));
+        pairs
     }
 
     /// Reads the pairs back; `get` looks a key up in the file metadata.
@@ -121,6 +129,7 @@ impl TraceMeta {
             n_layers: number(KEY_N_LAYERS)?,
             n_experts: number(KEY_N_EXPERTS)?,
             top_k: number(KEY_TOP_K)?,
+            lossy: get(KEY_LOSSY),
         };
         meta.check_in_file(path)?;
         Ok(meta)
@@ -158,6 +167,7 @@ mod tests {
             n_layers: 2,
             n_experts: 4,
             top_k: 2,
+            lossy: None,
         }
     }
 
@@ -174,6 +184,12 @@ mod tests {
     fn pairs_round_trip() {
         let read = TraceMeta::from_pairs(Path::new("t.parquet"), lookup(meta().to_pairs()));
         assert_eq!(read.unwrap(), meta());
+        let lossy = TraceMeta {
+            lossy: Some("drop-cold=0.75".into()),
+            ..meta()
+        };
+        let read = TraceMeta::from_pairs(Path::new("t.parquet"), lookup(lossy.to_pairs()));
+        assert_eq!(read.unwrap(), lossy);
     }
 
     #[test]

@@ -180,6 +180,7 @@ mod tests {
             n_layers: 2,
             n_experts: 3,
             top_k: 1,
+            lossy: None,
         }
     }
 

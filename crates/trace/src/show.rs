@@ -75,6 +75,9 @@ impl Report {
             .collect();
         let (tokens, sequences) = (grouped(stats.n_tokens), grouped(stats.n_sequences));
         self.line("", &format!("model  {}", harmless(&meta.digest)));
+        if let Some(lossy) = &meta.lossy {
+            self.line("", &format!("lossy  {}", harmless(lossy)));
+        }
         self.line(
             "",
             &format!(

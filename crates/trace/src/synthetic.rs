@@ -62,6 +62,7 @@ pub(crate) fn meta() -> TraceMeta {
         n_layers: 2,
         n_experts: 4,
         top_k: 2,
+        lossy: None,
     }
 }
 

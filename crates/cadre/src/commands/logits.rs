@@ -88,6 +88,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let model = &*loaded.model;
     let n_ctx = tokens.len().min(model.info().max_context);
     options.n_ctx = Some(n_ctx);
+    let n_together = model.info().lossy.chunk(CHUNK);
     let mut session = model.session(&options)?;
     let mut collector = Collector {
         wanted: args.routing,
@@ -107,9 +108,9 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         return Err(Failure::new(message).hint("pass fewer ids").into());
     }
     printer.start(&tokens)?;
-    for (at, chunk) in tokens.chunks(CHUNK).enumerate() {
+    for (at, chunk) in tokens.chunks(n_together).enumerate() {
         app.interrupt.check()?;
-        let is_last = (at + 1) * CHUNK >= tokens.len();
+        let is_last = (at + 1) * n_together >= tokens.len();
         let want = match (args.last, is_last) {
             (false, _) => Logits::All,
             (true, true) => Logits::Last,
@@ -119,7 +120,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         let first = if args.last {
             tokens.len() - 1
         } else {
-            at * CHUNK
+            at * n_together
         };
         for (row, logits) in logits.chunks(model.info().vocab_size).enumerate() {
             printer.row(first + row, tokens[first + row], logits)?;

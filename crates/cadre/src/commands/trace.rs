@@ -128,6 +128,7 @@ fn record(app: &App, args: &RecordArgs, output: &Path) -> Result<()> {
     let n_ctx = sequences.iter().map(|one| one.tokens.len()).max();
     let mut session = loaded.model.session(&SessionOptions {
         n_ctx,
+        chunk: info.lossy.chunk(SessionOptions::default().chunk),
         ..SessionOptions::default()
     })?;
     let progress = bar(&app.env, "tokens", n_tokens);

@@ -22,27 +22,39 @@ fn logits_differ_and_say_so() {
 fn every_report_says_lossy() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("data.txt");
-    std::fs::write(&data, "Once upon a time there was a fox.").unwrap();
-    let run = ["run", "-p", "Once", "-n", "2", "-o", "json"];
-    let eval = ["eval", "perplexity", "--data", arg(&data), "-o", "json"];
+    std::fs::write(&data, "a b c d e f g h").unwrap();
+    let tiny = tiny();
+    let path = arg(tiny.path());
+    let run = ["run", "-m", path, "-p", "a b", "-n", "2"];
+    let eval = "eval perplexity -m".split(' ');
+    let eval: Vec<&str> = eval.chain([path, "--data", arg(&data)]).collect();
     for command in [&run[..], &eval] {
-        assert_eq!(json(command)["lossy"], false);
+        let json = |more: &[&str]| json(&[command, more, &["-o", "json"]].concat());
+        assert_eq!(json(&[])["lossy"], false);
         let more = [
             "--min-expert-weight",
             "0.5",
             "--prefer-cached",
-            "1,6",
+            "1,8",
             "--drop-cold",
             "0.75",
             "--mem-budget",
-            "1GiB",
+            "64MiB",
         ];
-        let said = "min-expert-weight=0.5 min-experts=1 prefer-cached=1,6 drop-cold=0.75";
-        assert_eq!(json(&[command, &more].concat())["lossy"], said);
+        let said = "min-expert-weight=0.5 min-experts=1 prefer-cached=1,8 drop-cold=0.75";
+        assert_eq!(json(&more)["lossy"], said);
+        let text = output(&[command, &more, &["--stats"]].concat());
+        let text = String::from_utf8(text.stderr).unwrap();
+        assert!(text.contains(&format!("; lossy={said}")), "{text}");
         // All of the model fits, so that no expert is ever cold.
         let more = ["--drop-cold", "0.75", "--mem-budget", "auto"];
-        assert_eq!(json(&[command, &more].concat())["lossy"], false);
+        assert_eq!(json(&more)["lossy"], false);
     }
+    let trace = folder.path().join("t.parquet");
+    let record = ["trace", "-m", path, "--data", arg(&data), "-o", arg(&trace)];
+    stdout(&[&record[..], &TOP_1].concat());
+    let shown = stdout(&["trace", "show", arg(&trace)]);
+    assert!(shown.contains("lossy  top-k-experts=1"), "{shown}");
     let bench: Vec<&str> = "bench -p 4 -n 2 -r 1 --no-warmup -o jsonl"
         .split(' ')
         .collect();
