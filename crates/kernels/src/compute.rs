@@ -123,7 +123,7 @@ impl Compute {
         match self.interleaves() {
             false => w.clone(),
             true => w
-                .interleave(&self.pool, &self.arena)
+                .interleave(self.kernels, &self.pool, &self.arena)
                 .unwrap_or_else(|| w.clone()),
         }
     }

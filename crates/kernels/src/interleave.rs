@@ -13,11 +13,11 @@ use crate::format::Format;
 use crate::panel::{PANEL_ROWS, Slab};
 
 /// Bytes of a word.
-const WORD: usize = 4;
+pub(crate) const WORD: usize = 4;
 /// Rows whose words lie side by side.
-const HALF: usize = PANEL_ROWS / 2;
+pub(crate) const HALF: usize = PANEL_ROWS / 2;
 /// Bytes of a word of each of them.
-const HALF_BYTES: usize = HALF * WORD;
+pub(crate) const HALF_BYTES: usize = HALF * WORD;
 
 /// Where the bytes of a block are when its rows are interleaved.
 pub(crate) trait Layout: Copy {
@@ -131,9 +131,11 @@ impl Source for Interleaved {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
     /// Bytes of a block, or of a word where blocks are smaller.
-    size: usize,
-    n_odd: usize,
-    odd: usize,
+    pub(crate) size: usize,
+    /// Bytes of a block that do not fill words.
+    pub(crate) n_odd: usize,
+    /// Where they are in it.
+    pub(crate) odd: usize,
 }
 
 impl Shape {
@@ -154,11 +156,23 @@ impl Shape {
         Some(Self { size, n_odd, odd })
     }
 
-    fn words(&self) -> usize {
+    /// Whether rows of so many bytes are whole blocks; of floats, whole vectors, which are four words.
+    pub(crate) fn fits(&self, row_bytes: usize) -> bool {
+        let unit = if self.size == WORD {
+            4 * WORD
+        } else {
+            self.size
+        };
+        row_bytes.is_multiple_of(unit)
+    }
+
+    /// Where the words of a block begin.
+    pub(crate) fn words(&self) -> usize {
         if self.odd == 0 { self.n_odd } else { 0 }
     }
 
-    /// Interleaves the rows of a slab: `rows` of equal size, at most [`PANEL_ROWS`], the last one repeated.
+    /// Interleaves the rows of a slab: `rows` of equal size, at most [`PANEL_ROWS`], the last one repeated. The twin of
+    /// [`crate::Kernels::interleave`], and what it means.
     pub(crate) fn interleave(&self, rows: &[u8], row_bytes: usize, out: &mut [u8]) {
         let n_rows = rows.len() / row_bytes;
         let row = |row: usize| &rows[row.min(n_rows - 1) * row_bytes..][..row_bytes];
@@ -211,8 +225,12 @@ impl Shape {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::isa::Isa;
     use crate::samples::noise_bytes;
+    use crate::table::Kernels;
 
     #[test]
     fn rows_come_back_from_any_slab() {
@@ -234,6 +252,37 @@ mod tests {
                     let from = row.min(n_rows - 1) * row_bytes;
                     assert_eq!(got, rows[from..][..row_bytes], "{format} {n_rows} {row}");
                 }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        #[test]
+        fn every_instruction_set_moves_bytes_as_the_twin_does(
+            format in prop::sample::select(Format::all().collect::<Vec<_>>()),
+            n_rows in 1..=PANEL_ROWS, n_blocks in 1usize..40, offset in 0usize..64, seed in any::<u32>()
+        ) {
+            let unit = if format.is_quantized() { format.block_bytes() } else { 16 };
+            let row_bytes = n_blocks * unit;
+            let Some(shape) = Shape::of(format, row_bytes) else {
+                return Ok(());
+            };
+            let n_bytes = n_rows * row_bytes;
+            let bytes = noise_bytes(offset + n_bytes, seed);
+            let rows = &bytes[offset..];
+            let mut expected = vec![0; PANEL_ROWS * row_bytes];
+            shape.interleave(rows, row_bytes, &mut expected);
+            for isa in Isa::available() {
+                let kernels = Kernels::for_isa(isa).unwrap();
+                // Room before and after, which stays as it is.
+                let mut got = vec![0xa5; offset + expected.len() + 64];
+                let out = &mut got[offset..][..expected.len()];
+                kernels.interleave(&shape, rows, row_bytes, out);
+                prop_assert_eq!(&*out, &expected[..], "{} {}", isa, format);
+                let mut around = got[..offset].iter().chain(&got[offset + expected.len()..]);
+                prop_assert!(around.all(|byte| *byte == 0xa5), "{} {}", isa, format);
             }
         }
     }

@@ -17,6 +17,7 @@ use crate::memory::Arena;
 use crate::panel::PANEL_ROWS;
 use crate::pool::ThreadPool;
 use crate::product::ActFormat;
+use crate::table::Kernels;
 
 #[cfg(target_endian = "big")]
 compile_error!("weights are used as files store them, which is little-endian");
@@ -322,7 +323,12 @@ impl Matrix {
     }
 
     /// The same matrix with interleaved rows; `None` where its format or shape does not allow it.
-    pub(crate) fn interleave(&self, pool: &ThreadPool, arena: &Arena) -> Option<Self> {
+    pub(crate) fn interleave(
+        &self,
+        kernels: Kernels,
+        pool: &ThreadPool,
+        arena: &Arena,
+    ) -> Option<Self> {
         let row_bytes = self.row_bytes();
         let shape = self.interleaved_shape()?;
         let slab = PANEL_ROWS * row_bytes;
@@ -330,7 +336,7 @@ impl Matrix {
         pool.for_each_chunk(bytes.as_mut(), slab, |at, out| {
             let from = at * slab;
             let rows = &self.bytes[from..self.bytes.len().min(from + slab)];
-            shape.interleave(rows, row_bytes, out);
+            kernels.interleave(&shape, rows, row_bytes, out);
         });
         Some(Self {
             bytes: Bytes::from_owner(bytes),

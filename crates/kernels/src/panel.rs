@@ -92,6 +92,13 @@ impl Slab {
         unsafe { self.rows[row].cast::<B>().add(block) }
     }
 
+    /// Where the rows of a half begin; the rows are not interleaved.
+    #[inline(always)]
+    #[allow(dead_code, reason = "not every instruction set reads them so")]
+    pub(crate) fn half(&self, half: usize) -> &[*const u8; PANEL_ROWS / 2] {
+        &self.rows.as_chunks().0[half]
+    }
+
     /// Where the first row begins.
     #[inline(always)]
     #[allow(dead_code, reason = "not every instruction set fetches ahead")]

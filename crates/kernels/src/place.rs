@@ -13,7 +13,7 @@ use crate::interleave::Shape;
 use crate::matrix::Matrix;
 use crate::memory::Part;
 use crate::panel::PANEL_ROWS;
-use crate::pool::ThreadPool;
+use crate::table::Kernels;
 
 /// Where a matrix begins: a line of the cache.
 const ALIGN: usize = 64;
@@ -69,6 +69,7 @@ impl Compute {
     ) -> Option<[Matrix; N]> {
         let interleaves = self.interleaves();
         let mut rest = Part::as_mut(Arc::get_mut(&mut memory.0)?);
+        let mut slabs = Vec::new();
         let mut ranges = [(0, 0); N];
         let mut from = 0;
         for (matrix, range) in matrices.iter().zip(&mut ranges) {
@@ -78,12 +79,19 @@ impl Compute {
                 None => matrix.bytes().len(),
             };
             let (out, after) = rest.split_at_mut_checked(n_bytes)?;
-            write(self.pool(), matrix, shape, out);
+            slabs.extend(Slab::all(matrix, shape, out));
             *range = (from, from + n_bytes);
             let padding = (n_bytes.next_multiple_of(ALIGN) - n_bytes).min(after.len());
             rest = &mut after[padding..];
             from += n_bytes + padding;
         }
+        // One call for all of them: a thread that was woken is used until the last one is done.
+        let kernels = self.kernels();
+        self.pool().for_each_chunk(&mut slabs, 1, |_, slabs| {
+            for slab in slabs {
+                slab.write(kernels);
+            }
+        });
         let bytes = Bytes::from_owner(Shared(Arc::clone(&memory.0)));
         let mut ranges = ranges.into_iter();
         Some(matrices.map(|matrix| {
@@ -94,18 +102,38 @@ impl Compute {
     }
 }
 
-fn write(pool: &ThreadPool, matrix: &Matrix, shape: Option<Shape>, out: &mut [u8]) {
-    let bytes = matrix.bytes();
-    let row_bytes = matrix.row_bytes();
-    let slab = (PANEL_ROWS * row_bytes).max(1);
-    pool.for_each_chunk(out, slab, |at, out| {
-        let from = at * slab;
-        let rows = &bytes[from..bytes.len().min(from + slab)];
-        match &shape {
-            Some(shape) => shape.interleave(rows, row_bytes, out),
-            None => out.copy_from_slice(rows),
+/// Rows that are written together.
+struct Slab<'a> {
+    /// `None` where they are copied as they are.
+    shape: Option<Shape>,
+    rows: &'a [u8],
+    row_bytes: usize,
+    out: &'a mut [u8],
+}
+
+impl<'a> Slab<'a> {
+    fn all(
+        matrix: &'a Matrix,
+        shape: Option<Shape>,
+        out: &'a mut [u8],
+    ) -> impl Iterator<Item = Self> {
+        let row_bytes = matrix.row_bytes();
+        let n_bytes = (PANEL_ROWS * row_bytes).max(1);
+        let slabs = matrix.bytes().chunks(n_bytes).zip(out.chunks_mut(n_bytes));
+        slabs.map(move |(rows, out)| Self {
+            shape,
+            rows,
+            row_bytes,
+            out,
+        })
+    }
+
+    fn write(&mut self, kernels: Kernels) {
+        match &self.shape {
+            Some(shape) => kernels.interleave(shape, self.rows, self.row_bytes, self.out),
+            None => self.out.copy_from_slice(self.rows),
         }
-    });
+    }
 }
 
 #[cfg(test)]
@@ -114,7 +142,6 @@ mod tests {
     use crate::activations::MatmulScratch;
     use crate::isa::Isa;
     use crate::samples::noise;
-    use crate::table::Kernels;
 
     fn product(compute: &Compute, w: &Matrix, x: &[f32]) -> Vec<f32> {
         let mut y = vec![0.0; x.len() / w.n_in() * w.n_out()];

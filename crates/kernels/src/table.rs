@@ -6,7 +6,9 @@ use half::bf16;
 
 use crate::arch::{self, Rows, Table};
 use crate::blocks::{ActQ8, ActQ8K, Q8_BLOCK, SUPER_BLOCK};
+use crate::interleave::Shape;
 use crate::isa::Isa;
+use crate::panel::PANEL_ROWS;
 
 /// The kernels of one instruction set. Holding the value proves that the CPU has it.
 #[derive(Clone, Copy)]
@@ -127,6 +129,23 @@ impl Kernels {
         assert_eq!(gate.len(), up.len(), "gate and up of one length");
         // SAFETY: `self` proves the instruction set; the lengths were compared.
         unsafe { (self.table.silu_mul)(gate, up) };
+    }
+
+    /// Interleaves `rows` of `row_bytes`, 1 to [`PANEL_ROWS`] of them, as [`Shape::interleave`] does. Panics when they are
+    /// not whole blocks, or `out` is not as long as [`PANEL_ROWS`] rows.
+    pub(crate) fn interleave(&self, shape: &Shape, rows: &[u8], row_bytes: usize, out: &mut [u8]) {
+        assert!(
+            row_bytes > 0 && shape.fits(row_bytes),
+            "rows of whole blocks"
+        );
+        let n_rows = rows.len() / row_bytes;
+        assert!(
+            rows.len().is_multiple_of(row_bytes) && (1..=PANEL_ROWS).contains(&n_rows),
+            "whole rows for one panel"
+        );
+        assert_eq!(out.len(), PANEL_ROWS * row_bytes, "room for a panel");
+        // SAFETY: `self` proves the instruction set; the lengths were compared.
+        unsafe { (self.table.interleave)(shape, rows, row_bytes, out) };
     }
 
     /// `out = x / sqrt(mean(x^2) + eps) * weight`. Panics when the lengths differ.

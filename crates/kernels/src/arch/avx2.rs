@@ -14,12 +14,15 @@ use half::{bf16, f16};
 
 use super::{Products, Table, avx2_quants, rows_by_tiles};
 use crate::blocks::{ActQ8, ActScale, Q8_BLOCK};
+use crate::interleave::Shape;
 
 pub(super) static TABLE: Table = Table {
     rows_f32,
     rows_f16,
     rows_bf16,
     products: Products::Rows(avx2_quants::QUANTS),
+    // Never called: these products read rows where they lie.
+    interleave: Shape::interleave,
     peak_int8: None,
     peak_bf16: None,
     attention: &super::attention::avx2::TABLE,

@@ -10,6 +10,8 @@ mod avx2;
 mod avx2_quants;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod interleave;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
@@ -22,6 +24,7 @@ use crate::blocks::{
     BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8K,
 };
 use crate::format::Format;
+use crate::interleave::Shape;
 use crate::isa::Isa;
 use crate::panel::{FewFn, MultiplyFn, N_FEW, PackFn};
 
@@ -52,6 +55,8 @@ pub(crate) struct Table {
     pub(crate) rows_f16: RowsFn<f16, f32>,
     pub(crate) rows_bf16: RowsFn<bf16, f32>,
     pub(crate) products: Products,
+    /// [`Shape::interleave`], of 1 to 32 rows of whole blocks; `out` has room for 32.
+    pub(crate) interleave: unsafe fn(shape: &Shape, rows: &[u8], row_bytes: usize, out: &mut [u8]),
     /// Rounds of integer products at their fastest, and of bf16: for measuring what products are held against. They
     /// return how many operations they were.
     pub(crate) peak_int8: Option<unsafe fn(n: u64) -> u64>,

@@ -7,12 +7,14 @@ use half::{bf16, f16};
 use super::{Products, Rows, Table, scalar_panel};
 use crate::blocks::{ActQ8, ActQ8K, ActScale, Block256, Q8_BLOCK, Quants256, SUPER_BLOCK};
 use crate::format::decode_f8;
+use crate::interleave::Shape;
 
 pub(super) static TABLE: Table = Table {
     rows_f32,
     rows_f16,
     rows_bf16,
     products: Products::Panels(scalar_panel::panels),
+    interleave: Shape::interleave,
     peak_int8: None,
     peak_bf16: None,
     attention: &super::attention::scalar::TABLE,

@@ -10,6 +10,7 @@
 
 mod few;
 mod floats;
+mod interleave;
 mod multiply;
 mod pack;
 mod peak;
@@ -46,6 +47,7 @@ const fn table(
         rows_f16,
         rows_bf16,
         products: Products::Panels(panels),
+        interleave: interleave::interleave,
         peak_int8: Some(peak::int8),
         peak_bf16,
         attention: &super::attention::avx512::TABLE,

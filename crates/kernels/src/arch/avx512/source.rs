@@ -8,7 +8,7 @@ use crate::panel::{Lanes, PANEL_ROWS, Slab};
 /// Rows of a vector.
 pub(super) const HALF: usize = PANEL_ROWS / 2;
 /// Bytes that one fetch brings.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 /// Bytes between what is read and what is fetched, where rows are interleaved.
 const DISTANCE: usize = 8192;
 
@@ -72,7 +72,7 @@ impl Wide for InPlace {
     #[inline]
     unsafe fn words<B: Layout>(slab: &Slab, half: usize, at: usize, offset: usize) -> [__m512i; 4] {
         // SAFETY: the caller's promise.
-        unsafe { transposed::<B>(slab, half, at, offset) }
+        unsafe { transposed(slab.half(half), at * size_of::<B>() + offset) }
     }
 
     #[inline(always)]
@@ -136,24 +136,16 @@ impl Wide for Interleaved {
     }
 }
 
-/// See [`Wide::words`].
+/// The 16 bytes at `offset` of each row, as four vectors: vector `j` has bytes `4j..4j + 4` of every row.
 ///
 /// # Safety
-/// The bytes lie inside of the slab's rows.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
+/// The bytes lie inside of the rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 #[inline]
-unsafe fn transposed<B>(slab: &Slab, half: usize, at: usize, offset: usize) -> [__m512i; 4] {
+pub(super) unsafe fn transposed(rows: &[*const u8; HALF], offset: usize) -> [__m512i; 4] {
     // A row's 16 bytes in every quarter.
-    let row = |r: usize| {
-        // SAFETY: the caller's promise.
-        let bytes = unsafe {
-            slab.block::<B>(half * HALF + r, at)
-                .cast::<u8>()
-                .add(offset)
-        };
-        // SAFETY: 16 bytes.
-        unsafe { _mm_loadu_si128(bytes.cast()) }
-    };
+    // SAFETY: the caller's promise.
+    let row = |row: usize| unsafe { _mm_loadu_si128(rows[row].add(offset).cast()) };
     // Quarter q of vector i is row 4q + i.
     let mut a = [_mm512_setzero_si512(); 4];
     for (i, a) in a.iter_mut().enumerate() {

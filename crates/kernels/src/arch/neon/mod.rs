@@ -9,6 +9,7 @@
 )]
 
 mod floats;
+mod interleave;
 mod multiply;
 mod pack;
 mod peak;
@@ -37,6 +38,7 @@ const fn table(
         rows_f16: floats::rows_f16,
         rows_bf16: floats::rows_bf16,
         products: Products::Panels(panels),
+        interleave: interleave::interleave,
         peak_int8,
         peak_bf16: None,
         attention: &super::attention::neon::TABLE,
