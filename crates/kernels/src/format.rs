@@ -344,7 +344,13 @@ fn decode_blocks<B: Block>(bytes: &[u8], out: &mut [f32]) {
 
 /// Index of the first word that `is_bad`.
 fn position<const N: usize>(bytes: &[u8], is_bad: impl Fn([u8; N]) -> bool) -> Option<usize> {
-    bytes.as_chunks::<N>().0.iter().position(|b| is_bad(*b))
+    /// Looked at together, without a way out between them: that is what becomes vectors.
+    const PIECE: usize = 256;
+    let units = bytes.as_chunks::<N>().0;
+    let has_bad = |piece: &[[u8; N]]| piece.iter().fold(false, |bad, b| bad | is_bad(*b));
+    let from = units.chunks(PIECE).position(has_bad)? * PIECE;
+    let within = units[from..].iter().position(|b| is_bad(*b))?;
+    Some(from + within)
 }
 
 fn non_finite_block<B: Block>(bytes: &[u8]) -> Option<usize> {
@@ -395,6 +401,19 @@ fn f8_e4m3(byte: u8) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_of_several_broken_values_is_found_anywhere() {
+        for format in [Format::F32, Format::F16, Format::Bf16, Format::F8E4M3] {
+            for at in [0, 255, 256, 600] {
+                let mut bytes = vec![0; 700 * format.block_bytes()];
+                for broken in [at, 699] {
+                    bytes[broken * format.block_bytes()..][..format.block_bytes()].fill(0xff);
+                }
+                assert_eq!(format.first_non_finite(&bytes), Some(at), "{format}");
+            }
+        }
+    }
 
     #[test]
     fn the_table_is_in_the_order_of_the_enum_and_names_are_unique() {
