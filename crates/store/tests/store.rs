@@ -69,7 +69,7 @@ struct Files {
     contents: Vec<Vec<u8>>,
 }
 
-/// Two files of noise, and experts of two sizes in them.
+/// Two files of noise, and experts of two sizes in them, also within a layer.
 fn files() -> (Files, Copies) {
     let folder = tempfile::tempdir().unwrap();
     let mut state = 1_u32;
@@ -80,7 +80,13 @@ fn files() -> (Files, Copies) {
         };
         std::iter::repeat_with(next).take(n).collect()
     };
-    let sizes = |layer: usize| if layer == 1 { 5000 } else { 9001 };
+    let sizes = |layer: usize, expert: usize| {
+        if (layer + expert) % 3 == 1 {
+            5000
+        } else {
+            9001
+        }
+    };
     let contents: Vec<Vec<u8>> = (0..2).map(|_| noise(300_000)).collect();
     let paths: Vec<PathBuf> = (0..2)
         .map(|i| folder.path().join(format!("part-{i}")))
@@ -94,7 +100,7 @@ fn files() -> (Files, Copies) {
     let mut next = [17_u64, 4095];
     let mut pieces = Vec::new();
     for layer in 0..N_LAYERS {
-        for _ in 0..N_EXPERTS {
+        for expert in 0..N_EXPERTS {
             let of = |file: usize, n: u64, next: &mut [u64; 2]| {
                 let start = next[file];
                 next[file] += n;
@@ -103,10 +109,10 @@ fn files() -> (Files, Copies) {
                     range: start..start + n,
                 }
             };
-            let half = sizes(layer) / 2;
+            let half = sizes(layer, expert) / 2;
             pieces.push(vec![
                 of(0, half, &mut next),
-                of(1, sizes(layer) - half, &mut next),
+                of(1, sizes(layer, expert) - half, &mut next),
             ]);
         }
     }
