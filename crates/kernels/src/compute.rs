@@ -12,7 +12,7 @@ use crate::table::Kernels;
 /// Below this many multiplications a product is cheaper on one thread than shared.
 const MIN_SHARED_PRODUCTS: usize = 1 << 16;
 /// Tasks per thread of a shared product: they even out threads of unequal speed.
-const TASKS_PER_THREAD: usize = 8;
+const TASKS_PER_THREAD: usize = 32;
 
 /// Kernels and threads together.
 #[derive(Debug)]

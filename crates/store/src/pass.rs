@@ -86,7 +86,10 @@ impl<'a, F: Form> Pass<'a, F> {
         self.batch = from..self.n_read;
         if self.batch.is_empty() {
             let from = self.n_hits;
-            self.n_hits = (from + HITS).min(inner.n_hits);
+            // With nothing to wait for, all of them at once share out best among threads.
+            let is_last = self.n_read == inner.order.len();
+            let until = if is_last { inner.n_hits } else { from + HITS };
+            self.n_hits = until.min(inner.n_hits);
             self.batch = from..self.n_hits;
         }
         Ok((!self.batch.is_empty()).then(|| self.batch.clone()))
