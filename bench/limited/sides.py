@@ -115,7 +115,7 @@ class Cadre:
         """What is given as --mem-budget under a limit."""
         return limit - self.margin
 
-    def command(self, test, budget, repetitions=2):
+    def command(self, test, budget, cold, repetitions=2):
         command = [self.program, "run" if test.kind == "first" else "bench", "-m", str(self.path), "-t", str(self.threads)]
         if budget is not None:
             command += ["--mem-budget", str(budget), *self.extra]
@@ -125,7 +125,7 @@ class Cadre:
             return command + ["-p", first_text(test.count), "-n", "1", "-c", str(context), "--temp", "0", "-o", "json"]
         counts = {"tg": ("0", str(test.count)), "pp": (str(test.count), "0")}[test.kind]
         command += ["-p", counts[0], "-n", counts[1], "-r", str(repetitions), "-o", "json"]
-        return command + (["--no-warmup"] if budget is not None else [])
+        return command + (["--no-warmup"] if cold else [])
 
     def measure(self, name, limit, most_seconds, budget=None):
         """One test: a dict with "ts" or "seconds", or with "failed". Without a limit, `budget` may still be given."""
@@ -134,7 +134,9 @@ class Cadre:
         group = Group(GROUP, limit, self.parent) if limit is not None else None
         budget = self.budget(limit) if limit is not None else budget
         try:
-            ended = execute(self.command(test, budget), group, most_seconds)
+            # Without a limit nothing is missing once all has been read, which the warm-up does.
+            command = self.command(test, budget, cold=limit is not None)
+            ended = execute(command, group, most_seconds)
         finally:
             if group:
                 group.remove()
