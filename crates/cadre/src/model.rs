@@ -14,7 +14,7 @@ use crate::cli::App;
 use crate::embedded;
 use crate::hub::{self, HubRef};
 use crate::lossy::LossyArgs;
-use crate::output::bytes_bar;
+use crate::output::{bytes_bar, spinner};
 use crate::streaming::StreamArgs;
 
 /// The choice of a checkpoint.
@@ -201,9 +201,13 @@ impl ModelArgs {
         let model = load_watched(&checkpoint, &options, &|n_bytes| bar.inc(n_bytes))
             .with_context(|| format!("cannot load {}", checkpoint.origin()));
         bar.finish_and_clear();
-        Ok(Loaded {
-            checkpoint,
-            model: model?,
-        })
+        let model = model?;
+        if self.stream.preload {
+            let progress = spinner(&app.env, "reading experts".to_owned());
+            let read = model.preload(&|_| progress.tick());
+            progress.finish_and_clear();
+            read?;
+        }
+        Ok(Loaded { checkpoint, model })
     }
 }

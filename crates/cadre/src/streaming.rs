@@ -47,6 +47,10 @@ pub(crate) struct StreamArgs {
         requires = "mem_budget"
     )]
     reader: ReaderKind,
+    /// Fill the memory that experts may take before the first token, in the order of the file. Worth while where nearly all
+    /// of them fit.
+    #[arg(long, requires = "mem_budget")]
+    pub(crate) preload: bool,
     /// Say at the end what was read from disk and how long that took.
     #[arg(long, requires = "mem_budget")]
     stats: bool,

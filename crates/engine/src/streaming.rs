@@ -84,6 +84,14 @@ pub fn dense_bytes(checkpoint: &Checkpoint) -> u64 {
         .sum()
 }
 
+/// Bytes of an embedding that is not the head as well, which may stay on disk; 0 where there is none.
+pub(crate) fn embedding_bytes(checkpoint: &Checkpoint) -> u64 {
+    let is_tied = checkpoint.config().tie_word_embeddings;
+    let info = checkpoint.tensor_info(EMBEDDING).filter(|_| !is_tied);
+    info.and_then(|(dtype, shape)| dtype.n_bytes(shape.iter().product()))
+        .unwrap_or(0) as u64
+}
+
 /// The store of a checkpoint's experts; `None` for a model without.
 pub(crate) fn open(
     checkpoint: &Checkpoint,
@@ -126,6 +134,11 @@ pub(crate) fn open(
             needed,
             dense,
         });
+    }
+    if !store.is_direct() {
+        tracing::warn!(
+            "this file system does not let files be read past the system's cache; they are read through it, which is slower"
+        );
     }
     tracing::debug!(
         n_cached = store.n_cached(),

@@ -25,6 +25,7 @@ pub(crate) struct Weights<'a> {
     pub(crate) lossy: Lossy,
     /// Reads what is loaded of a model that is streamed.
     bulk: Option<Arc<Mutex<BulkReader>>>,
+    embedding_stays_on_disk: bool,
     /// Matrices that the wanted format cannot hold.
     n_kept: AtomicUsize,
     progress: &'a Progress<'a>,
@@ -41,8 +42,15 @@ impl<'a> Weights<'a> {
             None => None,
             Some(stream) => streaming::open(checkpoint, options, stream, &compute)?,
         };
+        let embedding_stays_on_disk = options.stream.is_some_and(|stream| {
+            let store_bytes = store.as_ref().map_or(0, |store| store.n_bytes());
+            let taken = streaming::dense_bytes(checkpoint).saturating_add(store_bytes);
+            // Experts take what they can, so this is left over only when all of them fit.
+            streaming::embedding_bytes(checkpoint) > stream.budget.saturating_sub(taken)
+        });
         Ok(Self {
             checkpoint,
+            embedding_stays_on_disk,
             bulk: match &options.stream {
                 None => None,
                 Some(stream) => Some(Arc::new(Mutex::new(BulkReader::new(&stream.store)?))),
@@ -90,7 +98,8 @@ impl<'a> Weights<'a> {
         shape: [usize; 2],
         is_head: bool,
     ) -> Result<Embedding> {
-        if let Some(reader) = self.bulk.as_ref().filter(|_| !is_head) {
+        let reader = self.bulk.as_ref();
+        if let Some(reader) = reader.filter(|_| self.embedding_stays_on_disk && !is_head) {
             let tensor = self.checkpoint.tensor_on_disk(name)?;
             if tensor.is_plain() {
                 let reader = Arc::clone(reader);

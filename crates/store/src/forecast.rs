@@ -3,7 +3,7 @@
 //! Every token reads the experts that it is sent to. Those that are cached come from memory, the others from disk:
 //!
 //! ```text
-//! hit rate h = slots / all experts            (every expert as likely as any other)
+//! hit rate h = 1 - (1 - slots / all experts)^SKEW
 //! from disk    M = (1 - h) T                  (T: bytes of the experts of a token)
 //! reading      R = M / disk + layers that miss * latency
 //! a token      dense + max(R, cached + missed - last) + last
@@ -13,7 +13,13 @@
 //! there are computed meanwhile, and those that come in are computed as they come, but for the last of each layer. What
 //! came from disk costs memory more than what was cached: it is also copied into its place.
 //!
-//! That every expert is as likely as any other is the worst that a model can do; skewed routing hits more often.
+//! Routing is not even: some experts are popular, and texts stay with theirs for a while. `SKEW` is what the default policy
+//! makes of that; 1 would be routing that favours no expert at any time, which is the worst that a model can do.
+
+/// How uneven routing is, as hits of the default policy show it: on the recorded routing of a model of 16 experts, four of
+/// which a token uses (the embedded one, 242,951 tokens), 10, 25, 50 and 75 % of the experts in memory answered 24, 50, 77
+/// and 92 % of the lookups; this gives 20, 45, 77 and 95 %.
+pub const SKEW: f64 = 2.1;
 
 /// The copy of an expert into its place reads and writes every byte.
 const COPY: f64 = 2.0;
@@ -33,6 +39,8 @@ pub struct Work {
     pub n_layers: usize,
     /// Experts that a token is sent to in each.
     pub n_picked: usize,
+    /// How uneven routing is: [`SKEW`], or 1 for the worst.
+    pub skew: f64,
 }
 
 /// How fast a machine is.
@@ -64,7 +72,8 @@ pub struct Forecast {
 
 /// Decoding with `cache_bytes` of slots.
 pub fn decoding(work: &Work, machine: &Machine, cache_bytes: u64) -> Forecast {
-    let hit_rate = (cache_bytes as f64 / work.all_expert_bytes.max(1) as f64).min(1.0);
+    let share = (cache_bytes as f64 / work.all_expert_bytes.max(1) as f64).min(1.0);
+    let hit_rate = 1.0 - (1.0 - share).powf(work.skew);
     let picked = work.expert_bytes as f64;
     let missed = (1.0 - hit_rate) * picked;
     let n_missing_layers = work.n_layers as f64 * (1.0 - hit_rate.powi(work.n_picked as i32));
@@ -107,6 +116,7 @@ mod tests {
         all_expert_bytes: 100_000_000,
         n_layers: 5,
         n_picked: 2,
+        skew: 1.0,
     };
     const MACHINE: Machine = Machine {
         memory: 1e10,
@@ -141,6 +151,16 @@ mod tests {
         ));
         assert!(close(forecast.stall_seconds, 10.5e-3 - 1.5e-3));
         assert!(close(forecast.bound_tokens_per_second, 100.0));
+    }
+
+    #[test]
+    fn uneven_routing_hits_more() {
+        let work = Work { skew: SKEW, ..WORK };
+        let hits = |tenths: u64| decoding(&work, &MACHINE, tenths * 10_000_000).hit_rate;
+        // What the log of experiments has for 10, 50 and 75 % of the embedded model's experts.
+        for (share, found) in [(hits(1), 0.237), (hits(5), 0.765), (hits(10), 1.0)] {
+            assert!((share - found).abs() < 0.05, "{share} {found}");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod error;
 mod expert;
 pub mod forecast;
 mod form;
+mod inner;
 mod pass;
 mod per_expert;
 pub mod policies;

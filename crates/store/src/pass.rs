@@ -5,7 +5,7 @@ use std::sync::MutexGuard;
 
 use crate::ahead::Look;
 use crate::form::Form;
-use crate::store::Inner;
+use crate::inner::Inner;
 
 /// The experts of one layer for one pass. Dropping it ends the pass.
 pub struct Pass<'a, F: Form> {

@@ -187,9 +187,11 @@ fn measure(
     };
     let weights = weights_per_token(checkpoint, &*model);
     let runner = |test| Runner::new(&*model, checkpoint.config(), held, (test, setting));
+    if !args.no_warmup || args.stream.preload {
+        model.preload(&|_| {})?;
+    }
     if !args.no_warmup {
         progress.set_message("warming up");
-        model.preload(&|_| {})?;
         let n_prompt = WARM_UP.min(checkpoint.config().max_position_embeddings);
         let lists = Lists {
             prompts: &[n_prompt],

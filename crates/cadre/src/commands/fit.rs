@@ -9,6 +9,7 @@ use cadre_checkpoint::{
     Checkpoint, Dtype, Holding, Mixture, Sizes, TargetDtype, held_sizes, kv_bytes_read,
     model_sizes, tensor_specs,
 };
+use cadre_engine::dense_bytes;
 use cadre_kernels::ThreadPool;
 use cadre_kernels::doctor::{bandwidth, default_threads};
 use serde::Serialize;
@@ -233,7 +234,8 @@ fn report(
     let decoding = speed.decoding(work, held.read_per_token);
     let streamed = disk.filter(|_| !fits).and_then(|disk| {
         let speeds = (speed.bandwidth, 1.0 / decoding);
-        Streamed::new(config, (&demand, held), budget, speeds, disk)
+        let sizes = (&demand, held, dense_bytes(checkpoint));
+        Streamed::new(config, sizes, budget, speeds, disk)
     });
     Report {
         model: checkpoint.origin().to_owned(),

@@ -45,6 +45,7 @@ fn a_budget_changes_no_token() {
             "--reader",
             "sync",
         ],
+        &["--mem-budget", "64MiB", "--preload"],
         // All of it fits into what this machine has left.
         &["--mem-budget", "auto"],
     ] {
