@@ -7,7 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use crate::error::StoreError;
+use crate::error::{StoreError, by_name};
 use crate::predictors::{EdgeMoe, Given, Popularity, Predictor, Previous, Score, Scoreboard};
 
 /// Passes of up to so many tokens decode; larger ones read prompts.
@@ -82,12 +82,7 @@ impl FromStr for AheadKind {
     type Err = StoreError;
 
     fn from_str(name: &str) -> Result<Self, StoreError> {
-        let found = Self::ALL.into_iter().find(|kind| kind.name() == name);
-        found.ok_or_else(|| StoreError::Unknown {
-            what: "way of reading ahead",
-            found: name.to_owned(),
-            known: Self::ALL.map(Self::name).join(", "),
-        })
+        by_name("way of reading ahead", &Self::ALL, Self::name, name)
     }
 }
 

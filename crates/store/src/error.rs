@@ -101,15 +101,19 @@ pub enum StoreError {
         /// How much was asked for.
         n_bytes: usize,
     },
-    /// The budget does not hold what must be in memory.
-    #[error(
-        "a budget of {budget} bytes is too small: streaming needs at least {needed} bytes beside the weights that every \
-         token uses (room to read into, and for one expert of every size)"
-    )]
-    Budget {
-        /// What was given.
-        budget: u64,
-        /// What is needed.
-        needed: u64,
-    },
+}
+
+/// The one of `all` that `found` names; `what` they are is said where there is none.
+pub(crate) fn by_name<T: Copy>(
+    what: &'static str,
+    all: &[T],
+    name: impl Fn(T) -> &'static str,
+    found: &str,
+) -> Result<T> {
+    let known = all.iter().copied().find(|one| name(*one) == found);
+    known.ok_or_else(|| StoreError::Unknown {
+        what,
+        found: found.to_owned(),
+        known: all.iter().copied().map(name).collect::<Vec<_>>().join(", "),
+    })
 }

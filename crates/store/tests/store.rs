@@ -180,6 +180,10 @@ fn options(budget: u64, policy: PolicyKind) -> StoreOptions {
     }
 }
 
+fn open(form: Copies, files: &Files, options: StoreOptions) -> Store<Copies> {
+    Store::new(form, [N_LAYERS, N_EXPERTS], &files.paths, &options).unwrap()
+}
+
 fn subset() -> impl Strategy<Value = Vec<u16>> {
     proptest::collection::btree_set(0..N_EXPERTS as u16, 0..=N_EXPERTS)
         .prop_map(|set| set.into_iter().collect())
@@ -247,13 +251,7 @@ fn what_cannot_be_made_is_an_error_and_not_kept() {
         expert: 4,
     };
     form.broken = Some(broken);
-    let store = Store::new(
-        form,
-        [N_LAYERS, N_EXPERTS],
-        &files.paths,
-        &options(1 << 20, PolicyKind::Lru),
-    )
-    .unwrap();
+    let store = open(form, &files, options(1 << 20, PolicyKind::Lru));
     for _ in 0..2 {
         assert!(matches!(
             pass(&store, &files, (0, &[1, 4, 5]), &[]),
@@ -266,13 +264,7 @@ fn what_cannot_be_made_is_an_error_and_not_kept() {
 #[test]
 fn a_file_that_is_cut_off_or_written_to_is_noticed() {
     let (files, form) = files();
-    let store = Store::new(
-        form,
-        [N_LAYERS, N_EXPERTS],
-        &files.paths,
-        &options(0, PolicyKind::Lru),
-    )
-    .unwrap();
+    let store = open(form, &files, options(0, PolicyKind::Lru));
     pass(&store, &files, (0, &[0, 1]), &[]).unwrap();
     let file = std::fs::OpenOptions::new()
         .write(true)
@@ -293,13 +285,7 @@ fn a_file_that_is_cut_off_or_written_to_is_noticed() {
 #[test]
 fn a_file_that_is_replaced_stays_the_old_one() {
     let (files, form) = files();
-    let store = Store::new(
-        form,
-        [N_LAYERS, N_EXPERTS],
-        &files.paths,
-        &options(0, PolicyKind::Lru),
-    )
-    .unwrap();
+    let store = open(form, &files, options(0, PolicyKind::Lru));
     let other = files.paths[0].with_extension("new");
     std::fs::write(&other, vec![7; 300_000]).unwrap();
     std::fs::rename(&other, &files.paths[0]).unwrap();
@@ -309,13 +295,7 @@ fn a_file_that_is_replaced_stays_the_old_one() {
 #[test]
 fn a_second_pass_comes_from_memory() {
     let (files, form) = files();
-    let store = Store::new(
-        form,
-        [N_LAYERS, N_EXPERTS],
-        &files.paths,
-        &options(1 << 20, PolicyKind::Lfu),
-    )
-    .unwrap();
+    let store = open(form, &files, options(1 << 20, PolicyKind::Lfu));
     let all: Vec<u16> = (0..N_EXPERTS as u16).collect();
     for _ in 0..2 {
         for layer in 0..N_LAYERS as u16 {
@@ -334,7 +314,7 @@ fn a_second_pass_comes_from_memory() {
 fn preloading_fills_what_is_empty_and_nothing_else() {
     let (files, form) = files();
     let all = options(1 << 20, PolicyKind::Lfu);
-    let store = Store::new(form, [N_LAYERS, N_EXPERTS], &files.paths, &all).unwrap();
+    let store = open(form, &files, all);
     let n_read = std::cell::Cell::new(0);
     store.preload(&|n| n_read.set(n_read.get() + n)).unwrap();
     assert_eq!(n_read.get(), 30);
@@ -347,7 +327,7 @@ fn preloading_fills_what_is_empty_and_nothing_else() {
 
     let (files, form) = self::files();
     let few = options(100_000, PolicyKind::Lfu);
-    let store = Store::new(form, [N_LAYERS, N_EXPERTS], &files.paths, &few).unwrap();
+    let store = open(form, &files, few);
     store.preload(&|_| {}).unwrap();
     let stats = store.stats();
     assert!(stats.reads as usize <= store.n_cached() && stats.evictions == 0);

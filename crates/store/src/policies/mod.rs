@@ -20,7 +20,7 @@ pub use lfu::Lfu;
 pub use lru::Lru;
 pub use random::Random;
 
-use crate::error::StoreError;
+use crate::error::{StoreError, by_name};
 use crate::policy::Policy;
 
 /// Tokens after which a use counts half, where a policy forgets.
@@ -92,12 +92,7 @@ impl FromStr for PolicyKind {
     type Err = StoreError;
 
     fn from_str(name: &str) -> Result<Self, StoreError> {
-        let found = Self::all().into_iter().find(|kind| kind.name() == name);
-        found.ok_or_else(|| StoreError::Unknown {
-            what: "cache policy",
-            found: name.to_owned(),
-            known: Self::all().map(Self::name).join(", "),
-        })
+        by_name("cache policy", &Self::all(), Self::name, name)
     }
 }
 

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::ALIGN;
 use super::memory::aligned;
 use super::whole::read_whole;
-use super::{ALIGN, Request};
 use crate::error::{Result, StoreError};
 
 /// A file that is read in pieces while a model runs.
@@ -138,21 +138,6 @@ impl OpenFile {
         let end = range.end.max(start).next_multiple_of(align);
         // A piece that is read at once fits into memory, so its length into usize.
         (start, (end - start) as usize)
-    }
-
-    /// A request for [`OpenFile::window`] of `range` into the front of `memory`, which keeps the rest.
-    ///
-    /// # Panics
-    ///
-    /// If `memory` is shorter than the window.
-    pub fn request(&self, tag: u64, range: &Range<u64>, memory: &mut bytes::BytesMut) -> Request {
-        let (offset, n_bytes) = Self::window(range);
-        Request {
-            tag,
-            file: Arc::clone(&self.file),
-            offset,
-            memory: memory.split_to(n_bytes),
-        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::str::FromStr;
 
 use super::{PoolReader, Reader, SyncReader};
-use crate::error::StoreError;
+use crate::error::{StoreError, by_name};
 
 /// A way of reading, as a user names it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,12 +53,7 @@ impl FromStr for ReaderKind {
     type Err = StoreError;
 
     fn from_str(name: &str) -> Result<Self, StoreError> {
-        let found = Self::ALL.into_iter().find(|kind| kind.name() == name);
-        found.ok_or_else(|| StoreError::Unknown {
-            what: "reader",
-            found: name.to_owned(),
-            known: Self::ALL.map(Self::name).join(", "),
-        })
+        by_name("reader", &Self::ALL, Self::name, name)
     }
 }
 
