@@ -81,7 +81,7 @@ impl OpenFile {
         })
     }
 
-    /// The file, for a [`Request`].
+    /// The file, for a [`Request`](super::Request).
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
