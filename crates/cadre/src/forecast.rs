@@ -1,7 +1,7 @@
 //! The forecast for a model that is larger than its budget: how fast it decodes with its experts on disk.
 
 use cadre_checkpoint::{ModelConfig, Sizes};
-use cadre_store::forecast::{Machine, SKEW, Work, decoding};
+use cadre_store::forecast::{LOCALITY, Machine, Work, decoding};
 use serde::Serialize;
 
 use crate::demand::Demand;
@@ -73,7 +73,7 @@ impl Streamed {
             all_expert_bytes: held.experts,
             n_layers: moe.layers.len(),
             n_picked: moe.top_k,
-            skew: SKEW,
+            locality: LOCALITY,
         };
         let machine = Machine {
             memory,
@@ -81,7 +81,14 @@ impl Streamed {
             latency: disk.latency_seconds,
         };
         let forecast = decoding(&work, &machine, cache_bytes);
-        let even = decoding(&Work { skew: 1.0, ..work }, &machine, cache_bytes);
+        let even = decoding(
+            &Work {
+                locality: 0.0,
+                ..work
+            },
+            &machine,
+            cache_bytes,
+        );
         Some(Self {
             cache_bytes: cache_bytes.min(held.experts),
             hit_rate: forecast.hit_rate,

@@ -1,21 +1,23 @@
-"""Makes golden/smollm2/: what llama.cpp continues and scores with a real model, SmolLM2-135M-Instruct in Q4_1.
+"""Makes golden/real_models/: what llama.cpp continues and scores with real models.
 
-    PY="$(bash bench/peers/llama.sh)" && "$PY" golden/make/smollm2.py "$(bash recipes/data/smollm2.sh)"
+    PY="$(bash bench/peers/llama.sh)"
+    "$PY" golden/make/real_models.py "$(bash recipes/data/smollm2.sh)" [the files that other scripts there fetch]
 
-expected.json
+NAME.json, one per model of MODELS
     prompts      text, token ids, `next`: the 64 ids that llama.cpp picks greedily (end tokens are not heeded), and `gap`,
-                 the smallest difference between its two largest logits on the way, over its three ways to compute
+                 the smallest difference between its two largest logits on the way, over its ways to compute
     perplexity   of recipes/data/sample.jsonl, in windows of 512 tokens (cut as `cadre eval perplexity` cuts them)
 
-llama.cpp computes in three ways here: by its defaults (16-bit keys and values, flash attention); with keys and values in
-f32; and those with all weights decoded to f32, so that inputs are not rounded to eight bits either. On open text these
-three part within 64 tokens more often than not: the rounding of inputs moves logits by a hundredth, and a small model is
-often that undecided. So CANDIDATES are texts whose continuation is clear, and a prompt is taken, in their order, if all
-three ways continue it alike with a gap of at least MIN_GAP. MANIFEST.json says how many were passed over. Perplexity is
-given for all three ways.
+llama.cpp computes in four ways here: by its defaults (16-bit keys and values, flash attention); with keys and values in
+f32; those without repacking weights for its faster kernels; and with all weights decoded to f32, so that inputs are not
+rounded to eight bits either. On open text these part within 64 tokens more often than not: the rounding of inputs moves
+logits by a hundredth, and a small model is often that undecided. So CANDIDATES are texts whose continuation is clear, and
+a prompt is taken, in their order, if all ways continue it alike with a gap of at least MIN_GAP. MANIFEST.json says how
+many were passed over. Perplexity is given for all ways.
 """
 
 import hashlib
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -25,8 +27,16 @@ from llama_logits import Model, decoded, read_documents
 
 from common import ROOT, fail, write_json
 
-OUT = ROOT / "golden" / "smollm2"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+OUT = ROOT / "golden" / "real_models"
+# By file name: the name here, and the file's digest.
+MODELS = {
+    "SmolLM2-135M-Instruct.Q4_1.gguf": ("smollm2", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+    "gemma-3-270m-q4_k_m.gguf": ("gemma3-270m", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
+    "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf": (
+        "qwen25-coder",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    ),
+}
 TEXT = ROOT / "recipes" / "data" / "sample.jsonl"
 WINDOW = 512
 COUNT = 64
@@ -150,38 +160,51 @@ def agreed(models):
     fail(f"only {len(prompts)} of the candidates are continued alike")
 
 
-def main():
-    if len(sys.argv) != 2:
-        fail("give the model file: smollm2.py MODEL.gguf")
-    path = Path(sys.argv[1])
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != SHA256:
-        fail(f"{path} is not the pinned model; fetch it with recipes/data/smollm2.sh")
+def make(path, name):
+    """Writes one model's file. Returns its entry for the manifest."""
+    threads = 2
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "decoded.gguf"
         decoded(path, plain)
+        default = Model(path, WINDOW, default_cache=True, threads=threads)
         ways = {
-            "default": Model(path, WINDOW, default_cache=True),
-            "f32_cache": Model(path, WINDOW),
-            "f32_weights": Model(plain, WINDOW),
+            "default": default,
+            "f32_cache": Model(path, WINDOW, threads=threads, weights=default),
+            "not_repacked": Model(path, WINDOW, threads=threads, repack=False),
+            "f32_weights": Model(plain, WINDOW, threads=threads),
         }
         prompts, passed = agreed(list(ways.values()))
         documents = [ways["default"].tokenize(text) for text in read_documents(TEXT)]
         perplexity = {}
-        for name, model in ways.items():
+        for way, model in ways.items():
             value, count = model.perplexity(documents, WINDOW)
-            perplexity[name] = float(f"{value:.7g}")
-            print(f"perplexity {name}: {value:.5f} over {count}", flush=True)
+            perplexity[way] = float(f"{value:.7g}")
+            print(f"perplexity {way}: {value:.5f} over {count}", flush=True)
+        for model in reversed(ways.values()):
+            model.close()
     scores = {"file": "recipes/data/sample.jsonl", "window": WINDOW, "tokens": count, **perplexity}
-    write_json(OUT / "expected.json", {"prompts": prompts, "perplexity": scores})
-    manifest = {
-        "script": "golden/make/smollm2.py",
-        "requirements": "golden/make/requirements-llama.txt",
-        "llama_cpp_python": llama_cpp.__version__,
-        "model": {"file": path.name, "sha256": SHA256, "fetch": "recipes/data/smollm2.sh"},
-        "prompts_passed_over": passed,
-    }
-    write_json(OUT / "MANIFEST.json", manifest)
+    write_json(OUT / f"{name}.json", {"prompts": prompts, "perplexity": scores})
+    return {"file": path.name, "sha256": MODELS[path.name][1], "fetch": f"recipes/data/{name}.sh", "prompts_passed_over": passed}
+
+
+def main():
+    paths = [Path(argument) for argument in sys.argv[1:]]
+    if not paths:
+        fail("give model files: real_models.py MODEL.gguf [more]")
+    for path in paths:
+        if path.name not in MODELS or hashlib.sha256(path.read_bytes()).hexdigest() != MODELS[path.name][1]:
+            fail(f"{path} is not a pinned model; fetch one with recipes/data/{{{','.join(name for name, _ in MODELS.values())}}}.sh")
+    manifest = OUT / "MANIFEST.json"
+    models = json.loads(manifest.read_text(encoding="utf-8"))["models"] if manifest.is_file() else {}
+    for path in paths:
+        name = MODELS[path.name][0]
+        models[name] = make(path, name)
+        head = {
+            "script": "golden/make/real_models.py",
+            "requirements": "golden/make/requirements-llama.txt",
+            "llama_cpp_python": llama_cpp.__version__,
+        }
+        write_json(manifest, head | {"models": models})
 
 
 if __name__ == "__main__":
