@@ -1,9 +1,11 @@
 //! Between the training model, whose experts are stacked, and the tensors of a checkpoint folder.
 
+use crate::architecture::Architecture;
 use crate::error::{Result, TrainError};
 use crate::init::Init;
 use crate::lm::{FeedForward, LanguageModel, Layer};
 use crate::params::values;
+use crate::routers::RouterOptions;
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData as Data};
 use cadre_checkpoint::{
@@ -142,7 +144,8 @@ pub fn import(checkpoint: &Checkpoint, device: &Device) -> Result<LanguageModel>
         std: 0.0,
         device: device.clone(),
     };
-    let mut model = LanguageModel::init(config, &init);
+    let architecture = Architecture::new(config.clone(), &RouterOptions::default())?;
+    let mut model = LanguageModel::init(&architecture, &init);
     let load =
         |name: &str, shape: &[usize]| checkpoint.tensor_f32(&format!("{name}.weight"), shape);
     set(&mut model.embed_tokens, |shape| {

@@ -3,6 +3,7 @@
 //! The way of a step: [`trainer`] -> [`lm`] -> [`layers::moe`] -> routers, [`ops`] -> [`optimizer`].
 #![forbid(unsafe_code)]
 
+pub mod architecture;
 pub mod data;
 mod error;
 pub mod export;

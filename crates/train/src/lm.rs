@@ -1,15 +1,16 @@
 //! The decoder-only language model in the Qwen3-MoE layout, and its loss.
 
+use crate::architecture::{Architecture, MoeLayer};
 use crate::init::Init;
 use crate::layers::attention::SelfAttention;
 use crate::layers::mlp::Mlp;
-use crate::layers::moe::{Moe, RoutingReport};
+use crate::layers::moe::{Moe, MoeWidths};
+use crate::losses;
 use crate::ops::{self, AttentionShape};
-use crate::routers::{Route, TopK};
+use crate::routers::{RouteContext, Routed};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use cadre_checkpoint::ModelConfig;
-use cadre_routing::{Loads, RoutingError};
+use cadre_routing::RoutingError;
 use std::sync::Arc;
 
 /// Feed-forward part of a layer.
@@ -58,6 +59,30 @@ pub struct Batch {
     pub seq_len: usize,
 }
 
+/// Which forward pass of a run this is; the default is one outside of training.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pass<'a> {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Optimizer step, from 1; 0 outside of a run.
+    pub step: u64,
+    /// Index of the pass within the step: micro-batches, and repeated passes over one.
+    pub index: usize,
+    /// Whether this is a training pass: noise, random experts and dropping belong to training.
+    pub training: bool,
+    /// Selection-only biases, one `[n_experts]` per MoE layer; empty when there are none.
+    pub biases: &'a [Vec<f32>],
+}
+
+/// What a forward pass leaves behind.
+#[derive(Debug)]
+pub struct Forward {
+    /// `[T, d_model]`, after the final norm.
+    pub hidden: Tensor<2>,
+    /// What the router of each MoE layer decided, in order.
+    pub routed: Vec<Routed>,
+}
+
 /// Loss parts of one batch; the router losses are means over the MoE layers (zero without any).
 #[derive(Debug)]
 pub struct Losses {
@@ -67,22 +92,25 @@ pub struct Losses {
     pub balance: Tensor<1>,
     /// Router z-loss.
     pub z: Tensor<1>,
-    /// Picks of each MoE layer.
-    pub loads: Vec<Loads>,
+    /// What the router of each MoE layer decided, in order.
+    pub routed: Vec<Routed>,
 }
 
 impl LanguageModel {
-    /// Random parameters for `config`.
+    /// Random parameters for `architecture`.
     #[must_use]
-    pub fn init(config: &ModelConfig, init: &Init) -> Self {
+    pub fn init(architecture: &Architecture, init: &Init) -> Self {
+        let config = &architecture.config;
         // Keeps the variance of the residual stream independent of the depth (GPT-2, Radford et al. 2019).
         let residual_scale = 1.0 / (2.0 * config.n_layers as f32).sqrt();
         let (v, d) = (config.vocab_size, config.hidden_size);
         let norm = || Param::from_tensor(init.ones(d));
         let layers = (0..config.n_layers).map(|layer| {
             let name = |part: &str| format!("layers.{layer}.{part}");
-            let mlp = if config.is_moe_layer(layer) {
-                FeedForward::Moe(Moe::init(config, init, &name("mlp"), residual_scale))
+            let mlp = if let Some(moe) = architecture.moe_layer(layer) {
+                let expert = config.moe.intermediate_size;
+                let widths = MoeWidths { d_model: d, expert };
+                FeedForward::Moe(Moe::init(widths, moe, init, &name("mlp"), residual_scale))
             } else {
                 let width = config.intermediate_size;
                 FeedForward::Dense(Mlp::init(d, width, init, &name("mlp"), residual_scale))
@@ -103,11 +131,17 @@ impl LanguageModel {
         }
     }
 
-    /// The loss parts on `batch`.
+    /// Hidden states and routing on `batch`.
     ///
     /// # Errors
     /// Router logits that are not finite (the run has diverged).
-    pub fn losses(&self, config: &ModelConfig, batch: &Batch) -> Result<Losses, RoutingError> {
+    pub fn forward(
+        &self,
+        architecture: &Architecture,
+        batch: &Batch,
+        pass: &Pass<'_>,
+    ) -> Result<Forward, RoutingError> {
+        let config = &architecture.config;
         let eps = config.norm_eps as f32;
         let shape = AttentionShape {
             batch: batch.tokens.len() / batch.seq_len,
@@ -118,59 +152,84 @@ impl LanguageModel {
             rope_theta: config.rope.theta,
             eps,
         };
-        let router = TopK::new(
-            config.moe.n_experts,
-            config.moe.top_k,
-            config.moe.norm_topk_prob(),
-        )?;
         let mut x = ops::embedding(self.embed_tokens.val(), batch.tokens.clone());
-        let mut reports = Vec::new();
-        for layer in &self.layers {
-            let (y, report) = layer.forward(x, shape, &router)?;
-            x = y;
-            reports.extend(report);
+        let mut routed = Vec::with_capacity(architecture.moe.len());
+        let mut rules = architecture.moe.iter();
+        for (index, layer) in self.layers.iter().enumerate() {
+            x = layer.attend(x, shape);
+            let normed = ops::rms_norm(x.clone(), layer.post_attention_layernorm.val(), eps);
+            let y = match &layer.mlp {
+                FeedForward::Moe(moe) => {
+                    let rule: &MoeLayer = rules.next().expect("a rule for every MoE layer");
+                    let context = pass.context(index, routed.len(), batch.seq_len);
+                    let (y, decided) = moe.forward(normed, rule, &context)?;
+                    routed.push(decided);
+                    y
+                }
+                FeedForward::Dense(mlp) => mlp.forward(normed),
+            };
+            x = x + y;
         }
-        let x = ops::rms_norm(x, self.norm.val(), eps);
-        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        let cross_entropy = ops::cross_entropy(x, head.val(), batch.targets.clone());
-        Ok(combine(cross_entropy, reports))
+        Ok(Forward {
+            hidden: ops::rms_norm(x, self.norm.val(), eps),
+            routed,
+        })
+    }
+
+    /// The matrix `[vocab, d_model]` that turns hidden states into logits.
+    #[must_use]
+    pub fn head(&self) -> Tensor<2> {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens).val()
+    }
+
+    /// The loss parts on `batch`, with the balance of this batch alone.
+    ///
+    /// # Errors
+    /// Router logits that are not finite (the run has diverged).
+    pub fn losses(
+        &self,
+        architecture: &Architecture,
+        batch: &Batch,
+        pass: &Pass<'_>,
+    ) -> Result<Losses, RoutingError> {
+        let Forward { hidden, routed } = self.forward(architecture, batch, pass)?;
+        let cross_entropy = ops::cross_entropy(hidden, self.head(), batch.targets.clone());
+        let n = routed.len().max(1) as f32;
+        let zero = Tensor::zeros([1], &cross_entropy.device());
+        let (mut balance, mut z) = (zero.clone(), zero);
+        for (decided, layer) in routed.iter().zip(&architecture.moe) {
+            let even = layer.router.balance(decided, &decided.loads, false);
+            balance = balance + even / n;
+            z = z + losses::z_loss(decided.logits.clone()) / n;
+        }
+        Ok(Losses {
+            cross_entropy,
+            balance,
+            z,
+            routed,
+        })
     }
 }
 
-fn combine(cross_entropy: Tensor<1>, reports: Vec<RoutingReport>) -> Losses {
-    let n = reports.len().max(1) as f32;
-    let zero = Tensor::zeros([1], &cross_entropy.device());
-    let mut losses = Losses {
-        cross_entropy,
-        balance: zero.clone(),
-        z: zero,
-        loads: Vec::with_capacity(reports.len()),
-    };
-    for report in reports {
-        losses.balance = losses.balance + report.balance / n;
-        losses.z = losses.z + report.z / n;
-        losses.loads.push(report.loads);
+impl<'a> Pass<'a> {
+    /// What the router of decoder layer `layer`, the `nth` with experts, is told.
+    fn context(&self, layer: usize, nth: usize, seq_len: usize) -> RouteContext<'a> {
+        RouteContext {
+            seed: self.seed,
+            step: self.step,
+            layer,
+            pass: self.index,
+            training: self.training,
+            seq_len,
+            bias: self.biases.get(nth).map(Vec::as_slice),
+        }
     }
-    losses
 }
 
 impl Layer {
-    fn forward(
-        &self,
-        x: Tensor<2>,
-        shape: AttentionShape,
-        router: &dyn Route,
-    ) -> Result<(Tensor<2>, Option<RoutingReport>), RoutingError> {
+    /// Attention, added to the stream.
+    fn attend(&self, x: Tensor<2>, shape: AttentionShape) -> Tensor<2> {
         let normed = ops::rms_norm(x.clone(), self.input_layernorm.val(), shape.eps);
-        let x = x + self.self_attn.forward(normed, shape);
-        let normed = ops::rms_norm(x.clone(), self.post_attention_layernorm.val(), shape.eps);
-        let (y, report) = match &self.mlp {
-            FeedForward::Moe(moe) => {
-                let (y, report) = moe.forward(normed, router)?;
-                (y, Some(report))
-            }
-            FeedForward::Dense(mlp) => (mlp.forward(normed), None),
-        };
-        Ok((x + y, report))
+        x + self.self_attn.forward(normed, shape)
     }
 }

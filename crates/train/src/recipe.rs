@@ -1,7 +1,9 @@
 //! Recipes: TOML files that reproduce one named run. Unknown keys are errors.
 
+use crate::architecture::Architecture;
 use crate::error::{Result, TrainError};
 use crate::optimizer::AdamWConfig;
+use crate::routers::RouterOptions;
 use cadre_checkpoint::{
     Activation, AttentionConfig, ModelConfig, MoeConfig, NormKind, QkNorm, RopeConfig,
     RouterConfig, Scales,
@@ -20,6 +22,9 @@ pub struct Recipe {
     pub seed: u64,
     /// The model.
     pub model: Model,
+    /// The routing rule; absent for softmax top-k.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub router: Option<RouterOptions>,
     /// The text; absent for speed measurements, which use random tokens.
     pub data: Option<Data>,
     /// The schedule.
@@ -250,7 +255,33 @@ impl Recipe {
             .model_config()
             .check(&path.display().to_string())
             .map_err(|e| fail(e.to_string()))?;
+        recipe.check_routers().map_err(fail)?;
         Ok(recipe)
+    }
+
+    fn check_routers(&self) -> Result<(), String> {
+        let options = self.router.clone().unwrap_or_default();
+        options.check()?;
+        let architecture = Architecture::new(self.model_config(), &options);
+        let architecture = architecture.map_err(|e| format!("[router]: {e}"))?;
+        let leaks = |r: &dyn crate::routers::Route| !(r.causal() && r.batch_invariant());
+        if !options.allow_non_causal && architecture.moe.iter().any(|m| leaks(&*m.router)) {
+            return Err(format!(
+                "router `{}` lets the experts of a token depend on later tokens or other sequences, which a model that \
+                 generates does not have; to train one all the same, set `router.allow_non_causal = true`",
+                options.name
+            ));
+        }
+        Ok(())
+    }
+
+    /// The model without its parameters: its configuration and routing rules.
+    ///
+    /// # Errors
+    /// Options that the router cannot work with.
+    pub fn architecture(&self) -> Result<Architecture> {
+        let options = self.router.clone().unwrap_or_default();
+        Ok(Architecture::new(self.model_config(), &options)?)
     }
 
     fn check(&self) -> Result<(), String> {

@@ -1,18 +1,19 @@
 //! The loop: batches -> losses -> gradients -> update, with log, evaluation, snapshots and resumption.
 
+use crate::architecture::Architecture;
 use crate::data::{self, Corpus};
 use crate::error::{Result, TrainError};
 use crate::export::export;
 use crate::files;
 use crate::init::Init;
-use crate::lm::{Batch, LanguageModel};
+use crate::lm::{Batch, LanguageModel, Pass};
 use crate::log::{EvalRecord, LayerRecord, Log, Score, StepRecord};
 use crate::optimizer::{AdamW, GradientSum};
 use crate::recipe::Recipe;
 use crate::snapshot;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use cadre_checkpoint::{Dtype, ModelConfig};
+use cadre_checkpoint::Dtype;
 use cadre_routing::Loads;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -65,7 +66,7 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
     files::create_dir(folder)?;
     progress.stage("tokenizer and tokens");
     let corpus = Corpus::prepare(recipe, data, folder)?;
-    let mut run = Run::new(recipe);
+    let mut run = Run::new(recipe)?;
     let snapshots = folder.join("snapshots");
     let refused = run.resume(&snapshots)?;
     progress.begin(run.optimizer.step, recipe.train.steps, &refused);
@@ -97,7 +98,7 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
     let model = folder.join("model");
     export(
         run.model(),
-        &run.config,
+        &run.architecture.config,
         &corpus.tokenizer_json,
         Dtype::Bf16,
         &model,
@@ -122,7 +123,7 @@ pub fn forget(recipe: &Recipe) -> Result<()> {
 /// # Errors
 /// Divergence.
 pub fn bench(recipe: &Recipe, steps: u64) -> Result<Vec<StepRecord>> {
-    let mut run = Run::new(recipe);
+    let mut run = Run::new(recipe)?;
     (0..steps)
         .map(|_| run.step(|step, micro| data::random_batch(recipe, step, micro)))
         .collect()
@@ -140,7 +141,7 @@ pub fn n_parameters(recipe: &Recipe) -> usize {
 /// A run in memory.
 struct Run<'a> {
     recipe: &'a Recipe,
-    config: ModelConfig,
+    architecture: Architecture,
     /// Absent only while the optimizer has it.
     model: Option<LanguageModel>,
     optimizer: AdamW,
@@ -157,19 +158,19 @@ struct Totals {
 }
 
 impl<'a> Run<'a> {
-    fn new(recipe: &'a Recipe) -> Self {
-        let config = recipe.model_config();
+    fn new(recipe: &'a Recipe) -> Result<Self> {
+        let architecture = recipe.architecture()?;
         let init = Init {
             seed: recipe.seed,
             std: recipe.model.initializer_range,
             device: Device::flex().autodiff(),
         };
-        Self {
-            model: Some(LanguageModel::init(&config, &init)),
+        Ok(Self {
+            model: Some(LanguageModel::init(&architecture, &init)),
             optimizer: AdamW::new(recipe.optimizer),
             recipe,
-            config,
-        }
+            architecture,
+        })
     }
 
     fn model(&self) -> &LanguageModel {
@@ -198,7 +199,14 @@ impl<'a> Run<'a> {
         let mut totals = Totals::default();
         for micro in 0..n_micro {
             let batch = batch(step, micro);
-            self.backward(step, &batch, share, &mut gradients, &mut totals)?;
+            let pass = Pass {
+                seed: self.recipe.seed,
+                step,
+                index: micro,
+                training: true,
+                biases: &[],
+            };
+            self.backward(&pass, &batch, share, &mut gradients, &mut totals)?;
         }
         let norm = gradients.norm();
         if !norm.is_finite() {
@@ -234,13 +242,14 @@ impl<'a> Run<'a> {
 
     fn backward(
         &self,
-        step: u64,
+        pass: &Pass<'_>,
         batch: &Batch,
         share: f32,
         gradients: &mut GradientSum,
         totals: &mut Totals,
     ) -> Result<()> {
-        let losses = self.model().losses(&self.config, batch)?;
+        let step = pass.step;
+        let losses = self.model().losses(&self.architecture, batch, pass)?;
         let weights = self.recipe.losses;
         let loss = losses.cross_entropy.clone()
             + losses.balance.clone() * weights.balance
@@ -259,10 +268,10 @@ impl<'a> Run<'a> {
         add(&mut totals.balance, losses.balance);
         add(&mut totals.z, losses.z);
         if totals.loads.is_empty() {
-            totals.loads = losses.loads;
+            totals.loads = losses.routed.into_iter().map(|r| r.loads).collect();
         } else {
-            for (total, loads) in totals.loads.iter_mut().zip(&losses.loads) {
-                total.merge(loads)?;
+            for (total, routed) in totals.loads.iter_mut().zip(&losses.routed) {
+                total.merge(&routed.loads)?;
             }
         }
         gradients.add(self.model(), &mut loss.backward(), share);
@@ -270,14 +279,13 @@ impl<'a> Run<'a> {
     }
 
     fn layer_records(&self, loads: &[Loads]) -> Vec<LayerRecord> {
-        let layers = self.config.moe_layers();
+        let layers = self.architecture.moe.iter();
         layers
-            .into_iter()
             .zip(loads)
-            .filter_map(|(layer, loads)| {
+            .filter_map(|(moe, loads)| {
                 let summary = loads.summary()?;
                 Some(LayerRecord {
-                    layer,
+                    layer: moe.layer,
                     cv: summary.cv,
                     max_vio: summary.max_vio,
                     dead: summary.n_dead,
@@ -290,6 +298,11 @@ impl<'a> Run<'a> {
     /// Scores at most `max_tokens` held-out tokens of every domain, without gradients.
     fn evaluate(&self, corpus: &Corpus, max_tokens: usize) -> Result<EvalRecord> {
         let model = self.model().valid();
+        let pass = Pass {
+            seed: self.recipe.seed,
+            step: self.optimizer.step,
+            ..Pass::default()
+        };
         let seq_len = self.recipe.train.seq_len;
         let mut record = EvalRecord {
             step: self.optimizer.step,
@@ -307,7 +320,7 @@ impl<'a> Run<'a> {
                     targets: std::sync::Arc::new(targets.to_vec()),
                     seq_len,
                 };
-                let losses = model.losses(&self.config, &batch)?;
+                let losses = model.losses(&self.architecture, &batch, &pass)?;
                 let nll = f64::from(losses.cross_entropy.into_scalar::<f32>());
                 sum += nll * tokens.len() as f64;
                 n += tokens.len();

@@ -3,11 +3,13 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use burn::tensor::Device;
-use cadre_checkpoint::{Checkpoint, ModelConfig};
+use cadre_checkpoint::Checkpoint;
+use cadre_train::architecture::Architecture;
 use cadre_train::export;
-use cadre_train::lm::{Batch, LanguageModel};
+use cadre_train::lm::{Batch, LanguageModel, Pass};
 use cadre_train::optimizer::{AdamW, AdamWConfig, GradientSum};
 use cadre_train::params;
+use cadre_train::routers::RouterOptions;
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -91,7 +93,8 @@ fn gradients_by_name(model: &LanguageModel, sum: &GradientSum) -> BTreeMap<Strin
 
 fn train(golden: &Golden) -> Ours {
     let checkpoint = Checkpoint::open(&root().join(&golden.start)).unwrap();
-    let config: &ModelConfig = checkpoint.config();
+    let config = checkpoint.config().clone();
+    let architecture = Architecture::new(config, &RouterOptions::default()).unwrap();
     let mut model = export::import(&checkpoint, &Device::flex().autodiff()).unwrap();
     let s = &golden.settings;
     let mut optimizer = AdamW::new(AdamWConfig {
@@ -103,7 +106,9 @@ fn train(golden: &Golden) -> Ours {
     let mut steps = Vec::new();
     let mut first_gradients = None;
     for rows in &golden.batches {
-        let losses = model.losses(config, &batch(rows)).unwrap();
+        let losses = model
+            .losses(&architecture, &batch(rows), &Pass::default())
+            .unwrap();
         let loss = losses.cross_entropy.clone()
             + losses.balance.clone() * s.balance_coef
             + losses.z.clone() * s.z_coef;

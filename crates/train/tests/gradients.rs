@@ -8,6 +8,7 @@
 mod naive;
 
 use burn::tensor::{Device, Tensor, TensorData};
+use cadre_routing::Routing;
 use cadre_train::ops::{self, AttentionShape, Dispatch};
 use naive::AttentionSizes;
 use rand::Rng;
@@ -357,11 +358,20 @@ fn picks(n_tokens: usize, n_experts: usize, top_k: usize) -> Vec<u16> {
         .collect()
 }
 
+/// The picks of [`picks`] as a routing.
+fn routing(ids: &[u16], top_k: usize) -> Routing {
+    let mut routing = Routing::new();
+    for ids in ids.chunks(top_k) {
+        routing.push_token(ids, &vec![1.0; top_k]);
+    }
+    routing
+}
+
 #[test]
 fn experts() {
     for ([n_tokens, n_experts, top_k, d, width], scale) in EXPERTS {
         let ids = picks(n_tokens, n_experts, top_k);
-        let dispatch = Arc::new(Dispatch::new(&ids, top_k, n_experts));
+        let dispatch = Arc::new(Dispatch::of(&routing(&ids, top_k), n_experts));
         assert_eq!(
             dispatch.loads().contains(&0),
             n_experts > n_tokens * top_k || n_experts >= 4
@@ -374,17 +384,74 @@ fn experts() {
                 ("down", values(13, n_experts * d * width, 1.0)),
                 ("weights", values(14, n_tokens * top_k, 1.0)),
             ],
-            naive: &|v| naive::experts(v, &ids, [d, width, top_k]),
+            naive: &|v| {
+                naive::experts(
+                    v,
+                    &tokens(&routing(&ids, top_k), n_experts, None),
+                    [d, width],
+                )
+            },
             ours: &|v| {
                 let [x, gate_up, down, weights] = std::array::from_fn(|i| v[i].clone());
                 ops::experts(
                     x.reshape([n_tokens, d]),
                     gate_up.reshape([n_experts, 2 * width, d]),
                     down.reshape([n_experts, d, width]),
-                    weights.reshape([n_tokens, top_k]),
+                    weights,
                     dispatch.clone(),
                 )
                 .flatten(0, 1)
+            },
+        }
+        .hold();
+    }
+}
+
+/// Token and expert of every pair that is computed, in the order of the weights; `None` for the others.
+fn tokens(
+    routing: &Routing,
+    n_experts: usize,
+    keep: Option<&[bool]>,
+) -> Vec<Option<(usize, usize)>> {
+    let pairs = routing.iter().enumerate();
+    let pairs = pairs.flat_map(|(t, (ids, _))| ids.iter().map(move |&id| (t, usize::from(id))));
+    pairs
+        .enumerate()
+        .map(|(pair, (t, e))| (e < n_experts && keep.is_none_or(|k| k[pair])).then_some((t, e)))
+        .collect()
+}
+
+/// Tokens without experts, with all of them, with null experts (ids from 3 on), and pairs that a filter dropped.
+#[test]
+fn experts_of_ragged_picks() {
+    let mut routing = Routing::new();
+    for ids in [&[2u16, 0][..], &[], &[4, 1, 3], &[3], &[0, 1, 2], &[1]] {
+        routing.push_token(ids, &vec![1.0; ids.len()]);
+    }
+    let dropped: Vec<bool> = (0..routing.n_pairs()).map(|pair| pair % 4 != 1).collect();
+    let [n_tokens, n_experts, d, width] = [6, 3, 5, 4];
+    for keep in [None, Some(dropped.as_slice())] {
+        let dispatch = Arc::new(match keep {
+            None => Dispatch::of(&routing, n_experts),
+            Some(keep) => Dispatch::kept(&routing, n_experts, keep),
+        });
+        let pairs = tokens(&routing, n_experts, keep);
+        assert_eq!(dispatch.n_dispatched(), pairs.iter().flatten().count());
+        Case {
+            name: format!("ragged experts, dropped: {}", keep.is_some()),
+            inputs: vec![
+                ("x", values(21, n_tokens * d, 1.0)),
+                ("gate_up", values(22, n_experts * 2 * width * d, 1.0)),
+                ("down", values(23, n_experts * d * width, 1.0)),
+                ("weights", values(24, routing.n_pairs(), 1.0)),
+            ],
+            naive: &|v| naive::experts(v, &pairs, [d, width]),
+            ours: &|v| {
+                let [x, gate_up, down, weights] = std::array::from_fn(|i| v[i].clone());
+                let gate_up = gate_up.reshape([n_experts, 2 * width, d]);
+                let down = down.reshape([n_experts, d, width]);
+                let x = x.reshape([n_tokens, d]);
+                ops::experts(x, gate_up, down, weights, dispatch.clone()).flatten(0, 1)
             },
         }
         .hold();
@@ -476,13 +543,16 @@ fn every_operation(n_threads: usize) -> Vec<Vec<f32>> {
             .map(|p| ops::linear(x.clone(), p.clone().reshape([d, d])));
         let shape = attention_shape(attention_sizes([3, 100, 4, 4, 8]));
         let x = x + ops::attention(qkv, [norms[0].clone(), norms[1].clone()], shape);
-        let dispatch = Arc::new(Dispatch::new(&picks(n_tokens, n_experts, 2), 2, n_experts));
+        let dispatch = Arc::new(Dispatch::of(
+            &routing(&picks(n_tokens, n_experts, 2), 2),
+            n_experts,
+        ));
         let x = x.clone()
             + ops::experts(
                 x,
                 gate_up.clone().reshape([n_experts, 2 * width, d]),
                 down.clone().reshape([n_experts, d, width]),
-                weights.clone().reshape([n_tokens, 2]),
+                weights.clone(),
                 dispatch,
             );
         let x = ops::rms_norm(x, norms[2].clone(), 1e-6);

@@ -6,7 +6,9 @@ use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use cadre_routing::registry::{self, PolicyOptions};
 use cadre_routing::{Loads, Policy, Routing, policies};
-use cadre_train::{losses, routers, weight_heads};
+use cadre_train::routers::{self, RouteContext, RouterOptions, RouterSizes};
+use cadre_train::weight_heads::Picks;
+use cadre_train::{losses, weight_heads};
 use serde::Deserialize;
 
 /// The figures are printed to six digits after the point.
@@ -126,17 +128,15 @@ fn mean_probs_and_entropy() {
 #[test]
 fn top_2_renormalised() {
     let golden = golden();
-    let routed = routers::build(
-        "top_k",
-        &PolicyOptions {
-            n_experts: N_EXPERTS,
-            top_k: 2,
-            ..PolicyOptions::default()
-        },
-    )
-    .unwrap()
-    .route(tensor(&golden.logits))
-    .unwrap();
+    let sizes = RouterSizes {
+        n_experts: N_EXPERTS,
+        top_k: 2,
+        norm_topk_prob: true,
+    };
+    let routed = routers::build("top_k", sizes, &RouterOptions::default())
+        .unwrap()
+        .route(tensor(&golden.logits), &RouteContext::default())
+        .unwrap();
     let ids: Vec<u16> = golden
         .top_2_renormalised
         .iter()
@@ -147,7 +147,7 @@ fn top_2_renormalised() {
         .iter()
         .flat_map(|picks| picks.weights.clone())
         .collect();
-    assert_eq!(routed.ids, ids);
+    assert_eq!(routed.routing.experts(), ids);
     assert_close(&routed.weights.try_into_vec_as::<f64>().unwrap(), &weights);
 }
 
@@ -237,8 +237,10 @@ fn dense_to_sparse_gate_values() {
     let all: Vec<u16> = (0..N_EXPERTS as u16).collect();
     for gate in &case.gates {
         let noise = tensor(std::slice::from_ref(&case.noise));
-        let picks = weight_heads::picks(&all, N_EXPERTS, &logits);
-        let y = weight_heads::tempered_softmax(logits.clone(), noise, picks, gate.temperature);
+        let mut routing = Routing::new();
+        routing.push_token(&all, &[1.0; N_EXPERTS]);
+        let picks = Picks::of(&routing, N_EXPERTS, &logits);
+        let y = weight_heads::tempered_softmax(logits.clone(), noise, &picks, gate.temperature);
         assert_close(&y.try_into_vec_as::<f64>().unwrap(), &gate.y);
     }
 }
@@ -265,17 +267,20 @@ fn every_router_agrees_with_its_policy() {
                 .unwrap()
                 .route(&logits, &mut routing)
                 .unwrap();
-            let router = routers::build(name, &options).unwrap();
-            assert_eq!(
-                (router.name(), router.n_experts(), router.top_k()),
-                (name, N, top_k)
-            );
+            let sizes = RouterSizes {
+                n_experts: N,
+                top_k,
+                norm_topk_prob,
+            };
+            let router = routers::build(name, sizes, &RouterOptions::default()).unwrap();
+            assert_eq!((router.name(), router.n_experts()), (name, N));
             let rows = Tensor::from_data(
                 TensorData::new(logits.clone(), [N_TOKENS, N]),
                 &Device::flex(),
             );
-            let routed = router.route(rows).unwrap();
-            assert_eq!(routed.ids, routing.experts(), "{name}");
+            let routed = router.route(rows, &RouteContext::default()).unwrap();
+            assert_eq!(routed.routing.experts(), routing.experts(), "{name}");
+            assert_eq!(routed.routing.offsets(), routing.offsets(), "{name}");
             let weights: Vec<f32> = routed.weights.try_into_vec_as().unwrap();
             assert_eq!(weights.len(), routing.weights().len());
             for (a, b) in weights.iter().zip(routing.weights()) {
@@ -284,9 +289,12 @@ fn every_router_agrees_with_its_policy() {
             assert_eq!(routed.loads.n_tokens(), N_TOKENS as u64);
         }
     }
-    let unknown = routers::build("topk", &PolicyOptions::default())
-        .unwrap_err()
-        .to_string();
+    let unknown = RouterOptions {
+        name: "topk".to_owned(),
+        ..RouterOptions::default()
+    }
+    .check()
+    .unwrap_err();
     assert!(
         unknown.contains("'topk'") && unknown.contains("top_k"),
         "{unknown}"

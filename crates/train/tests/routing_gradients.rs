@@ -2,9 +2,10 @@
 //! closed-form derivative that its documentation states. All in f64, where both comparisons are sharp.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use cadre_routing::Loads;
-use cadre_train::{losses, weight_heads as heads};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use cadre_routing::{Loads, Routing};
+use cadre_train::losses;
+use cadre_train::weight_heads::{self as heads, Picks};
 
 const T: usize = 6;
 const E: usize = 8;
@@ -47,8 +48,17 @@ fn tensor(rows: &Rows, device: &Device) -> Tensor<2> {
     )
 }
 
-fn picks(logits: &Tensor<2>) -> Tensor<2, Int> {
-    heads::picks(&ids(), K, logits)
+/// `ids` in rows of `top_k` as the picks of a batch.
+fn rows_of(ids: &[u16], top_k: usize, logits: &Tensor<2>) -> Picks {
+    let mut routing = Routing::new();
+    for ids in ids.chunks(top_k) {
+        routing.push_token(ids, &vec![1.0; top_k]);
+    }
+    Picks::of(&routing, E, logits)
+}
+
+fn picks(logits: &Tensor<2>) -> Picks {
+    rows_of(&ids(), K, logits)
 }
 
 /// Derivative of the loss with respect to the weight of pick `slot` of token `t`.
@@ -135,13 +145,13 @@ fn check(loss: impl Fn(Tensor<2>) -> Tensor<1>, closed: impl Fn(usize, &[f64; E]
 }
 
 /// `sum g w`: a loss whose derivative with respect to the weights is `g`.
-fn weigh(weights_tk: Tensor<2>) -> Tensor<1> {
+fn weigh(weights: Tensor<1>) -> Tensor<1> {
     let values: Vec<f64> = (0..T * K).map(|i| g(i / K, i % K)).collect();
-    let g_tk = Tensor::<2>::from_data(
-        TensorData::new(values, [T, K]),
-        (&weights_tk.device(), DType::F64),
+    let g = Tensor::<1>::from_data(
+        TensorData::new(values, [T * K]),
+        (&weights.device(), DType::F64),
     );
-    (weights_tk * g_tk).sum()
+    (weights * g).sum()
 }
 
 #[test]
@@ -150,7 +160,7 @@ fn head_a_raw_softmax() {
     check(
         |l| {
             let picks = picks(&l);
-            weigh(heads::raw_softmax(l, picks, scale))
+            weigh(heads::raw_softmax(l, &picks, scale))
         },
         |t, row| {
             let (g, p) = (g_row(t), softmax(row));
@@ -170,7 +180,7 @@ fn head_b_renormalised() {
     check(
         |l| {
             let picks = picks(&l);
-            weigh(heads::renormalised(l, picks))
+            weigh(heads::renormalised(l, &picks, 1.0))
         },
         |t, row| {
             let (g, w) = (g_row(t), renormalised(t, &softmax(row)));
@@ -183,8 +193,8 @@ fn head_b_renormalised() {
 fn head_b_with_one_pick_has_no_gradient() {
     let first: Vec<u16> = ids().chunks(K).map(|row| row[0]).collect();
     let gradient = auto_gradient(|l| {
-        let picks = heads::picks(&first, 1, &l);
-        heads::renormalised(l, picks).sum()
+        let picks = rows_of(&first, 1, &l);
+        heads::renormalised(l, &picks, 1.0).sum()
     });
     assert_eq!(gradient, [0.0; T * E]);
 }
@@ -195,7 +205,7 @@ fn head_c_sigmoid_renormalised() {
     check(
         |l| {
             let picks = picks(&l);
-            weigh(heads::sigmoid_renormalised(l, picks, scale))
+            weigh(heads::sigmoid_renormalised(l, &picks, scale))
         },
         |t, row| {
             let (g, s) = (g_row(t), sigmoid(row));
@@ -216,7 +226,7 @@ fn head_c_sigmoid_renormalised() {
 #[test]
 fn head_d_constant() {
     let l = tensor(&logits(), &Device::flex().autodiff()).require_grad();
-    let weights = heads::constant(&l, &picks(&l));
+    let weights = heads::constant(&l, &picks(&l), 1.0);
     assert!(!weights.is_tracked());
     assert_eq!(weights.try_into_vec_as::<f64>().unwrap(), [1.0; T * K]);
 }
@@ -227,7 +237,7 @@ fn head_e_token_scalar() {
     check(
         |l| {
             let picks = picks(&l);
-            weigh(heads::token_scalar(l, picks, eps))
+            weigh(heads::token_scalar(l, &picks, eps))
         },
         |t, row| {
             let (g, p) = (g_row(t), softmax(row));
@@ -249,7 +259,7 @@ fn head_a_with_temperature_and_gumbel_noise() {
     check(
         |l| {
             let (picks, noise) = (picks(&l), heads::gumbel(tensor(&uniform_rows, &l.device())));
-            weigh(heads::tempered_softmax(l, noise, picks, tau))
+            weigh(heads::tempered_softmax(l, noise, &picks, tau))
         },
         |t, row| {
             let (g, y) = (
@@ -265,7 +275,7 @@ fn head_a_with_temperature_and_gumbel_noise() {
 fn straight_through() {
     let loss = |l: Tensor<2>| {
         let picks = picks(&l);
-        weigh(heads::straight_through(l, picks))
+        weigh(heads::straight_through(l, &picks))
     };
     let value: f64 = loss(tensor(&logits(), &Device::flex())).into_scalar();
     let sum_of_g: f64 = (0..T * K).map(|i| g(i / K, i % K)).sum();
@@ -285,10 +295,10 @@ fn straight_through() {
 
     // Finite differences of what the gradient belongs to: the denominator frozen at the unmoved logits.
     let frozen = tensor(&logits(), &Device::flex());
-    let frozen = heads::raw_softmax(frozen.clone(), picks(&frozen), 1.0);
+    let frozen = heads::raw_softmax(frozen.clone(), &picks(&frozen), 1.0);
     let differences = finite_differences(|l| {
         let picks = picks(&l);
-        weigh(heads::raw_softmax(l, picks, 1.0) / frozen.clone())
+        weigh(heads::raw_softmax(l, &picks, 1.0) / frozen.clone())
     });
     assert_close(&auto, &differences, "autodiff against finite differences");
 }

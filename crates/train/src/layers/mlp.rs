@@ -38,7 +38,7 @@ impl Mlp {
     #[must_use]
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         let [n_tokens, _] = x.dims();
-        let weights = Tensor::ones([n_tokens, 1], &x.device());
+        let weights = Tensor::ones([n_tokens], &x.device());
         let dispatch = Arc::new(Dispatch::dense(n_tokens));
         ops::experts(x, self.gate_up.val(), self.down.val(), weights, dispatch)
     }

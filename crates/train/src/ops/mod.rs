@@ -7,6 +7,7 @@
 
 mod attention;
 mod cross_entropy;
+mod dispatch;
 mod embedding;
 mod experts;
 mod flex;
@@ -16,7 +17,7 @@ mod math;
 mod rms_norm;
 
 pub use attention::AttentionShape;
-pub use experts::Dispatch;
+pub use dispatch::Dispatch;
 pub(crate) use math::{add_scaled, dot, vectorised};
 
 use burn::backend::{Backend, Dispatch as Routed, backend_extension, tensor::FloatTensor};
@@ -144,16 +145,17 @@ pub fn attention(
     ))
 }
 
-/// `y_t = sum_k weights[t, k] E_{ids[t, k]}(x_t)` with `E_e(x) = down_e (silu(gate_e x) * up_e x)`.
+/// `y_t = sum_p weights[p] E_{expert of p}(x_t)` over the pairs p of token t, with
+/// `E_e(x) = down_e (silu(gate_e x) * up_e x)`.
 ///
-/// `x [T, D]`, `gate_up [E, 2 I, D]` (gate rows first), `down [E, D, I]`, `weights [T, K]`; the picks are in
-/// `dispatch`.
+/// `x [T, D]`, `gate_up [E, 2 I, D]` (gate rows first), `down [E, D, I]`, `weights [pairs]`; which pairs there are says
+/// `dispatch`. A token without a pair gets zeros.
 #[must_use]
 pub fn experts(
     x: Tensor<2>,
     gate_up: Tensor<3>,
     down: Tensor<3>,
-    weights: Tensor<2>,
+    weights: Tensor<1>,
     dispatch: Arc<Dispatch>,
 ) -> Tensor<2> {
     Tensor::from_dispatch(Routed::experts(

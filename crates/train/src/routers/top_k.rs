@@ -4,16 +4,16 @@
 //! arXiv 1701.06538; the softmax form and the flag `norm_topk_prob` as in Mixtral, OLMoE and Qwen3-MoE checkpoints.
 //! Rule: `p = softmax(l)`; take the k largest p; weights are p divided by their sum over the picks when
 //! `norm_topk_prob` (head B), else the raw p (head A).
-//! Shapes: logits [T, E], ids [T, k], weights [T, k].
+//! Shapes: logits [T, E], ids [T, k], weights [T k].
 //! Aux: load balance 1e-2 and z-loss 1e-3, added by the trainer. Differs from paper: no noise; softmax before the
 //! selection.
 //! Check: routers::top_k::tests, tests/routing_golden.rs (parity), tests/routing_gradients.rs (heads).
 
-use super::{Route, Routed};
-use crate::weight_heads;
+use super::{Route, RouteContext, Routed, picked};
+use crate::weight_heads::{self, Picks};
 use burn::tensor::Tensor;
 use burn::tensor::activation::softmax;
-use cadre_routing::{Loads, Policy, Routing, RoutingError, policies};
+use cadre_routing::{Policy, RoutingError, policies};
 
 /// Softmax top-k with differentiable weights.
 #[derive(Clone, Debug)]
@@ -52,31 +52,26 @@ impl Route for TopK {
         self.policy.n_experts()
     }
 
-    fn top_k(&self) -> usize {
-        self.policy.top_k()
+    fn causal(&self) -> bool {
+        self.policy.causal()
     }
 
-    fn route(&self, logits: Tensor<2>) -> Result<Routed, RoutingError> {
-        let values = logits
-            .try_to_vec_as::<f32>()
-            .expect("router logits can be read back from their device");
-        let mut routing = Routing::new();
-        self.policy.route(&values, &mut routing)?;
-        let mut loads = Loads::new(self.n_experts());
-        loads.add_routing(&routing)?;
-        loads.add_logits(&values)?;
+    fn batch_invariant(&self) -> bool {
+        self.policy.batch_invariant()
+    }
 
-        let ids = routing.experts().to_vec();
-        let picks = weight_heads::picks(&ids, self.top_k(), &logits);
+    fn route(&self, logits: Tensor<2>, _: &RouteContext<'_>) -> Result<Routed, RoutingError> {
+        let (routing, loads) = picked(&self.policy, &logits)?;
+        let picks = Picks::of(&routing, self.n_experts(), &logits);
         let weights = if self.policy.norm_topk_prob() {
-            weight_heads::renormalised(logits.clone(), picks)
+            weight_heads::renormalised(logits.clone(), &picks, 1.0)
         } else {
-            weight_heads::raw_softmax(logits.clone(), picks, 1.0)
+            weight_heads::raw_softmax(logits.clone(), &picks, 1.0)
         };
         Ok(Routed {
             probs: softmax(logits.clone(), 1),
             logits,
-            ids,
+            routing,
             weights,
             loads,
         })
@@ -92,8 +87,11 @@ mod tests {
     fn picks_weights_and_loads_of_two_tokens() {
         let (ln2, ln3) = (2f32.ln(), 3f32.ln());
         let logits = Tensor::from_floats([[0.0, ln3, 0.0], [ln2, ln2, 0.0]], &Device::flex());
-        let routed = TopK::new(3, 2, true).unwrap().route(logits).unwrap();
-        assert_eq!(routed.ids, [1, 0, 0, 1]);
+        let routed = TopK::new(3, 2, true)
+            .unwrap()
+            .route(logits, &RouteContext::default())
+            .unwrap();
+        assert_eq!(routed.routing.experts(), [1, 0, 0, 1]);
         let weights: Vec<f32> = routed.weights.try_to_vec_as().unwrap();
         for (w, expected) in weights.iter().zip([0.75, 0.25, 0.5, 0.5]) {
             assert!((w - expected).abs() < 1e-6);
@@ -107,7 +105,7 @@ mod tests {
         let router = TopK::new(2, 1, false).unwrap();
         let logits = Tensor::from_floats([[0.0, 1.0], [0.0, f32::INFINITY]], &Device::flex());
         assert!(matches!(
-            router.route(logits),
+            router.route(logits, &RouteContext::default()),
             Err(RoutingError::NonFinite {
                 token: 1,
                 expert: 1,

@@ -115,14 +115,19 @@ pub(crate) fn attention(inputs: &[Vec<f64>], s: AttentionSizes) -> Vec<f64> {
     y
 }
 
-/// SwiGLU experts; inputs are x, gate_up, down, weights, and `ids` are the picks `[T, top_k]`.
-pub(crate) fn experts(inputs: &[Vec<f64>], ids: &[u16], [d, width, top_k]: [usize; 3]) -> Vec<f64> {
+/// SwiGLU experts; inputs are x, gate_up, down, weights, and `pairs` are token and expert of each weight, `None` for a
+/// pair that is not computed.
+pub(crate) fn experts(
+    inputs: &[Vec<f64>],
+    pairs: &[Option<(usize, usize)>],
+    [d, width]: [usize; 2],
+) -> Vec<f64> {
     let [x, gate_up, down, weights] = inputs else {
         panic!("four inputs")
     };
     let mut y = vec![0.0; x.len()];
-    for (pair, &expert) in ids.iter().enumerate() {
-        let (t, e) = (pair / top_k, usize::from(expert));
+    for (pair, &place) in pairs.iter().enumerate() {
+        let Some((t, e)) = place else { continue };
         let products = linear(
             &x[t * d..(t + 1) * d],
             &gate_up[e * 2 * width * d..(e + 1) * 2 * width * d],
