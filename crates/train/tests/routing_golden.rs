@@ -7,7 +7,6 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use cadre_routing::registry::{self, PolicyOptions};
 use cadre_routing::{Loads, Policy, Routing, policies};
 use cadre_train::routers::{self, RouteContext, RouterOptions, RouterSizes};
-use cadre_train::weight_heads::Picks;
 use cadre_train::{losses, weight_heads};
 use serde::Deserialize;
 
@@ -239,7 +238,7 @@ fn dense_to_sparse_gate_values() {
         let noise = tensor(std::slice::from_ref(&case.noise));
         let mut routing = Routing::new();
         routing.push_token(&all, &[1.0; N_EXPERTS]);
-        let picks = Picks::of(&routing, N_EXPERTS, &logits);
+        let picks = weight_heads::Picks::of(&routing, N_EXPERTS, &logits);
         let y = weight_heads::tempered_softmax(logits.clone(), noise, &picks, gate.temperature);
         assert_close(&y.try_into_vec_as::<f64>().unwrap(), &gate.y);
     }
