@@ -11,6 +11,7 @@ use crate::Routing;
 ///
 /// For top-k routing `n_pairs` is `T k`, which gives the doubled capacity that GShard's top-2 uses.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Capacity {
     /// 1.0 leaves no slack at a perfectly even load.
     pub factor: f64,
@@ -18,6 +19,17 @@ pub struct Capacity {
     pub min: usize,
     /// How the fraction is rounded; implementations differ.
     pub rounding: Rounding,
+}
+
+impl Default for Capacity {
+    /// No slack and at least four pairs per expert, as DeepSpeed does.
+    fn default() -> Self {
+        Self {
+            factor: 1.0,
+            min: 4,
+            rounding: Rounding::Ceil,
+        }
+    }
 }
 
 /// Rounding of a fractional capacity.
@@ -76,31 +88,23 @@ impl DropOrder {
 /// `slots` holds one limit per real expert (`[n_real_experts]`); ids beyond it are null experts and are always kept.
 /// Every token stays, if need be without picks. Allocates scratch per call.
 pub fn limit(routing: &Routing, slots: &[usize], order: DropOrder, kept: &mut Routing) -> usize {
+    let keep = keep(routing, slots, order);
+    *kept = routing.kept(&keep);
+    keep.len() - kept.n_pairs()
+}
+
+/// One flag per pair of `routing`: whether it gets one of the `slots` of its expert, as in [`limit`].
+#[must_use]
+pub fn keep(routing: &Routing, slots: &[usize], order: DropOrder) -> Vec<bool> {
     let mut free = slots.to_vec();
     let mut keep = vec![true; routing.n_pairs()];
-    let mut n_dropped = 0;
     for pair in ranked(routing, order) {
         if let Some(free) = free.get_mut(usize::from(routing.experts()[pair])) {
-            if *free == 0 {
-                keep[pair] = false;
-                n_dropped += 1;
-            } else {
-                *free -= 1;
-            }
+            keep[pair] = *free > 0;
+            *free = free.saturating_sub(1);
         }
     }
-    kept.clear();
-    kept.reserve(routing.n_tokens(), routing.n_pairs() - n_dropped);
-    let mut keep = keep.into_iter();
-    for (ids, weights) in routing.iter() {
-        for ((&id, &w), keep) in ids.iter().zip(weights).zip(&mut keep) {
-            if keep {
-                kept.push_pair(id, w);
-            }
-        }
-        kept.end_token();
-    }
-    n_dropped
+    keep
 }
 
 /// Pair indices in the order in which slots are given out. Pairs are stored by token and pick, so a stable sort keeps
@@ -129,7 +133,7 @@ fn ranked(routing: &Routing, order: DropOrder) -> Vec<usize> {
 }
 
 /// A bijective mixing of 64 bits (the finaliser of splitmix64): distinct inputs never collide.
-fn mix(seed: u64) -> u64 {
+pub(crate) fn mix(seed: u64) -> u64 {
     let z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

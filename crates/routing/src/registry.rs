@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::policies::{
     DenseToSparse, ExpertChoice, GroupLimited, GroupLimitedOptions, GroupScore, NullExperts,
-    ScoreFn, SparseMixer, Stage, Switch, TopK, TopP,
+    ScoreFn, SparseMixer, Stage, Switch, Top2, TopK, TopP, Uniform,
 };
 use crate::{Policy, RoutingError};
 
@@ -44,6 +44,8 @@ pub struct PolicyOptions {
     pub eps: f32,
     /// Stage of the dense-to-sparse gate.
     pub stage: Stage,
+    /// Seed of uniform routing.
+    pub seed: u64,
 }
 
 impl Default for PolicyOptions {
@@ -65,6 +67,7 @@ impl Default for PolicyOptions {
             threshold: 1e-3,
             eps: 0.01,
             stage: Stage::Soft,
+            seed: 0,
         }
     }
 }
@@ -78,6 +81,7 @@ const POLICIES: &[(&str, Build)] = &[
         Ok(Box::new(TopK::new(o.n_experts, o.top_k, o.norm_topk_prob)?))
     }),
     ("switch", |o| Ok(Box::new(Switch::new(o.n_experts)?))),
+    ("top_2", |o| Ok(Box::new(Top2::new(o.n_experts)?))),
     ("top_p", |o| Ok(Box::new(TopP::new(o.n_experts, o.top_p)?))),
     ("null_experts", |o| {
         Ok(Box::new(NullExperts::new(o.n_experts, o.n_null, o.top_k)?))
@@ -96,6 +100,9 @@ const POLICIES: &[(&str, Build)] = &[
             o.threshold,
             o.stage,
         )?))
+    }),
+    ("uniform", |o| {
+        Ok(Box::new(Uniform::new(o.n_experts, o.top_k, o.seed)?))
     }),
 ];
 

@@ -150,6 +150,27 @@ impl Routing {
         (&mut self.experts[start..], &mut self.weights[start..])
     }
 
+    /// The pairs whose flag is set, with the same tokens.
+    ///
+    /// # Panics
+    /// When there is not one flag per pair.
+    #[must_use]
+    pub fn kept(&self, keep: &[bool]) -> Self {
+        assert_eq!(keep.len(), self.n_pairs(), "one flag per pair");
+        let mut kept = Self::new();
+        kept.reserve(self.n_tokens(), self.n_pairs());
+        let mut keep = keep.iter();
+        for (ids, weights) in self.iter() {
+            for ((&id, &w), keep) in ids.iter().zip(weights).zip(&mut keep) {
+                if *keep {
+                    kept.push_pair(id, w);
+                }
+            }
+            kept.end_token();
+        }
+        kept
+    }
+
     /// Number of tokens.
     #[must_use]
     pub fn n_tokens(&self) -> usize {

@@ -4,7 +4,7 @@
 use cadre_routing::filters::{self, Capacity, DropOrder, Rounding};
 use cadre_routing::policies::{
     DenseToSparse, ExpertChoice, GroupLimited, GroupLimitedOptions, GroupScore, NullExperts,
-    ScoreFn, Stage, Switch, TopK, TopP, update_bias,
+    ScoreFn, Stage, Switch, Top2, TopK, TopP, update_bias,
 };
 use cadre_routing::{Loads, Policy, Routing};
 use serde::Deserialize;
@@ -197,6 +197,10 @@ fn top_2_renormalised() {
     let golden = golden();
     assert_picks(
         &route(&golden, &TopK::new(N_EXPERTS, 2, true).unwrap()),
+        &golden.top_2_renormalised,
+    );
+    assert_picks(
+        &route(&golden, &Top2::new(N_EXPERTS).unwrap()),
         &golden.top_2_renormalised,
     );
 }

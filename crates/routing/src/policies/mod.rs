@@ -7,8 +7,10 @@ mod group_limited;
 mod null_experts;
 mod sparse_mixer;
 mod switch;
+mod top_2;
 mod top_k;
 mod top_p;
+mod uniform;
 
 pub use dense_to_sparse::{DenseToSparse, Stage};
 pub use expert_choice::ExpertChoice;
@@ -16,5 +18,7 @@ pub use group_limited::{GroupLimited, GroupLimitedOptions, GroupScore, ScoreFn, 
 pub use null_experts::NullExperts;
 pub use sparse_mixer::SparseMixer;
 pub use switch::Switch;
+pub use top_2::{Top2, keep_seconds};
 pub use top_k::TopK;
 pub use top_p::TopP;
+pub use uniform::Uniform;

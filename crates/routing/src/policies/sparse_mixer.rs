@@ -36,16 +36,18 @@ impl SparseMixer {
         Ok(Self { n_experts, eps })
     }
 
+    /// Whether `logit` takes part in the softmax of the expert whose logit is `best`.
+    #[must_use]
+    pub fn is_near(&self, best: f32, logit: f32) -> bool {
+        let distance = (best - logit) / logit.abs().max(best);
+        // 0 / 0 counts as near: in the reference no comparison with NaN puts a logit aside.
+        distance <= 2.0 * self.eps || distance.is_nan()
+    }
+
     /// The softmax at `best` over the logits near it, `without` left out.
     fn weight(&self, row: &[f32], best: f32, without: Option<u16>) -> f32 {
-        let threshold = 2.0 * self.eps;
         let sum: f32 = select::numbered(row)
-            .filter(|(id, _)| Some(*id) != without)
-            .filter(|(_, l)| {
-                let distance = (best - l) / l.abs().max(best);
-                // 0 / 0 counts as near: in the reference no comparison with NaN puts a logit aside.
-                distance <= threshold || distance.is_nan()
-            })
+            .filter(|(id, l)| Some(*id) != without && self.is_near(best, *l))
             .map(|(_, l)| (l - best).exp())
             .sum();
         1.0 / sum
