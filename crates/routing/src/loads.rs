@@ -19,6 +19,9 @@ pub struct Loads {
     squared_picks: u64,
     entropy_sum: f64,
     entropy_tokens: u64,
+    /// Picks that a capacity filter dropped; they are part of `counts`.
+    #[serde(default)]
+    dropped: u64,
 }
 
 /// The figures that are logged per layer. Entropy is in nats.
@@ -38,6 +41,8 @@ pub struct LoadSummary {
     pub std_picks: f64,
     /// Mean over tokens of the entropy of softmax(logits); absent when no logits were added.
     pub mean_entropy: Option<f64>,
+    /// Share of the picks that a capacity filter dropped.
+    pub dropped: f64,
 }
 
 impl Loads {
@@ -50,6 +55,7 @@ impl Loads {
             squared_picks: 0,
             entropy_sum: 0.0,
             entropy_tokens: 0,
+            dropped: 0,
         }
     }
 
@@ -97,6 +103,11 @@ impl Loads {
         Ok(())
     }
 
+    /// Counts picks, already counted by [`Loads::add_routing`], that a capacity filter dropped.
+    pub fn add_dropped(&mut self, n_picks: u64) {
+        self.dropped += n_picks;
+    }
+
     /// Adds what another counter of the same router has seen.
     ///
     /// # Errors
@@ -118,6 +129,7 @@ impl Loads {
         self.squared_picks += other.squared_picks;
         self.entropy_sum += other.entropy_sum;
         self.entropy_tokens += other.entropy_tokens;
+        self.dropped += other.dropped;
         Ok(())
     }
 
@@ -161,6 +173,7 @@ impl Loads {
             std_picks: picks_variance.max(0.0).sqrt(),
             mean_entropy: (self.entropy_tokens > 0)
                 .then(|| self.entropy_sum / self.entropy_tokens as f64),
+            dropped: self.dropped as f64 / picks as f64,
         })
     }
 
@@ -231,8 +244,11 @@ mod tests {
         b.add_ids(&[2, 1], 2).unwrap();
         both.add_ids(&[0, 1], 1).unwrap();
         both.add_ids(&[2, 1], 2).unwrap();
+        b.add_dropped(1);
+        both.add_dropped(1);
         a.merge(&b).unwrap();
         assert_eq!(a, both);
+        assert_eq!(a.summary().unwrap().dropped, 0.25);
         assert!(a.merge(&Loads::new(2)).is_err());
     }
 

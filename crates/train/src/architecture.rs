@@ -1,8 +1,9 @@
 //! What is trained besides parameters: the model's description, and the routing rule of every MoE layer.
 
-use crate::routers::{Route, RouterOptions, RouterSizes};
+use crate::routers::{Order, Route, RouterOptions, RouterSizes};
 use cadre_checkpoint::ModelConfig;
 use cadre_routing::RoutingError;
+use cadre_routing::filters::Capacity;
 
 /// A model without its parameters.
 #[derive(Debug)]
@@ -20,6 +21,8 @@ pub struct MoeLayer {
     pub layer: usize,
     /// The rule.
     pub router: Box<dyn Route>,
+    /// How many pairs an expert takes in training, and whose; `None` for all.
+    pub capacity: Option<(Capacity, Order)>,
 }
 
 impl Architecture {
@@ -34,8 +37,11 @@ impl Architecture {
             norm_topk_prob: config.moe.norm_topk_prob(),
         };
         let moe = config.moe_layers().into_iter().map(|layer| {
-            let router = router.build(sizes)?;
-            Ok(MoeLayer { layer, router })
+            Ok(MoeLayer {
+                layer,
+                router: router.build(sizes)?,
+                capacity: router.capacity(),
+            })
         });
         Ok(Self {
             moe: moe.collect::<Result<_, RoutingError>>()?,

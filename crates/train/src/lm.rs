@@ -198,7 +198,8 @@ impl LanguageModel {
         let zero = Tensor::zeros([1], &cross_entropy.device());
         let (mut balance, mut z) = (zero.clone(), zero);
         for (decided, layer) in routed.iter().zip(&architecture.moe) {
-            let even = layer.router.balance(decided, &decided.loads, false);
+            let counted = layer.router.balance_loads(decided);
+            let even = layer.router.balance(decided, &counted, false);
             balance = balance + even / n;
             z = z + losses::z_loss(decided.logits.clone()) / n;
         }

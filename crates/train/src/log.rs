@@ -50,6 +50,12 @@ pub struct LayerRecord {
     pub dead: usize,
     /// Mean entropy of the router's probabilities, nats.
     pub entropy: f64,
+    /// Mean real experts per token, before dropping.
+    #[serde(default)]
+    pub picks: f64,
+    /// Share of the picks that a capacity filter dropped.
+    #[serde(default)]
+    pub dropped: f64,
 }
 
 /// One evaluation on held-out text.

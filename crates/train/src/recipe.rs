@@ -3,7 +3,7 @@
 use crate::architecture::Architecture;
 use crate::error::{Result, TrainError};
 use crate::optimizer::AdamWConfig;
-use crate::routers::RouterOptions;
+use crate::routers::{Route, RouterOptions};
 use cadre_checkpoint::{
     Activation, AttentionConfig, ModelConfig, MoeConfig, NormKind, QkNorm, RopeConfig,
     RouterConfig, Scales,
@@ -264,8 +264,21 @@ impl Recipe {
         options.check()?;
         let architecture = Architecture::new(self.model_config(), &options);
         let architecture = architecture.map_err(|e| format!("[router]: {e}"))?;
-        let leaks = |r: &dyn crate::routers::Route| !(r.causal() && r.batch_invariant());
-        if !options.allow_non_causal && architecture.moe.iter().any(|m| leaks(&*m.router)) {
+        let leaks = |r: &dyn Route| !(r.causal() && r.batch_invariant());
+        let sorts = options
+            .capacity()
+            .is_some_and(|(_, order)| !order.with_seed(0).causal());
+        if options.allow_non_causal {
+            return Ok(());
+        }
+        if sorts {
+            return Err(
+                "`router.drop_order` other than `position` drops a token's pairs in favour of later tokens, which a model \
+                 that generates does not have; to train one all the same, set `router.allow_non_causal = true`"
+                    .to_owned(),
+            );
+        }
+        if architecture.moe.iter().any(|m| leaks(&*m.router)) {
             return Err(format!(
                 "router `{}` lets the experts of a token depend on later tokens or other sequences, which a model that \
                  generates does not have; to train one all the same, set `router.allow_non_causal = true`",
@@ -332,6 +345,7 @@ impl Recipe {
     pub fn model_config(&self) -> ModelConfig {
         let m = &self.model;
         let dense = m.n_experts == 0;
+        let router = self.router.clone().unwrap_or_default();
         let is_moe = |layer: &usize| !dense && !m.mlp_only_layers.contains(layer);
         ModelConfig {
             model_type: "qwen3_moe".to_owned(),
@@ -369,7 +383,7 @@ impl Recipe {
             moe: MoeConfig {
                 layers: (0..m.n_layers).filter(is_moe).collect(),
                 n_experts: if dense { 1 } else { m.n_experts },
-                top_k: if dense { 1 } else { m.top_k },
+                top_k: if dense { 1 } else { router.top_k(m.top_k) },
                 intermediate_size: m.moe_intermediate_size.max(usize::from(dense)),
                 router: RouterConfig::TopK {
                     norm: m.norm_topk_prob,
@@ -482,6 +496,38 @@ mod tests {
                 || with("top_k = 2", "top_k = 5").contains("num_experts_per_tok")
         );
         assert!(with("lr = 1e-3", "lr = \"fast\"").contains("lr"));
+    }
+
+    #[test]
+    fn routers_are_built_while_reading() {
+        let with = |table: &str| parse(&format!("{TINY}\n[router]\n{table}"));
+        let refused = |table: &str| with(table).unwrap_err().to_string();
+        let router = |table: &str| {
+            with(table)
+                .unwrap()
+                .architecture()
+                .unwrap()
+                .moe
+                .remove(0)
+                .router
+        };
+        assert_eq!(router("name = 'top_p'\ntop_p = 0.3").name(), "top_p");
+        let null = router("name = 'null_experts'\nn_null = 3");
+        assert_eq!((null.n_experts(), null.n_real_experts()), (7, 4));
+        assert!(refused("name = 'top_q'").contains("known policies: top_k"));
+        assert!(refused("name = 'top_p'\nn_null = 3").contains("router.n_null"));
+        assert!(refused("name = 'top_p'\ntopp = 3").contains("topp"));
+        assert!(refused("name = 'top_p'\ntop_p = 3").contains("0 to 1"));
+        assert!(refused("name = 'switch'").contains("model.top_k"));
+        assert!(refused("name = 'group_limited'\nn_groups = 3").contains("n_groups = 3"));
+        assert!(refused("name = 'expert_choice'").contains("allow_non_causal"));
+        assert!(with("name = 'expert_choice'\nallow_non_causal = true").is_ok());
+        let drop = "name = 'top_k'\ncapacity = { factor = 1.5 }\ndrop_order = ";
+        assert!(refused(&format!("{drop}'priority'")).contains("drop_order"));
+        assert!(with(&format!("{drop}'position'")).is_ok());
+        assert!(refused("capacity = { factor = 0 }").contains("capacity.factor"));
+        let switch = TINY.replace("top_k = 2", "");
+        assert!(parse(&format!("{switch}\n[router]\nname = 'switch'")).is_ok());
     }
 
     #[test]

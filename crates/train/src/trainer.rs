@@ -284,12 +284,15 @@ impl<'a> Run<'a> {
             .zip(loads)
             .filter_map(|(moe, loads)| {
                 let summary = loads.summary()?;
+                let real: u64 = loads.counts()[..moe.router.n_real_experts()].iter().sum();
                 Some(LayerRecord {
                     layer: moe.layer,
                     cv: summary.cv,
                     max_vio: summary.max_vio,
                     dead: summary.n_dead,
                     entropy: summary.mean_entropy.unwrap_or_default(),
+                    picks: real as f64 / summary.n_tokens as f64,
+                    dropped: summary.dropped,
                 })
             })
             .collect()

@@ -1,12 +1,9 @@
-//! Routers and losses against the worked example in `golden/routing/section.json`, and every router against the policy
-//! of the same name on equal logits.
+//! Losses and weight heads against the worked example in `golden/routing/section.json`.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use cadre_routing::registry::{self, PolicyOptions};
 use cadre_routing::{Loads, Policy, Routing, policies};
-use cadre_train::routers::{self, RouteContext, RouterOptions, RouterSizes};
 use cadre_train::{losses, weight_heads};
 use serde::Deserialize;
 
@@ -19,16 +16,9 @@ struct Golden {
     logits: Vec<Vec<f64>>,
     mean_probs: Vec<f64>,
     entropy: Vec<f64>,
-    top_2_renormalised: Vec<Picks>,
     null_experts: NullCase,
     dense_to_sparse: GateCase,
     losses: Losses,
-}
-
-#[derive(Deserialize)]
-struct Picks {
-    experts: Vec<u16>,
-    weights: Vec<f64>,
 }
 
 #[derive(Deserialize)]
@@ -125,32 +115,6 @@ fn mean_probs_and_entropy() {
 }
 
 #[test]
-fn top_2_renormalised() {
-    let golden = golden();
-    let sizes = RouterSizes {
-        n_experts: N_EXPERTS,
-        top_k: 2,
-        norm_topk_prob: true,
-    };
-    let routed = routers::build("top_k", sizes, &RouterOptions::default())
-        .unwrap()
-        .route(tensor(&golden.logits), &RouteContext::default())
-        .unwrap();
-    let ids: Vec<u16> = golden
-        .top_2_renormalised
-        .iter()
-        .flat_map(|picks| picks.experts.clone())
-        .collect();
-    let weights: Vec<f64> = golden
-        .top_2_renormalised
-        .iter()
-        .flat_map(|picks| picks.weights.clone())
-        .collect();
-    assert_eq!(routed.routing.experts(), ids);
-    assert_close(&routed.weights.try_into_vec_as::<f64>().unwrap(), &weights);
-}
-
-#[test]
 fn balance_and_z_loss() {
     let golden = golden();
     let probs = || softmax(tensor(&golden.logits), 1);
@@ -242,60 +206,4 @@ fn dense_to_sparse_gate_values() {
         let y = weight_heads::tempered_softmax(logits.clone(), noise, &picks, gate.temperature);
         assert_close(&y.try_into_vec_as::<f64>().unwrap(), &gate.y);
     }
-}
-
-/// Equal logits must give equal ids and weights within 1e-6 on both sides, ties included.
-#[test]
-fn every_router_agrees_with_its_policy() {
-    const N_TOKENS: usize = 64;
-    const N: usize = 16;
-    // Steps of 1/4 make many ties.
-    let logits: Vec<f32> = (0..N_TOKENS * N)
-        .map(|i| (12.0 * (i as f32 * 1.37).sin()).round() / 4.0)
-        .collect();
-    for name in routers::names() {
-        for (top_k, norm_topk_prob) in [(1, false), (2, true), (4, true), (4, false), (N, true)] {
-            let options = PolicyOptions {
-                n_experts: N,
-                top_k,
-                norm_topk_prob,
-                ..PolicyOptions::default()
-            };
-            let mut routing = Routing::new();
-            registry::build(name, &options)
-                .unwrap()
-                .route(&logits, &mut routing)
-                .unwrap();
-            let sizes = RouterSizes {
-                n_experts: N,
-                top_k,
-                norm_topk_prob,
-            };
-            let router = routers::build(name, sizes, &RouterOptions::default()).unwrap();
-            assert_eq!((router.name(), router.n_experts()), (name, N));
-            let rows = Tensor::from_data(
-                TensorData::new(logits.clone(), [N_TOKENS, N]),
-                &Device::flex(),
-            );
-            let routed = router.route(rows, &RouteContext::default()).unwrap();
-            assert_eq!(routed.routing.experts(), routing.experts(), "{name}");
-            assert_eq!(routed.routing.offsets(), routing.offsets(), "{name}");
-            let weights: Vec<f32> = routed.weights.try_into_vec_as().unwrap();
-            assert_eq!(weights.len(), routing.weights().len());
-            for (a, b) in weights.iter().zip(routing.weights()) {
-                assert!((a - b).abs() < 1e-6, "{name}: weight {a} is not {b}");
-            }
-            assert_eq!(routed.loads.n_tokens(), N_TOKENS as u64);
-        }
-    }
-    let unknown = RouterOptions {
-        name: "topk".to_owned(),
-        ..RouterOptions::default()
-    }
-    .check()
-    .unwrap_err();
-    assert!(
-        unknown.contains("'topk'") && unknown.contains("top_k"),
-        "{unknown}"
-    );
 }

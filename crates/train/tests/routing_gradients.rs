@@ -271,6 +271,71 @@ fn head_a_with_temperature_and_gumbel_noise() {
     );
 }
 
+/// Ids from 6 on are null; token 2 has no pick, token 4 only null ones.
+fn ragged() -> Routing {
+    let mut routing = Routing::new();
+    for ids in [
+        &[1u16, 7, 4][..],
+        &[3],
+        &[],
+        &[0, 2, 5, 1, 6],
+        &[7, 6],
+        &[5, 0],
+    ] {
+        routing.push_token(ids, &vec![1.0; ids.len()]);
+    }
+    routing
+}
+
+/// Every head over rows of unequal length against finite differences; null picks have weight 0.
+#[test]
+fn heads_over_ragged_picks_with_null_experts() {
+    type Head = fn(Tensor<2>, &Picks) -> Tensor<1>;
+    let heads: [(&str, Head); 7] = [
+        ("raw softmax", |l, p| heads::raw_softmax(l, p, 1.3)),
+        ("renormalised", |l, p| heads::renormalised(l, p, 1.3)),
+        ("raw sigmoid", |l, p| heads::raw_sigmoid(l, p, 1.3)),
+        ("renormalised sigmoid", |l, p| {
+            heads::sigmoid_renormalised(l, p, 1.3)
+        }),
+        ("token scalar", |l, p| heads::token_scalar(l, p, 0.3)),
+        ("tempered", |l, p| {
+            heads::tempered_softmax(l.clone(), l.detach(), p, 0.7)
+        }),
+        ("straight through", heads::straight_through),
+    ];
+    let (routing, n_real) = (ragged(), 6);
+    for (name, head) in heads {
+        let weights = |l: &Tensor<2>| head(l.clone(), &Picks::of(&routing, n_real, l));
+        let plain = weights(&tensor(&logits(), &Device::flex()));
+        let plain: Vec<f64> = plain.try_into_vec_as().unwrap();
+        assert_eq!(plain.len(), routing.n_pairs());
+        for (w, &id) in plain.iter().zip(routing.experts()) {
+            assert_eq!(
+                *w == 0.0,
+                usize::from(id) >= n_real,
+                "{name}: expert {id} has {w}"
+            );
+        }
+        let loss = |l: Tensor<2>| {
+            let w = weights(&l);
+            let g: Vec<f64> = (0..routing.n_pairs()).map(|i| g(i, 1)).collect();
+            let n = g.len();
+            (w.clone() * Tensor::from_data(TensorData::new(g, [n]), (&w.device(), DType::F64)))
+                .sum()
+        };
+        let auto = auto_gradient(loss);
+        assert!(auto.iter().any(|d| d.abs() > 1e-3), "{name}");
+        if !matches!(name, "straight through" | "tempered") {
+            assert_close(&auto, &finite_differences(loss), name);
+        }
+        // Tokens without a real pick send no gradient.
+        for t in [2, 4] {
+            assert_eq!(auto[t * E..(t + 1) * E], [0.0; E], "{name}");
+        }
+    }
+}
+
 #[test]
 fn straight_through() {
     let loss = |l: Tensor<2>| {

@@ -3,10 +3,12 @@
 use crate::architecture::MoeLayer;
 use crate::init::Init;
 use crate::ops::{self, Dispatch};
-use crate::routers::{RouteContext, Routed};
+use crate::routers::{Order, RouteContext, Routed};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use cadre_routing::RoutingError;
+use cadre_routing::filters::{self, Capacity};
+use cadre_routing::{Routing, RoutingError};
+use rand::Rng;
 use std::sync::Arc;
 
 /// Parameters; experts are stacked.
@@ -68,11 +70,93 @@ impl Moe {
         context: &RouteContext<'_>,
     ) -> Result<(Tensor<2>, Routed), RoutingError> {
         let logits = ops::linear(x.clone(), self.gate.val());
-        let routed = layer.router.route(logits, context)?;
-        let n_real = layer.router.n_real_experts();
-        let dispatch = Arc::new(Dispatch::of(&routed.routing, n_real));
+        let mut routed = layer.router.route(logits, context)?;
+        let dispatch = Arc::new(dispatch(&mut routed, layer, context));
         let (gate_up, down) = (self.gate_up.val(), self.down.val());
         let y = ops::experts(x, gate_up, down, routed.weights.clone(), dispatch);
         Ok((y, routed))
+    }
+}
+
+/// The dispatch of all pairs, or in training of those that the layer's capacity lets through; the others are counted.
+fn dispatch(routed: &mut Routed, layer: &MoeLayer, context: &RouteContext<'_>) -> Dispatch {
+    let n_real = layer.router.n_real_experts();
+    match layer.capacity {
+        Some((capacity, order)) if context.training => {
+            let seed = context.stream("capacity").random();
+            let keep = within_capacity(&routed.routing, n_real, capacity, order, seed);
+            let n_dropped = keep.iter().filter(|keep| !**keep).count();
+            routed.loads.add_dropped(n_dropped as u64);
+            Dispatch::kept(&routed.routing, n_real, &keep)
+        }
+        _ => Dispatch::of(&routed.routing, n_real),
+    }
+}
+
+/// One flag per pair. Null picks take no slot and do not raise the capacity.
+fn within_capacity(
+    routing: &Routing,
+    n_real: usize,
+    capacity: Capacity,
+    order: Order,
+    seed: u64,
+) -> Vec<bool> {
+    let real = routing.experts().iter();
+    let n_pairs = real.filter(|&&id| usize::from(id) < n_real).count();
+    let slots = vec![capacity.slots(n_pairs, n_real); n_real];
+    filters::keep(routing, &slots, order.with_seed(seed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routers::{RouterOptions, RouterSizes};
+    use burn::tensor::Device;
+    use cadre_routing::filters::Rounding;
+
+    /// The worked example of `golden/routing/section.json`: one slot per expert, by position; tokens 4 and 5 get nothing.
+    #[test]
+    fn capacity_drops_pairs_in_training_only() {
+        let options = RouterOptions::named("switch");
+        let sizes = RouterSizes {
+            n_experts: 8,
+            top_k: 1,
+            norm_topk_prob: false,
+        };
+        let capacity = Capacity {
+            factor: 1.0,
+            min: 0,
+            rounding: Rounding::Ceil,
+        };
+        let layer = MoeLayer {
+            layer: 0,
+            router: options.build(sizes).unwrap(),
+            capacity: Some((capacity, Order::Position)),
+        };
+        // Best experts 3 4 0 1 3 3.
+        let rows: Vec<f32> = [3, 4, 0, 1, 3, 3]
+            .iter()
+            .flat_map(|&best| (0..8).map(move |e| f32::from(u8::from(e == best))))
+            .collect();
+        let logits = Tensor::<1>::from_floats(rows.as_slice(), &Device::flex()).reshape([6, 8]);
+        for (training, loads, dropped) in [
+            (true, vec![1, 1, 0, 1, 1, 0, 0, 0], 2.0 / 6.0),
+            (false, vec![1, 1, 0, 3, 1, 0, 0, 0], 0.0),
+        ] {
+            let context = RouteContext {
+                training,
+                ..RouteContext::default()
+            };
+            let mut routed = layer.router.route(logits.clone(), &context).unwrap();
+            let dispatch = dispatch(&mut routed, &layer, &context);
+            assert_eq!(dispatch.loads(), loads);
+            let summary = routed.loads.summary().unwrap();
+            assert!((summary.dropped - dropped).abs() < 1e-12);
+            assert_eq!(
+                routed.loads.counts()[3],
+                3,
+                "balance counts before dropping"
+            );
+        }
     }
 }

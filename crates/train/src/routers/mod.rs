@@ -4,16 +4,35 @@
 //! tensors. The two must agree: a generated test runs every name listed here on equal logits and compares ids and
 //! weights. Projecting hidden states to logits is the layer's business, so that the two can be compared at all.
 
+mod dense_to_sparse;
+mod expert_choice;
+mod group_limited;
+mod null_experts;
 mod options;
+mod sparse_mixer;
+mod switch;
+mod top_2;
 mod top_k;
+mod top_p;
+mod uniform;
 
-pub use options::{RouterOptions, RouterSizes};
+pub use dense_to_sparse::{Decay, DenseToSparse, DenseToSparseOptions};
+pub use expert_choice::ExpertChoice;
+pub use group_limited::GroupLimited;
+pub use null_experts::NullExperts;
+pub use options::{Order, RouterOptions, RouterSizes};
+pub use sparse_mixer::SparseMixer;
+pub use switch::Switch;
+pub use top_2::{Second, Top2};
 pub use top_k::TopK;
+pub use top_p::TopP;
+pub use uniform::{Per, Uniform};
 
 use crate::init::stream;
 use crate::losses;
 use burn::tensor::Tensor;
 use cadre_routing::{Loads, Policy, Routing, RoutingError};
+use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 /// A routing rule in training.
@@ -35,14 +54,24 @@ pub trait Route: Send + Sync + std::fmt::Debug {
     /// Whether the routing of a token is independent of the other sequences of the batch.
     fn batch_invariant(&self) -> bool;
 
+    /// Whether the rule has a selection-only bias, which [`RouteContext::bias`] gives it.
+    fn takes_bias(&self) -> bool {
+        false
+    }
+
     /// Routes `logits` `[T, n_experts]`. The same logits and context give the same result.
     ///
     /// # Errors
     /// [`RoutingError::NonFinite`], naming the token, when a logit is NaN or infinite; the caller adds layer and step.
     fn route(&self, logits: Tensor<2>, context: &RouteContext<'_>) -> Result<Routed, RoutingError>;
 
-    /// The load-balance loss that the rule trains with, 1 when perfectly even. `loads` may have been counted over more
-    /// tokens than `routed`; `legacy_scale` multiplies by the mean picks per token.
+    /// The picks that the balance loss of the rule counts: all of them, unless the rule says otherwise.
+    fn balance_loads(&self, routed: &Routed) -> Loads {
+        routed.loads.clone()
+    }
+
+    /// The load-balance loss that the rule trains with, 1 when perfectly even. `loads` are those of
+    /// [`Route::balance_loads`], perhaps of more tokens than `routed` has; `legacy_scale` multiplies by the mean picks per token.
     fn balance(&self, routed: &Routed, loads: &Loads, legacy_scale: bool) -> Tensor<1> {
         losses::load_balance(routed.probs.clone(), loads, legacy_scale)
     }
@@ -118,13 +147,119 @@ fn counted(routing: &Routing, n_experts: usize, logits: &[f32]) -> Result<Loads,
     Ok(loads)
 }
 
+/// `n` values of Gumbel noise, `-log(-log u)`.
+fn gumbel(rng: &mut ChaCha8Rng, n: usize) -> Vec<f32> {
+    // u is kept away from 0 and 1, where the noise is infinite.
+    let draw = |rng: &mut ChaCha8Rng| rng.random::<f64>().clamp(1e-12, 1.0 - 1e-12);
+    (0..n).map(|_| -(-draw(rng).ln()).ln() as f32).collect()
+}
+
 /// Builds a router from its sizes and options.
 type Build = fn(RouterSizes, &RouterOptions) -> Result<Box<dyn Route>, RoutingError>;
 
 /// Every router: its name (that of its file), the options that it has, and how to build it.
-const ROUTERS: &[(&str, &[&str], Build)] = &[("top_k", &[], |s, _| {
-    Ok(Box::new(TopK::new(s.n_experts, s.top_k, s.norm_topk_prob)?))
-})];
+const ROUTERS: &[(&str, &[&str], Build)] = &[
+    ("top_k", &[], |s, _| {
+        Ok(Box::new(TopK::new(s.n_experts, s.top_k, s.norm_topk_prob)?))
+    }),
+    ("switch", &[], |s, _| {
+        only(
+            "switch",
+            "model.top_k",
+            s.top_k,
+            1,
+            "1: Switch picks one expert",
+        )?;
+        Ok(Box::new(Switch::new(s.n_experts)?))
+    }),
+    ("top_2", &["second"], |s, o| {
+        only(
+            "top_2",
+            "model.top_k",
+            s.top_k,
+            2,
+            "2: the rule picks two experts",
+        )?;
+        Ok(Box::new(Top2::new(s.n_experts, o.second())?))
+    }),
+    ("top_p", &["top_p"], |s, o| {
+        Ok(Box::new(TopP::new(s.n_experts, o.top_p())?))
+    }),
+    ("null_experts", &["n_null"], |s, o| {
+        Ok(Box::new(NullExperts::new(
+            s.n_experts,
+            o.n_null(s.n_experts),
+            s.top_k,
+        )?))
+    }),
+    (
+        "group_limited",
+        &["n_groups", "keep_groups", "score", "group_score", "scale"],
+        |s, o| Ok(Box::new(GroupLimited::new(o.group_limited(s))?)),
+    ),
+    ("sparse_mixer", &["eps"], |s, o| {
+        only(
+            "sparse_mixer",
+            "model.top_k",
+            s.top_k,
+            2,
+            "2: the rule picks two experts",
+        )?;
+        Ok(Box::new(SparseMixer::new(s.n_experts, o.eps())?))
+    }),
+    ("expert_choice", &["capacity_factor"], |s, o| {
+        Ok(Box::new(ExpertChoice::new(
+            s.n_experts,
+            o.capacity_factor(),
+        )?))
+    }),
+    (
+        "dense_to_sparse",
+        &[
+            "temperature",
+            "min_temperature",
+            "decay_steps",
+            "decay",
+            "threshold",
+            "hard_from",
+            "noise",
+            "dense_eval",
+        ],
+        |s, o| {
+            Ok(Box::new(DenseToSparse::new(
+                s.n_experts,
+                o.dense_to_sparse(),
+            )?))
+        },
+    ),
+    ("uniform", &["per", "seed"], |s, o| {
+        Ok(Box::new(Uniform::new(
+            s.n_experts,
+            s.top_k,
+            o.per(),
+            o.seed(),
+        )?))
+    }),
+];
+
+/// Refuses a number of picks that the rule does not have.
+fn only(
+    policy: &'static str,
+    option: &'static str,
+    value: usize,
+    wanted: usize,
+    expected: &'static str,
+) -> Result<(), RoutingError> {
+    if value == wanted {
+        return Ok(());
+    }
+    Err(RoutingError::BadOption {
+        policy,
+        option,
+        value: value.to_string(),
+        expected,
+    })
+}
 
 /// Builds the router called `name`.
 ///
