@@ -87,15 +87,18 @@ impl fmt::Display for Attention {
 /// From router logits to experts.
 #[derive(Debug, Serialize)]
 pub(crate) struct Router {
-    /// `top_k`, `group_limited` or `sparse_mixer`.
+    /// The rule, by the name of its policy: `top_k`, `group_limited`, ...
     kind: &'static str,
-    /// `softmax` or `sigmoid`.
+    /// `softmax`, `sigmoid` or `random numbers`.
     score: &'static str,
     /// Whether the weights are divided by their sum.
     norm: bool,
     n_groups: Option<usize>,
     keep_groups: Option<usize>,
     scale: Option<f64>,
+    /// Probability that is collected.
+    mass: Option<f64>,
+    temperature: Option<f64>,
     /// Whether a stored bias moves the selection.
     correction_bias: bool,
     /// Whether the logits have a bias.
@@ -110,19 +113,33 @@ impl Router {
             return None;
         }
         let plain = Self {
-            kind: "top_k",
+            kind: moe.router.name(),
             score: "softmax",
             norm: moe.norm_topk_prob(),
             n_groups: None,
             keep_groups: None,
             scale: None,
+            mass: None,
+            temperature: None,
             correction_bias: false,
             bias: moe.router_bias,
         };
         Some(match moe.router {
-            RouterConfig::TopK { .. } => plain,
-            RouterConfig::SparseMixer { .. } => Self {
-                kind: "sparse_mixer",
+            RouterConfig::TopK { .. }
+            | RouterConfig::Switch
+            | RouterConfig::Top2
+            | RouterConfig::NullExperts
+            | RouterConfig::SparseMixer { .. } => plain,
+            RouterConfig::TopP { mass } => Self {
+                mass: Some(mass),
+                ..plain
+            },
+            RouterConfig::DenseToSparse { temperature, .. } => Self {
+                temperature: Some(temperature),
+                ..plain
+            },
+            RouterConfig::Uniform { .. } => Self {
+                score: "random numbers",
                 ..plain
             },
             RouterConfig::GroupLimited {
@@ -133,7 +150,6 @@ impl Router {
                 correction_bias,
                 ..
             } => Self {
-                kind: "group_limited",
                 score: match score {
                     Score::Softmax => "softmax",
                     Score::Sigmoid => "sigmoid",
@@ -153,6 +169,12 @@ impl fmt::Display for Router {
         write!(f, "{} of {}", self.kind, self.score)?;
         if let (Some(keep), Some(n)) = (self.keep_groups, self.n_groups) {
             write!(f, ", {keep} of {n} groups")?;
+        }
+        if let Some(mass) = self.mass {
+            write!(f, ", until {mass} is collected")?;
+        }
+        if let Some(temperature) = self.temperature {
+            write!(f, ", temperature {temperature}")?;
         }
         if self.norm {
             f.write_str(", weights sum to 1")?;

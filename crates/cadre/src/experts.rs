@@ -32,7 +32,7 @@ impl ExpertView {
         let info = loaded.model.info();
         let profile = profile(&loaded.checkpoint)?;
         let layer = choose_layer(info, layer, profile.as_ref())?;
-        let painter = Painter::new(info.n_experts, colour_mode(app));
+        let painter = Painter::new(info.n_ids(), colour_mode(app));
         let width = app.env.width;
         Ok(Self {
             painter,
@@ -85,11 +85,20 @@ impl ExpertView {
 /// Identity of a model for traces.
 pub(crate) fn meta(loaded: &Loaded) -> TraceMeta {
     let info = loaded.model.info();
+    let mut layer_experts = Vec::new();
+    if info.experts_per_layer.iter().any(|n| *n != info.n_experts) {
+        layer_experts.resize(info.n_layers, 0);
+        for (layer, n_experts) in info.moe_layers.iter().zip(&info.experts_per_layer) {
+            layer_experts[*layer] = n_experts + info.n_null;
+        }
+    }
     TraceMeta {
         digest: loaded.checkpoint.digest().to_owned(),
         architecture: info.model_type.clone(),
         n_layers: info.n_layers,
-        n_experts: info.n_experts,
+        n_experts: info.n_ids(),
+        layer_experts,
+        n_null: info.n_null,
         top_k: info.top_k,
         lossy: (!info.lossy.is_none()).then(|| info.lossy.to_string()),
     }

@@ -53,7 +53,8 @@ impl Streamed {
         disk: DiskRate,
     ) -> Option<Self> {
         let moe = &config.moe;
-        let one_token = (moe.layers.len() * moe.top_k) as u64 * held.one_expert;
+        let picked: usize = moe.layers.iter().map(|layer| config.picks_in(*layer)).sum();
+        let one_token = picked as u64 * held.one_expert;
         // The program itself is beside the budget, as it is for `cadre run --mem-budget`.
         let parts = [
             dense,
@@ -72,7 +73,7 @@ impl Streamed {
             expert_bytes: one_token,
             all_expert_bytes: held.experts,
             n_layers: moe.layers.len(),
-            n_picked: moe.top_k,
+            n_picked: picked.div_ceil(moe.layers.len().max(1)),
             locality: LOCALITY,
         };
         let machine = Machine {

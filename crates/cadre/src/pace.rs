@@ -45,10 +45,10 @@ impl Work {
     /// Of a model. Products of a router, of norms and of attention itself are left out: they are small.
     pub(crate) fn new(config: &ModelConfig, sizes: &ModelSizes) -> Self {
         let parameters = sizes.parameters;
-        let experts = match config.moe.n_experts as u64 {
-            0 => 0,
-            n => parameters.experts / n * config.moe.top_k as u64,
-        };
+        let picked: usize = (0..config.n_layers)
+            .map(|layer| config.picks_in(layer))
+            .sum();
+        let experts = parameters.one_expert * picked as u64;
         let n_products = tensor_specs(config)
             .iter()
             .filter(|(name, shape)| shape.len() > 1 && !name.contains(".mlp.experts."))
@@ -69,7 +69,7 @@ impl Pace {
         let compute = Compute::new(Kernels::detect(), default_threads());
         let chunk = SessionOptions::default().chunk;
         let moe = &config.moe;
-        let share = (chunk * moe.top_k).checked_div(moe.n_experts);
+        let share = (chunk * moe.top_k.min(moe.n_experts)).checked_div(moe.n_experts);
         let values: Vec<f32> = (0..ROWS * COLS).map(|i| (i % 17) as f32 - 8.0).collect();
         let plain = Matrix::from_f32(ROWS, COLS, values);
         let matrix = plain.and_then(|plain| {

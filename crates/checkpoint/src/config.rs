@@ -8,9 +8,7 @@ use crate::models;
 use crate::rope::RopeConfig;
 use crate::{Dtype, generation};
 
-/// Experts of all layers together; far above any model, so that a damaged file cannot make
-/// readers reserve memory without end.
-const MAX_EXPERTS: usize = 1 << 22;
+pub use crate::moe_config::{MoeConfig, ResidualMlp, RouterConfig, Score, SharedExpert};
 
 /// What a model is made of. Every spelling of every format arrives here as one.
 #[derive(Debug, Clone, PartialEq)]
@@ -177,105 +175,6 @@ impl Default for Scales {
     }
 }
 
-/// The experts of a model.
-#[derive(Debug, Clone, PartialEq)]
-pub struct MoeConfig {
-    /// Layers with experts, ascending; empty for dense models.
-    pub layers: Vec<usize>,
-    /// Experts per MoE layer.
-    pub n_experts: usize,
-    /// Experts that one token uses.
-    pub top_k: usize,
-    /// Width of one expert.
-    pub intermediate_size: usize,
-    /// From router logits to experts and weights.
-    pub router: RouterConfig,
-    /// Bias of the router's logits.
-    pub router_bias: bool,
-    /// Biases in the experts' products.
-    pub expert_bias: bool,
-    /// An expert that every token uses.
-    pub shared: Option<SharedExpert>,
-}
-
-impl MoeConfig {
-    /// Whether the weights of a token's experts are divided by their sum.
-    #[must_use]
-    pub fn norm_topk_prob(&self) -> bool {
-        match self.router {
-            RouterConfig::TopK { norm } | RouterConfig::GroupLimited { norm, .. } => norm,
-            RouterConfig::SparseMixer { .. } => false,
-        }
-    }
-}
-
-impl Default for MoeConfig {
-    /// No experts.
-    fn default() -> Self {
-        Self {
-            layers: Vec::new(),
-            n_experts: 0,
-            top_k: 0,
-            intermediate_size: 0,
-            router: RouterConfig::TopK { norm: true },
-            router_bias: false,
-            expert_bias: false,
-            shared: None,
-        }
-    }
-}
-
-/// The expert that every token uses. Several shared experts are stored as one of their total width.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SharedExpert {
-    /// Total width.
-    pub intermediate_size: usize,
-    /// Whether its output is multiplied by the sigmoid of a learned projection.
-    pub gated: bool,
-}
-
-/// The rule from router logits to experts and weights.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum RouterConfig {
-    /// Softmax over all experts, the `top_k` best, divided by their sum if `norm`. A softmax over the picked logits alone
-    /// is the same as `norm`.
-    TopK {
-        /// Whether the weights are divided by their sum.
-        norm: bool,
-    },
-    /// DeepSeek's: the best experts of the best groups.
-    GroupLimited {
-        /// How logits become scores.
-        score: Score,
-        /// Groups of consecutive experts.
-        n_groups: usize,
-        /// Groups that stay in the race.
-        keep_groups: usize,
-        /// A group's score is the sum of its two best experts (V3), not its best (V2).
-        sum_of_best_two: bool,
-        /// Whether the weights are divided by their sum.
-        norm: bool,
-        /// Factor on the weights.
-        scale: f64,
-        /// Whether a stored bias moves the selection (`e_score_correction_bias`).
-        correction_bias: bool,
-    },
-    /// PhiMoE's two thresholded softmaxes, in the inference form of transformers.
-    SparseMixer {
-        /// Half the relative width of the threshold, `router_jitter_noise`.
-        eps: f64,
-    },
-}
-
-/// How router logits become scores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Score {
-    /// Softmax over all experts.
-    Softmax,
-    /// Sigmoid of each logit.
-    Sigmoid,
-}
-
 impl ModelConfig {
     /// Reads `config.json` text, and `generation_config.json` text where there is one.
     ///
@@ -309,6 +208,19 @@ impl ModelConfig {
     #[must_use]
     pub fn moe_layers(&self) -> Vec<usize> {
         self.moe.layers.clone()
+    }
+
+    /// Experts of layer `layer` (from 0), null ones not among them; 0 where it has a dense feed-forward.
+    #[must_use]
+    pub fn n_experts_in(&self, layer: usize) -> usize {
+        let at = self.moe.layers.binary_search(&layer);
+        at.map_or(0, |at| self.moe.n_experts_at(at))
+    }
+
+    /// The most experts that one token uses in layer `layer` (from 0); 0 where it has a dense feed-forward.
+    #[must_use]
+    pub fn picks_in(&self, layer: usize) -> usize {
+        self.moe.top_k.min(self.n_experts_in(layer))
     }
 
     /// Whether any layer has a dense feed-forward.
@@ -385,62 +297,9 @@ impl ModelConfig {
             let problem = format!("is {id}, outside of vocab_size = {}", self.vocab_size);
             return complain("eos_token_id / bos_token_id", problem);
         }
-        self.check_moe(&complain)
-    }
-
-    fn check_moe(&self, complain: &dyn Fn(&str, String) -> Result<()>) -> Result<()> {
-        let moe = &self.moe;
-        if self.n_layers.saturating_mul(moe.n_experts.max(1)) > MAX_EXPERTS {
-            let problem = format!(
-                "is {}, which with num_experts = {} makes more than {MAX_EXPERTS} experts",
-                self.n_layers, moe.n_experts
-            );
-            return complain("num_hidden_layers", problem);
-        }
-        if moe.top_k > moe.n_experts {
-            let problem = format!(
-                "is {}, more than num_experts = {}",
-                moe.top_k, moe.n_experts
-            );
-            return complain("num_experts_per_tok", problem);
-        }
-        if moe.n_experts > usize::from(u16::MAX) {
-            let problem = format!("is {}, expected at most {}", moe.n_experts, u16::MAX);
-            return complain("num_experts", problem);
-        }
-        let known = moe.layers.last().is_none_or(|last| *last < self.n_layers);
-        if !known || !moe.layers.is_sorted() {
-            let problem = format!(
-                "{:?} are not ascending layers below {}",
-                moe.layers, self.n_layers
-            );
-            return complain("(layers with experts)", problem);
-        }
-        if let RouterConfig::GroupLimited {
-            n_groups,
-            keep_groups,
-            ..
-        } = moe.router
-            && !moe.layers.is_empty()
-        {
-            if n_groups == 0 || !moe.n_experts.is_multiple_of(n_groups) {
-                let problem = format!(
-                    "is {n_groups}, which does not divide {} experts",
-                    moe.n_experts
-                );
-                return complain("n_group", problem);
-            }
-            if !(1..=n_groups).contains(&keep_groups)
-                || keep_groups * (moe.n_experts / n_groups) < moe.top_k
-            {
-                let problem = format!(
-                    "is {keep_groups} of {n_groups} groups, which cannot give {} of {} experts",
-                    moe.top_k, moe.n_experts
-                );
-                return complain("topk_group", problem);
-            }
-        }
-        Ok(())
+        self.moe
+            .check(self.n_layers)
+            .or_else(|(key, problem)| complain(key, problem))
     }
 
     /// The `config.json` that transformers reads for this model, keys sorted, with the spellings

@@ -77,6 +77,9 @@ fn config_line(config: &ModelConfig) -> String {
         (!matches!(config.moe.router, TopK { .. })).then(|| format!("{:?}", config.moe.router)),
         (config.activation != crate::Activation::Silu).then(|| format!("{:?}", config.activation)),
         (config.scales != crate::Scales::default()).then(|| format!("{:?}", config.scales)),
+        (config.moe.n_null > 0).then(|| format!("null {}", config.moe.n_null)),
+        config.moe.residual.map(|residual| format!("{residual:?}")),
+        (config.moe.recurrent_router).map(|width| format!("recurrent {width}")),
     ];
     for extra in extras.into_iter().flatten() {
         line.push(' ');

@@ -148,6 +148,30 @@ impl Keys {
         Err(self.problem(key, format!("is {value}, expected a positive number")))
     }
 
+    /// An integer of 64 bits.
+    pub(crate) fn whole(&self, key: &str) -> Result<u64> {
+        let value = self.need(key)?;
+        value
+            .as_u64()
+            .ok_or_else(|| self.problem(key, format!("is {value}, expected an integer from 0")))
+    }
+
+    pub(crate) fn flag(&self, key: &str) -> Result<bool> {
+        self.need(key)?;
+        self.flag_or(key, false)
+    }
+
+    /// Refuses keys that are not `known`.
+    pub(crate) fn refuse_others(&self, known: &[&str]) -> Result<()> {
+        match self.map.keys().find(|key| !known.contains(&key.as_str())) {
+            None => Ok(()),
+            Some(key) => {
+                let problem = format!("is not known here; known: {}", known.join(", "));
+                Err(self.problem(key, problem))
+            }
+        }
+    }
+
     pub(crate) fn numbers(&self, key: &str) -> Result<Vec<f64>> {
         let value = self.need(key)?;
         let numbers = value

@@ -31,7 +31,8 @@ const PRODUCT_BYTES: f64 = 44.0 / 32.0 + 292.0 / 256.0;
 pub struct Sizes {
     /// Everything.
     pub total: u64,
-    /// What one token uses: everything but the experts that it is not sent to.
+    /// What one token uses: everything but the experts that it is not sent to. Where tokens get different numbers of
+    /// experts, what one uses that gets the most.
     pub active: u64,
     /// What one token reads: as `active`, with one row of an input embedding that is not also the output head.
     pub read_per_token: u64,
@@ -95,11 +96,12 @@ pub fn model_sizes(checkpoint: &Checkpoint) -> ModelSizes {
         layers: vec![LayerSize::default(); config.n_layers],
         ..ModelSizes::default()
     };
+    let (mut parameters, mut bytes) = (Counter::new(config), Counter::new(config));
     for (name, format, shape) in checkpoint.tensor_infos() {
         let (n, n_bytes) = (values(shape), stored_bytes(format, shape));
         let place = Place::of(name);
-        sizes.parameters.add(config, place, n);
-        sizes.bytes.add(config, place, n_bytes);
+        parameters.add(place, n);
+        bytes.add(place, n_bytes);
         let of_format = sizes.formats.entry(format).or_default();
         of_format.n_tensors += 1;
         of_format.n_bytes += n_bytes;
@@ -111,8 +113,8 @@ pub fn model_sizes(checkpoint: &Checkpoint) -> ModelSizes {
             *layer.formats.entry(format).or_default() += 1;
         }
     }
-    sizes.parameters.finish(config);
-    sizes.bytes.finish(config);
+    sizes.parameters = parameters.finish();
+    sizes.bytes = bytes.finish();
     sizes
 }
 
@@ -120,7 +122,7 @@ pub fn model_sizes(checkpoint: &Checkpoint) -> ModelSizes {
 #[must_use]
 pub fn held_sizes(checkpoint: &Checkpoint, holding: Holding) -> Sizes {
     let config = checkpoint.config();
-    let mut sizes = Sizes::default();
+    let mut sizes = Counter::new(config);
     let quantise = match holding {
         Holding::File(wanted) => return file_sizes(checkpoint, wanted),
         Holding::Loaded => false,
@@ -128,10 +130,9 @@ pub fn held_sizes(checkpoint: &Checkpoint, holding: Holding) -> Sizes {
     };
     for (name, format, shape) in checkpoint.tensor_infos() {
         let n_bytes = held_bytes(config, quantise, (name, format, shape));
-        sizes.add(config, Place::of(name), n_bytes);
+        sizes.add(Place::of(name), n_bytes);
     }
-    sizes.finish(config);
-    sizes
+    sizes.finish()
 }
 
 /// By the rules of [`crate::Conversion`]. A model that GGUF has no form for is counted in its own.
@@ -140,15 +141,14 @@ fn file_sizes(checkpoint: &Checkpoint, wanted: TargetDtype) -> Sizes {
     let form = gguf_models::target(origin, config)
         .and_then(|target| gguf_form(origin, target, config))
         .unwrap_or_else(|_| config.clone());
-    let mut sizes = Sizes::default();
+    let mut sizes = Counter::new(&form);
     for (name, shape) in tensor_specs(&form) {
         let stored = checkpoint.tensor_info(&name);
         let stored = stored.map_or(Dtype::F32, |(format, _)| format);
         let format = for_gguf(wanted, &form, stored, (&name, &shape)).dtype;
-        sizes.add(&form, Place::of(&name), stored_bytes(format, &shape));
+        sizes.add(Place::of(&name), stored_bytes(format, &shape));
     }
-    sizes.finish(&form);
-    sizes
+    sizes.finish()
 }
 
 /// Bytes of the key and value cache per token of context, in every layer.
@@ -192,15 +192,18 @@ pub fn scratch_bytes(config: &ModelConfig, n_ctx: usize, chunk: usize) -> u64 {
     } else {
         0
     };
+    let residual = moe.residual.map_or(0, |part| part.intermediate_size);
     let picks = moe.top_k as u64;
-    let inner = (picks * moe.intermediate_size as u64).max(dense.max(shared) as u64);
+    let widest = dense.max(shared).max(residual) as u64;
+    let inner = (picks * moe.intermediate_size as u64).max(widest);
     let (attention, attention_input) = attention_widths(config);
     // Per token: the stream, its norm and a block's output; attention; the router; the rows of the picked experts, inside
-    // and out; the shared expert's output.
-    let mut width = 3 * hidden + attention + moe.n_experts as u64 + picks * hidden + inner;
-    if shared > 0 {
+    // and out; the output of what runs beside them; the recurrent router's state, its input and two products of it.
+    let mut width = 3 * hidden + attention + moe.n_logits() as u64 + picks * hidden + inner;
+    if shared.max(residual) > 0 {
         width += hidden;
     }
+    width += 8 * moe.recurrent_router.unwrap_or(0) as u64;
     let routing = picks * 32;
     let largest_input = [hidden, attention_input, inner];
     let input = largest_input.into_iter().max().unwrap_or(0) as f64;
@@ -307,33 +310,55 @@ impl Place {
     }
 }
 
-impl Sizes {
-    /// Counts one tensor, experts apart.
-    fn add(&mut self, config: &ModelConfig, place: Place, size: u64) {
-        self.total += size;
+/// Adds up tensors, the experts of each layer apart.
+struct Counter<'a> {
+    config: &'a ModelConfig,
+    sizes: Sizes,
+    experts: Vec<u64>,
+}
+
+impl<'a> Counter<'a> {
+    fn new(config: &'a ModelConfig) -> Self {
+        Self {
+            config,
+            sizes: Sizes::default(),
+            experts: vec![0; config.n_layers],
+        }
+    }
+
+    /// Counts one tensor.
+    fn add(&mut self, place: Place, size: u64) {
+        self.sizes.total += size;
         if place.is_expert {
-            self.experts += size;
+            self.sizes.experts += size;
+            let layer = place.layer.and_then(|layer| self.experts.get_mut(layer));
+            if let Some(experts) = layer {
+                *experts += size;
+            }
             return;
         }
-        self.active += size;
-        self.read_per_token += if place.is_table && !config.tie_word_embeddings {
-            size / (config.vocab_size as u64).max(1)
+        self.sizes.active += size;
+        self.sizes.read_per_token += if place.is_table && !self.config.tie_word_embeddings {
+            size / (self.config.vocab_size as u64).max(1)
         } else {
             size
         };
     }
 
-    /// Adds the picked experts once all tensors are counted.
-    fn finish(&mut self, config: &ModelConfig) {
-        let moe = &config.moe;
-        let n_experts = (moe.layers.len() * moe.n_experts) as u64;
+    /// Adds the picked experts, once all tensors are counted.
+    fn finish(mut self) -> Sizes {
+        let n_experts = self.config.moe.n_experts_in_all() as u64;
         if n_experts == 0 {
-            return;
+            return self.sizes;
         }
-        self.one_expert = self.experts / n_experts;
-        let picked = self.experts / moe.n_experts as u64 * moe.top_k as u64;
-        self.active += picked;
-        self.read_per_token += picked;
+        self.sizes.one_expert = self.sizes.experts / n_experts;
+        for (layer, experts) in self.experts.iter().enumerate() {
+            let all = (self.config.n_experts_in(layer) as u64).max(1);
+            let picked = experts / all * self.config.picks_in(layer) as u64;
+            self.sizes.active += picked;
+            self.sizes.read_per_token += picked;
+        }
+        self.sizes
     }
 }
 
@@ -435,15 +460,14 @@ mod tests {
     #[test]
     fn a_token_reads_its_experts_and_one_row_of_the_embedding() {
         let config = config();
-        let mut sizes = Sizes::default();
-        sizes.add(&config, Place::of("model.embed_tokens.weight"), 100 * 256);
+        let mut sizes = Counter::new(&config);
+        sizes.add(Place::of("model.embed_tokens.weight"), 100 * 256);
         for layer in 0..8 {
             for expert in 0..4 {
                 let name = format!("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight");
-                sizes.add(&config, Place::of(&name), 10);
+                sizes.add(Place::of(&name), 10);
             }
         }
-        sizes.finish(&config);
         let expected = Sizes {
             total: 100 * 256 + 320,
             active: 100 * 256 + 160,
@@ -451,6 +475,24 @@ mod tests {
             experts: 320,
             one_expert: 10,
         };
-        assert_eq!(sizes, expected);
+        assert_eq!(sizes.finish(), expected);
+    }
+
+    #[test]
+    fn layers_with_few_experts_are_counted_with_theirs() {
+        let mut config = config();
+        config.moe.layers = vec![1, 3];
+        config.moe.set_counts(vec![2, 6]);
+        config.moe.top_k = 4;
+        let mut sizes = Counter::new(&config);
+        for (layer, n_experts) in [(1, 2), (3, 6)] {
+            for expert in 0..n_experts {
+                let name = format!("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight");
+                sizes.add(Place::of(&name), 10);
+            }
+        }
+        let sizes = sizes.finish();
+        assert_eq!((sizes.experts, sizes.active), (80, 20 + 40));
+        assert_eq!(sizes.one_expert, 10);
     }
 }

@@ -21,6 +21,9 @@ pub fn tensor_specs(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
         specs.layer(layer);
     }
     specs.prefix.clear();
+    if let Some(width) = config.moe.recurrent_router {
+        specs.router_gru(width);
+    }
     specs.norm("model.norm");
     if !config.tie_word_embeddings {
         specs.push("lm_head.weight", &embedding);
@@ -77,7 +80,7 @@ impl Specs<'_> {
             self.norm("post_feedforward_layernorm");
         }
         if self.config.is_moe_layer(layer) {
-            self.moe();
+            self.moe(self.config.n_experts_in(layer));
         } else {
             self.feed_forward("mlp", self.config.intermediate_size, self.config.mlp_bias);
         }
@@ -150,20 +153,26 @@ impl Specs<'_> {
         self.prefix.truncate(n_outside);
     }
 
-    fn moe(&mut self) {
+    fn moe(&mut self, n_experts: usize) {
         let moe = &self.config.moe;
         let hidden = self.config.hidden_size;
-        for expert in 0..moe.n_experts {
+        for expert in 0..n_experts {
             let prefix = format!("mlp.experts.{expert}");
             self.feed_forward(&prefix, moe.intermediate_size, moe.expert_bias);
         }
-        self.linear("mlp.gate", [moe.n_experts, hidden], moe.router_bias);
+        if moe.has_gate() {
+            let n_in = moe.recurrent_router.unwrap_or(hidden);
+            self.linear("mlp.gate", [n_experts + moe.n_null, n_in], moe.router_bias);
+        }
+        if let Some(width) = moe.recurrent_router {
+            self.linear("mlp.router_in", [width, hidden], false);
+        }
         if let RouterConfig::GroupLimited {
             correction_bias: true,
             ..
         } = moe.router
         {
-            self.push("mlp.gate.e_score_correction_bias", &[moe.n_experts]);
+            self.push("mlp.gate.e_score_correction_bias", &[n_experts]);
         }
         if let Some(shared) = moe.shared {
             self.feed_forward("mlp.shared_experts", shared.intermediate_size, false);
@@ -171,5 +180,19 @@ impl Specs<'_> {
                 self.push("mlp.shared_expert_gate.weight", &[1, hidden]);
             }
         }
+        if let Some(residual) = moe.residual {
+            self.feed_forward("mlp.residual_mlp", residual.intermediate_size, false);
+            if residual.learned {
+                self.linear("mlp.residual_coefficient", [2, hidden], true);
+            }
+        }
+    }
+
+    /// The recurrence that the routers of all layers share, in the layout of `torch.nn.GRUCell`.
+    fn router_gru(&mut self, width: usize) {
+        self.push("model.router_gru.weight_ih", &[3 * width, width]);
+        self.push("model.router_gru.weight_hh", &[3 * width, width]);
+        self.push("model.router_gru.bias_ih", &[3 * width]);
+        self.push("model.router_gru.bias_hh", &[3 * width]);
     }
 }

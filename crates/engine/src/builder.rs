@@ -1,17 +1,13 @@
 //! From tensors to blocks: the parts that architectures share, read as the configuration describes them.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use cadre_checkpoint::{ModelConfig, NormKind, QkNorm, RouterConfig, Score};
+use cadre_checkpoint::{ModelConfig, NormKind, QkNorm};
 use cadre_kernels::Matrix;
-use cadre_routing::policies::{
-    GroupLimited, GroupLimitedOptions, GroupScore, ScoreFn, SparseMixer, TopK,
-};
-use cadre_routing::{Policy, RoutingError};
 
 use crate::blocks::{
-    Attention, Experts, FeedForward, LatentAttention, Linear, LossyRules, Moe, Norm,
-    QueryProjection, Shared,
+    Attention, Experts, FeedForward, GruCell, LatentAttention, LossyRules, Moe, Norm,
+    QueryProjection, Residual, Shared,
 };
 use crate::error::{EngineError, Result};
 use crate::lossy::Weighing;
@@ -21,6 +17,8 @@ use crate::weights::{Weights, weight_error};
 pub(crate) struct Builder<'a> {
     pub(crate) config: &'a ModelConfig,
     pub(crate) weights: Weights<'a>,
+    /// What recurrent routers share, once the first of them is there.
+    pub(crate) router_cell: OnceLock<Arc<GruCell>>,
 }
 
 impl<'a> Builder<'a> {
@@ -28,6 +26,7 @@ impl<'a> Builder<'a> {
         Self {
             config: weights.config(),
             weights,
+            router_cell: OnceLock::new(),
         }
     }
 
@@ -217,25 +216,14 @@ impl<'a> Builder<'a> {
 
     /// The experts of `layer`, with their router and what they share.
     pub(crate) fn moe(&self, layer: usize) -> Result<Moe> {
-        let moe = &self.config.moe;
-        let d = self.config.hidden_size;
         let prefix = format!("model.layers.{layer}.mlp");
-        let gate = self
-            .weights
-            .matrix_f32(&format!("{prefix}.gate.weight"), [moe.n_experts, d])?;
-        let bias = moe.router_bias.then(|| {
-            self.weights
-                .vector(&format!("{prefix}.gate.bias"), moe.n_experts)
-        });
         Ok(Moe {
-            gate: Linear {
-                weight: gate,
-                bias: bias.transpose()?,
-            },
+            router: self.router(layer)?,
             policy: self.policy(layer)?,
             lossy: self.lossy_rules(),
             experts: self.experts(layer, &prefix)?,
             shared: self.shared(&prefix)?,
+            residual: self.residual(&prefix)?,
         })
     }
 
@@ -247,6 +235,7 @@ impl<'a> Builder<'a> {
 
     fn experts(&self, layer: usize, prefix: &str) -> Result<Experts> {
         let moe = &self.config.moe;
+        let n_experts = self.config.n_experts_in(layer);
         if let Some(store) = &self.weights.store {
             let before = self
                 .config
@@ -257,12 +246,11 @@ impl<'a> Builder<'a> {
             return Ok(Experts::Streamed {
                 store: Arc::clone(store),
                 layer: before as u16,
-                n_experts: moe.n_experts,
+                n_experts,
             });
         }
         // Checking and quantising is most of the work of loading, and experts are most of the weights.
-        let mut slots: Vec<Option<Result<FeedForward>>> =
-            (0..moe.n_experts).map(|_| None).collect();
+        let mut slots: Vec<Option<Result<FeedForward>>> = (0..n_experts).map(|_| None).collect();
         let pool = self.weights.compute.pool();
         pool.for_each_chunk(&mut slots, 1, |expert, slot| {
             let prefix = format!("{prefix}.experts.{expert}");
@@ -288,56 +276,25 @@ impl<'a> Builder<'a> {
         }))
     }
 
-    fn policy(&self, layer: usize) -> Result<Box<dyn Policy>> {
-        let moe = &self.config.moe;
-        let fail = |source: RoutingError| EngineError::Routing {
-            layer,
-            position: 0,
-            source,
+    fn residual(&self, prefix: &str) -> Result<Option<Residual>> {
+        let Some(residual) = self.config.moe.residual else {
+            return Ok(None);
         };
-        match moe.router {
-            RouterConfig::TopK { norm } => {
-                let policy = TopK::new(moe.n_experts, moe.top_k, norm).map_err(fail)?;
-                Ok(Box::new(policy))
+        let coefficient = match residual.learned {
+            false => None,
+            true => {
+                let name = |part| format!("{prefix}.residual_coefficient.{part}");
+                let shape = [2, self.config.hidden_size];
+                let weight = self.weights.values(&name("weight"), &shape)?;
+                let bias = self.weights.vector(&name("bias"), 2)?;
+                Some((weight, [bias[0], bias[1]]))
             }
-            RouterConfig::SparseMixer { eps } => {
-                let policy = SparseMixer::new(moe.n_experts, eps as f32).map_err(fail)?;
-                Ok(Box::new(policy))
-            }
-            RouterConfig::GroupLimited {
-                score,
-                n_groups,
-                keep_groups,
-                sum_of_best_two,
-                norm,
-                scale,
-                correction_bias,
-            } => {
-                let options = GroupLimitedOptions {
-                    n_experts: moe.n_experts,
-                    top_k: moe.top_k,
-                    n_groups,
-                    keep_groups,
-                    score: match score {
-                        Score::Softmax => ScoreFn::Softmax,
-                        Score::Sigmoid => ScoreFn::Sigmoid,
-                    },
-                    group_score: if sum_of_best_two {
-                        GroupScore::SumOfBestTwo
-                    } else {
-                        GroupScore::Max
-                    },
-                    norm_topk_prob: norm,
-                    scale: scale as f32,
-                };
-                let bias = correction_bias.then(|| {
-                    let name = format!("model.layers.{layer}.mlp.gate.e_score_correction_bias");
-                    self.weights.vector(&name, moe.n_experts)
-                });
-                let policy = GroupLimited::new(options, bias.transpose()?).map_err(fail)?;
-                Ok(Box::new(policy))
-            }
-        }
+        };
+        let name = format!("{prefix}.residual_mlp");
+        Ok(Some(Residual {
+            mlp: self.feed_forward(&name, residual.intermediate_size, false)?,
+            coefficient,
+        }))
     }
 }
 

@@ -61,6 +61,7 @@ pub(crate) enum AnyAttention {
 }
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one per layer")]
 pub(crate) enum AnyFeedForward {
     Moe(Moe),
     Dense(FeedForward),
@@ -246,6 +247,8 @@ fn session_shape(config: &ModelConfig) -> SessionShape {
         },
     };
     let moe = &config.moe;
+    let shared = moe.shared.map_or(0, |shared| shared.intermediate_size);
+    let residual = moe.residual.map_or(0, |part| part.intermediate_size);
     SessionShape {
         d_model: config.hidden_size,
         kv,
@@ -254,10 +257,11 @@ fn session_shape(config: &ModelConfig) -> SessionShape {
         n_ropes: 1 + usize::from(config.local_rope.is_some()),
         moe: MoeShape {
             d_model: config.hidden_size,
-            n_experts: moe.n_experts,
+            n_experts: moe.n_logits(),
             max_picks: moe.top_k,
             d_expert: moe.intermediate_size,
-            d_shared: moe.shared.map_or(0, |shared| shared.intermediate_size),
+            d_beside: shared.max(residual),
+            d_router: moe.recurrent_router.unwrap_or(0),
         },
         d_dense: if config.has_dense_layers() {
             config.intermediate_size
@@ -278,7 +282,8 @@ fn info(b: &Builder<'_>) -> ModelInfo {
     if moe.expert_bias {
         per_expert += (2 * moe.intermediate_size + config.hidden_size) as u64;
     }
-    let n_unused = (moe.layers.len() * (moe.n_experts - moe.top_k)) as u64;
+    let unused = |layer: &usize| config.n_experts_in(*layer) - config.picks_in(*layer);
+    let n_unused = moe.layers.iter().map(unused).sum::<usize>() as u64;
     ModelInfo {
         model_type: config.model_type.clone(),
         vocab_size: config.vocab_size,
@@ -286,6 +291,8 @@ fn info(b: &Builder<'_>) -> ModelInfo {
         n_layers: config.n_layers,
         moe_layers: config.moe_layers(),
         n_experts: moe.n_experts,
+        experts_per_layer: moe.counts().collect(),
+        n_null: moe.n_null,
         top_k: moe.top_k,
         max_context: config.max_position_embeddings,
         eos_token_ids: config.eos_token_ids.clone(),
@@ -306,6 +313,11 @@ impl Decoder {
         for layer in &self.layers {
             layer.matrices(&mut all);
         }
+        let shared = self.layers.iter().find_map(|layer| match &layer.ffn {
+            AnyFeedForward::Moe(moe) => moe.router.shared_matrices(),
+            AnyFeedForward::Dense(_) => None,
+        });
+        all.extend(shared.into_iter().flatten());
         all
     }
 

@@ -23,6 +23,7 @@ mod model;
 mod models;
 mod pass;
 mod rng;
+mod routers;
 mod sampling;
 mod session;
 mod streaming;

@@ -51,6 +51,7 @@ type Loader = fn(Builder<'_>) -> Result<Decoder>;
 
 /// Every architecture by its `model_type`. One line per file of `models/`.
 const LOADERS: &[(&str, Loader)] = &[
+    ("cadre_moe", m::cadre_moe::load),
     ("deepseek_v2", m::deepseek_v2::load),
     ("deepseek_v3", m::deepseek_v3::load),
     ("gemma3_text", m::gemma3_text::load),

@@ -87,6 +87,15 @@ impl Lossy {
             let expected = "none, for a model without experts".to_owned();
             return refuse("lossy routing", self.to_string(), expected);
         }
+        if matches!(
+            moe.router,
+            RouterConfig::NullExperts
+                | RouterConfig::Uniform { .. }
+                | RouterConfig::DenseToSparse { .. }
+        ) {
+            let expected = format!("none, for the router `{}`", moe.router.name());
+            return refuse("lossy routing", self.to_string(), expected);
+        }
         if self.asks_cache() && !is_streamed {
             let expected = "no rule about experts in memory, for a model whose experts all are";
             return refuse("lossy routing", self.to_string(), expected.to_owned());
@@ -179,7 +188,17 @@ impl Weighing {
                 has_fixed_sum: *norm,
                 score: Score::Softmax,
             },
-            RouterConfig::SparseMixer { .. } => Self {
+            RouterConfig::Top2 => Self {
+                has_fixed_sum: true,
+                score: Score::Softmax,
+            },
+            // Of these, the last three have no lossy rules.
+            RouterConfig::SparseMixer { .. }
+            | RouterConfig::Switch
+            | RouterConfig::TopP { .. }
+            | RouterConfig::DenseToSparse { .. }
+            | RouterConfig::NullExperts
+            | RouterConfig::Uniform { .. } => Self {
                 has_fixed_sum: false,
                 score: Score::Softmax,
             },

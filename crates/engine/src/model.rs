@@ -120,9 +120,13 @@ pub struct ModelInfo {
     pub n_layers: usize,
     /// Layers that have experts, ascending.
     pub moe_layers: Vec<usize>,
-    /// Experts per MoE layer.
+    /// Experts per MoE layer, null ones not counted; the most of any where layers differ.
     pub n_experts: usize,
-    /// Experts that one token uses, as the checkpoint asks for.
+    /// Experts of each of `moe_layers`, null ones not counted.
+    pub experts_per_layer: Vec<usize>,
+    /// Null experts per MoE layer: ids that follow those of the layer's experts, and compute nothing.
+    pub n_null: usize,
+    /// The most experts that one token is sent to, null ones counted, as the checkpoint asks for.
     pub top_k: usize,
     /// Longest context of the model.
     pub max_context: usize,
@@ -138,6 +142,14 @@ pub struct ModelInfo {
     pub lossy: Lossy,
 }
 
+impl ModelInfo {
+    /// Ids that picks of any layer may have: experts and null experts of the layer that has most.
+    #[must_use]
+    pub fn n_ids(&self) -> usize {
+        self.n_experts + self.n_null
+    }
+}
+
 /// The routing of one sequence's tokens of a pass in one layer.
 #[derive(Clone, Copy, Debug)]
 pub struct RoutingEvent<'a> {
@@ -147,7 +159,8 @@ pub struct RoutingEvent<'a> {
     pub layer: usize,
     /// Position in the sequence of the first token.
     pub first_position: usize,
-    /// Router logits before the policy, `[n_tokens, n_experts]`.
+    /// Router logits before the policy, `[n_tokens, n]` with the layer's experts and null experts; where picks are random,
+    /// the numbers that were drawn.
     pub logits: &'a [f32],
     /// Experts and weights of every token.
     pub routing: &'a Routing,

@@ -44,8 +44,7 @@ pub(crate) type ExpertStore = Store<StoredExperts>;
 pub(crate) struct StoredExperts {
     compute: Arc<Compute>,
     /// By layer, then expert.
-    experts: Vec<StoredExpert>,
-    n_experts: usize,
+    experts: Vec<Vec<StoredExpert>>,
     activation: cadre_checkpoint::Activation,
     float_activations: bool,
 }
@@ -155,26 +154,26 @@ impl StoredExperts {
         compute: &Arc<Compute>,
         files: &mut Vec<PathBuf>,
     ) -> Result<Self> {
-        let moe = &config.moe;
         let mut experts = Vec::new();
         for layer in config.moe_layers() {
-            for expert in 0..moe.n_experts {
+            let mut of_layer = Vec::new();
+            for expert in 0..config.n_experts_in(layer) {
                 let prefix = format!("model.layers.{layer}.mlp.experts.{expert}");
                 let found = StoredExpert::find(checkpoint, config, (&prefix, compute), files)?;
-                experts.push(found);
+                of_layer.push(found);
             }
+            experts.push(of_layer);
         }
         Ok(Self {
             compute: Arc::clone(compute),
             experts,
-            n_experts: moe.n_experts,
             activation: config.activation,
             float_activations: !checkpoint.is_gguf(),
         })
     }
 
     fn get(&self, id: ExpertId) -> &StoredExpert {
-        &self.experts[usize::from(id.layer) * self.n_experts + usize::from(id.expert)]
+        &self.experts[usize::from(id.layer)][usize::from(id.expert)]
     }
 }
 
@@ -276,6 +275,11 @@ impl Form for StoredExperts {
     type Expert = FeedForward;
     type Memory = PlacedMemory;
     type Error = EngineError;
+
+    fn exists(&self, expert: ExpertId) -> bool {
+        let of_layer = self.experts.get(usize::from(expert.layer));
+        of_layer.is_some_and(|of_layer| usize::from(expert.expert) < of_layer.len())
+    }
 
     fn pieces(&self, expert: ExpertId) -> &[Piece] {
         &self.get(expert).pieces

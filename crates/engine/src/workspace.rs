@@ -114,10 +114,11 @@ impl Workspace {
             self.spans.push(sequence.span(self.tokens.len()));
             self.tokens.extend_from_slice(sequence.tokens);
         }
+        self.moe.router.begin(self.tokens.len());
     }
 
-    /// Moves the rows whose logits are wanted to the front of the stream, of its normed form, and of the angles; the
-    /// others are forgotten. Does nothing the second time.
+    /// Moves the rows whose logits are wanted to the front of the stream, of its normed form, of the angles and of what
+    /// routers remember; the others are forgotten. Does nothing the second time.
     pub(crate) fn trim(&mut self, batch: &[Sequence<'_>]) {
         let d = self.shape.d_model;
         let mut to = 0;
@@ -131,6 +132,7 @@ impl Workspace {
                 for angles in &mut self.angles {
                     angles.move_rows(from..from + n, to);
                 }
+                self.moe.router.move_rows(from..from + n, to);
             }
             *span = span.last(n, to);
             to += n;

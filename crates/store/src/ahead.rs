@@ -102,7 +102,8 @@ pub enum Look {
 pub(crate) struct Ahead {
     kind: AheadKind,
     n_layers: usize,
-    n_experts: usize,
+    /// Experts of every layer.
+    n_experts_of: Vec<u16>,
     predictor: Option<Box<dyn Predictor>>,
     /// `None`: always, without a trial.
     trial: Option<Trial>,
@@ -111,12 +112,13 @@ pub(crate) struct Ahead {
 }
 
 impl Ahead {
-    /// `adaptive`: only while it helps. `scored`: all ways of guessing are scored, whichever is acted on.
+    /// For layers with so many experts, none with more than `n_experts`. `adaptive`: only while it helps. `scored`: all ways of guessing are scored, whichever is acted on.
     pub(crate) fn new(
         kind: AheadKind,
-        [n_layers, n_experts]: [usize; 2],
+        (n_experts_of, n_experts): (&[u16], usize),
         (adaptive, scored): (bool, bool),
     ) -> Self {
+        let n_layers = n_experts_of.len();
         let all = AheadKind::ALL.iter();
         let predictors = all
             .filter_map(|kind| kind.predictor(n_layers, n_experts))
@@ -124,7 +126,7 @@ impl Ahead {
         Self {
             kind,
             n_layers,
-            n_experts,
+            n_experts_of: n_experts_of.to_vec(),
             predictor: kind.predictor(n_layers, n_experts),
             trial: adaptive.then(Trial::default),
             scoreboard: scored.then(|| Scoreboard::new(n_layers, predictors)),
@@ -144,12 +146,12 @@ impl Ahead {
         self.kind != AheadKind::Off && (n_tokens > FEW || helps)
     }
 
-    /// What to find out for a pass of `n_tokens` whose picks in this layer are `n_picked` experts.
-    pub(crate) fn look(&self, n_tokens: usize, n_picked: usize) -> Look {
+    /// What to find out for a pass of `n_tokens` whose picks in `layer` are `n_picked` experts.
+    pub(crate) fn look(&self, layer: u16, n_tokens: usize, n_picked: usize) -> Look {
         let is_decoding = n_tokens <= FEW;
         if !is_decoding
             && self.acts(n_tokens)
-            && n_picked as f64 >= NEARLY_ALL * self.n_experts as f64
+            && n_picked as f64 >= NEARLY_ALL * f64::from(self.n_experts_of[usize::from(layer)])
         {
             return Look::Everywhere;
         }
@@ -275,15 +277,16 @@ mod tests {
 
     #[test]
     fn prompts_are_not_timed_and_read_ahead_at_once() {
-        let mut ahead = Ahead::new(AheadKind::Gate, [3, 10], (true, false));
+        let mut ahead = Ahead::new(AheadKind::Gate, (&[10, 4, 10], 10), (true, false));
         for _ in 0..100 {
             ahead.begin(64);
         }
-        assert_eq!(ahead.look(64, 10), Look::Everywhere);
-        assert_eq!(ahead.look(64, 5), Look::Gate);
+        assert_eq!(ahead.look(0, 64, 10), Look::Everywhere);
+        assert_eq!(ahead.look(0, 64, 4), Look::Gate);
+        assert_eq!(ahead.look(1, 64, 4), Look::Everywhere, "a layer of four");
         assert_eq!(ahead.give(1, &[1, 2], 64), usize::MAX);
         assert_eq!(
-            (ahead.look(1, 2), ahead.give(1, &[1, 2], 1)),
+            (ahead.look(0, 1, 2), ahead.give(1, &[1, 2], 1)),
             (Look::Nowhere, 0),
             "on trial"
         );
@@ -293,7 +296,7 @@ mod tests {
     fn each_kind_expects_the_next_layer() {
         for kind in AheadKind::ALL {
             assert_eq!(kind.name().parse::<AheadKind>().unwrap(), kind);
-            let mut ahead = Ahead::new(kind, [2, 8], (false, true));
+            let mut ahead = Ahead::new(kind, (&[8, 8], 8), (false, true));
             let mut expected = Vec::new();
             for _ in 0..6 {
                 for layer in 0..2 {
@@ -302,7 +305,7 @@ mod tests {
                         .map(|(layer, ranked)| (layer, ranked.to_vec()))
                         .into_iter()
                         .collect();
-                    assert_eq!(ahead.look(1, 3), Look::Gate, "{kind} is scored");
+                    assert_eq!(ahead.look(layer, 1, 3), Look::Gate, "{kind} is scored");
                     let n = ahead.give(1 - layer, &[1, 2, 3], 1);
                     assert_eq!(n, if kind == AheadKind::Gate { LIMIT } else { 0 });
                 }

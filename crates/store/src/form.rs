@@ -25,6 +25,12 @@ pub trait Form: Send + Sync + std::fmt::Debug {
     /// What making can end in, reading included.
     type Error: From<StoreError>;
 
+    /// Whether there is such an expert. Where layers have different numbers of them, a store is made for the most, and those
+    /// that a layer lacks are the last; they are never asked for.
+    fn exists(&self, _expert: ExpertId) -> bool {
+        true
+    }
+
     /// What must be read for `expert`, in the order of the file.
     fn pieces(&self, expert: ExpertId) -> &[Piece];
 

@@ -366,8 +366,8 @@ impl<F: Form> Inner<F> {
         if self.n_quiet > QUIET {
             return Look::Nowhere;
         }
-        self.ahead
-            .look(self.n_tokens_of_pass as usize, self.order.len())
+        let n_tokens = self.n_tokens_of_pass as usize;
+        self.ahead.look(self.now.layer, n_tokens, self.order.len())
     }
 
     /// Takes what the router of a later layer said early.

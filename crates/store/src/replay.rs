@@ -18,13 +18,16 @@ pub struct ExpertSizes {
 }
 
 impl ExpertSizes {
-    /// The sizes that `bytes_of` gives for the experts of a model.
+    /// The sizes that `bytes_of` gives for the experts of a model: 0 for one that a layer lacks, which nobody picks.
     pub fn new(n_layers: usize, n_experts: usize, bytes_of: impl Fn(ExpertId) -> usize) -> Self {
         let ids = (0..n_layers as u16)
             .flat_map(|layer| (0..n_experts as u16).map(move |expert| ExpertId { layer, expert }));
         let mut sizes: Vec<(usize, usize)> = Vec::new();
         for id in ids.clone() {
             let n_bytes = bytes_of(id);
+            if n_bytes == 0 {
+                continue;
+            }
             match sizes.iter_mut().find(|(size, _)| *size == n_bytes) {
                 Some((_, n)) => *n += 1,
                 None => sizes.push((n_bytes, 1)),
@@ -35,7 +38,7 @@ impl ExpertSizes {
         for id in ids {
             let n_bytes = bytes_of(id);
             let class = sizes.iter().position(|&(size, _)| size == n_bytes);
-            classes[id] = class.expect("every size is in the list");
+            classes[id] = class.unwrap_or(0);
         }
         Self { classes, sizes }
     }

@@ -76,8 +76,8 @@ pub struct Store<F: Form> {
     is_direct: bool,
     reader: &'static str,
     n_cached: usize,
-    n_layers: usize,
-    n_experts: usize,
+    /// Experts of every layer.
+    n_experts_of: Vec<u16>,
 }
 
 impl<F: Form> std::fmt::Debug for Store<F> {
@@ -91,7 +91,8 @@ impl<F: Form> std::fmt::Debug for Store<F> {
 }
 
 impl<F: Form> Store<F> {
-    /// A store of `n_experts` experts in each of `n_layers` layers, whose pieces lie in `files`.
+    /// A store of up to `n_experts` experts in each of `n_layers` layers, whose pieces lie in `files`; see
+    /// [`Form::exists`].
     ///
     /// # Errors
     /// A file cannot be opened.
@@ -124,10 +125,17 @@ impl<F: Form> Store<F> {
                 (0..n_experts as u16).map(move |expert| ExpertId { layer, expert })
             })
         };
+        let mut n_experts_of = vec![0; n_layers];
         let mut classes: Vec<SizeClass> = Vec::new();
         let mut class_of = Vec::with_capacity(n_layers * n_experts);
         let mut buffer = 0;
         for id in ids() {
+            if !form.exists(id) {
+                // Never asked for.
+                class_of.push(0);
+                continue;
+            }
+            n_experts_of[usize::from(id.layer)] = id.expert + 1;
             let slot_bytes = form.n_bytes(id);
             buffer = buffer.max(buffer_bytes(form.pieces(id)));
             let known = classes
@@ -170,8 +178,6 @@ impl<F: Form> Store<F> {
             is_direct,
             reader: reader_name,
             n_cached,
-            n_layers,
-            n_experts,
             inner: Mutex::new(Inner {
                 files,
                 reader,
@@ -189,13 +195,14 @@ impl<F: Form> Store<F> {
                 n_asked: 0,
                 ahead: Ahead::new(
                     options.ahead,
-                    [n_layers, n_experts],
+                    (&n_experts_of, n_experts),
                     (options.adaptive, options.scored),
                 ),
                 expected: VecDeque::with_capacity(n_experts),
                 pieces: Vec::new(),
                 stats: StoreStats::default(),
             }),
+            n_experts_of,
             form,
         })
     }
@@ -246,8 +253,8 @@ impl<F: Form> Store<F> {
     /// # Errors
     /// An expert cannot be read or made.
     pub fn preload(&self, progress: &dyn Fn(usize)) -> Result<(), F::Error> {
-        for layer in 0..self.n_layers as u16 {
-            let missing = self.lock().room_for(layer, self.n_experts as u16);
+        for (layer, n_experts) in (0u16..).zip(&self.n_experts_of) {
+            let missing = self.lock().room_for(layer, *n_experts);
             let mut pass = self.begin(layer, missing.iter().map(|expert| (*expert, 0)), 0);
             while let Some(batch) = pass.next_batch()? {
                 progress(batch.len());

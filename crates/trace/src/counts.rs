@@ -18,6 +18,8 @@ pub(crate) struct Counts {
     norm_sums: Vec<f64>,
     n_with_logits: u64,
     n_with_norms: u64,
+    /// Experts that compute something.
+    n_real: usize,
     last: Option<LastToken>,
     followed_picks: u64,
     reused_picks: u64,
@@ -33,9 +35,12 @@ struct LastToken {
 }
 
 impl Counts {
-    pub(crate) fn new(n_experts: usize) -> Self {
+    /// For layer `layer`, whose tables are as long as those of the layer that has most experts.
+    pub(crate) fn new(meta: &TraceMeta, layer: usize) -> Self {
+        let n_experts = meta.n_experts;
         Self {
-            loads: Loads::new(n_experts),
+            loads: Loads::new(meta.n_experts_in(layer).max(1)),
+            n_real: meta.n_real_in(layer),
             tokens_by_domain: Vec::new(),
             by_domain: Vec::new(),
             weight_sums: vec![0.0; n_experts],
@@ -88,9 +93,17 @@ impl Counts {
             self.loads.add_logits(logits).expect("the row was checked");
         }
         self.follow(row);
+        // There is nothing to read for a null expert.
+        let real = || {
+            row.experts
+                .iter()
+                .filter(|expert| usize::from(**expert) < self.n_real)
+        };
         let room = max_replay_picks.saturating_sub(self.accesses.len());
-        self.accesses.extend(row.experts.iter().take(room));
-        self.truncated |= max_replay_picks > 0 && row.experts.len() > room;
+        let n_wanted = real().count();
+        let picked: Vec<u16> = real().take(room).copied().collect();
+        self.accesses.extend(picked);
+        self.truncated |= max_replay_picks > 0 && n_wanted > room;
     }
 
     /// Counts the picks that the token before also made, and remembers this token.
@@ -119,10 +132,13 @@ impl Counts {
         meta: &TraceMeta,
         options: &StatsOptions,
     ) -> LayerStats {
-        let n_experts = meta.n_experts;
-        let load = self.loads.counts().to_vec();
+        let n_experts = meta.n_experts_in(layer).max(1);
+        let mut load = self.loads.counts().to_vec();
         let summary = self.loads.summary();
-        let share = measures::shares(&load);
+        let mut share = measures::shares(&load);
+        let load_entropy = measures::normalised_entropy(&share);
+        load.resize(meta.n_experts, 0);
+        share.resize(meta.n_experts, 0.0);
         let even = 1.0 / n_experts as f64;
         let (dead_below, cold_below) = (
             options.dead_share.min(even / 4.0),
@@ -162,7 +178,7 @@ impl Counts {
             mean_norm: (self.n_with_norms == n_tokens).then(|| mean(&self.norm_sums)),
             cv: summary.as_ref().map_or(0.0, |figures| figures.cv),
             max_vio: summary.as_ref().map_or(0.0, |figures| figures.max_vio),
-            load_entropy: measures::normalised_entropy(&share),
+            load_entropy,
             token_entropy,
             dead: chosen(&|s| s < dead_below),
             cold: chosen(&|s| s >= dead_below && s < cold_below),

@@ -7,7 +7,9 @@
 //! | `cadre.digest` | digest of the checkpoint |
 //! | `cadre.architecture` | `model_type` of the checkpoint |
 //! | `cadre.n_layers` | decoder layers, dense ones included |
-//! | `cadre.n_experts` | routed experts per layer |
+//! | `cadre.n_experts` | routed experts per layer, null ones counted; the most of any layer |
+//! | `cadre.layer_experts` | the same for every decoder layer, comma-separated, 0 for dense ones; absent when all are alike |
+//! | `cadre.n_null` | null experts per layer, its last ids, which compute nothing; absent when there are none |
 //! | `cadre.top_k` | experts per token the checkpoint asks for; rows may hold fewer or more |
 //! | `cadre.lossy` | rules that changed the routing; absent when none did |
 
@@ -32,6 +34,10 @@ pub const KEY_N_LAYERS: &str = "cadre.n_layers";
 pub const KEY_N_EXPERTS: &str = "cadre.n_experts";
 /// Key of the experts per token.
 pub const KEY_TOP_K: &str = "cadre.top_k";
+/// Key of the number of experts of every layer.
+pub const KEY_LAYER_EXPERTS: &str = "cadre.layer_experts";
+/// Key of the number of null experts.
+pub const KEY_N_NULL: &str = "cadre.n_null";
 /// Key of the rules that changed the routing.
 pub const KEY_LOSSY: &str = "cadre.lossy";
 
@@ -44,8 +50,14 @@ pub struct TraceMeta {
     pub architecture: String,
     /// Decoder layers, dense ones included, so `layer` of every row is below it.
     pub n_layers: usize,
-    /// Routed experts per layer; every expert id is below it.
+    /// Routed experts per layer, null ones counted; every expert id is below it.
     pub n_experts: usize,
+    /// The same for every decoder layer, 0 for dense ones; empty when all layers with experts are alike.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layer_experts: Vec<usize>,
+    /// Null experts per layer: the last ids of each, which compute nothing and have weight 0.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub n_null: usize,
     /// Experts per token the checkpoint asks for.
     pub top_k: usize,
     /// Rules that changed the routing while it was recorded, if any did.
@@ -53,7 +65,24 @@ pub struct TraceMeta {
     pub lossy: Option<String>,
 }
 
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
 impl TraceMeta {
+    /// Ids that experts of decoder layer `layer` may have.
+    #[must_use]
+    pub fn n_experts_in(&self, layer: usize) -> usize {
+        let own = self.layer_experts.get(layer).copied();
+        own.unwrap_or(self.n_experts)
+    }
+
+    /// Experts of decoder layer `layer` that compute something.
+    #[must_use]
+    pub fn n_real_in(&self, layer: usize) -> usize {
+        self.n_experts_in(layer).saturating_sub(self.n_null)
+    }
+
     /// Checks that counts are positive, `top_k <= n_experts`, and that ids fit the column types.
     ///
     /// # Errors
@@ -74,6 +103,25 @@ impl TraceMeta {
                 });
             }
         }
+        let most = self.layer_experts.iter().copied().max();
+        let bad = |what, value, expected: String| {
+            Err(TraceError::BadMeta {
+                what,
+                value,
+                expected,
+            })
+        };
+        if let Some(most) = most.filter(|most| *most != self.n_experts) {
+            let expected = format!("{} in the largest layer", self.n_experts);
+            return bad("layer_experts", most, expected);
+        }
+        if most.is_some() && self.layer_experts.len() != self.n_layers {
+            let expected = format!("one number for each of {} layers", self.n_layers);
+            return bad("layer_experts", self.layer_experts.len(), expected);
+        }
+        if self.n_null >= self.n_experts {
+            return bad("n_null", self.n_null, format!("below {}", self.n_experts));
+        }
         Ok(())
     }
 
@@ -88,6 +136,13 @@ impl TraceMeta {
             (KEY_N_EXPERTS, self.n_experts.to_string()),
             (KEY_TOP_K, self.top_k.to_string()),
         ];
+        if !self.layer_experts.is_empty() {
+            let counts: Vec<String> = self.layer_experts.iter().map(usize::to_string).collect();
+            pairs.push((KEY_LAYER_EXPERTS, counts.join(",")));
+        }
+        if self.n_null > 0 {
+            pairs.push((KEY_N_NULL, self.n_null.to_string()));
+        }
         pairs.extend(self.lossy.clone().map(|lossy| (KEY_LOSSY, lossy)));
         pairs
     }
@@ -129,6 +184,11 @@ impl TraceMeta {
             n_layers: number(KEY_N_LAYERS)?,
             n_experts: number(KEY_N_EXPERTS)?,
             top_k: number(KEY_TOP_K)?,
+            layer_experts: layer_experts(path, get(KEY_LAYER_EXPERTS))?,
+            n_null: match get(KEY_N_NULL) {
+                None => 0,
+                Some(_) => number(KEY_N_NULL)?,
+            },
             lossy: get(KEY_LOSSY),
         };
         meta.check_in_file(path)?;
@@ -146,6 +206,8 @@ impl TraceMeta {
                 key: match what {
                     "n_layers" => KEY_N_LAYERS,
                     "n_experts" => KEY_N_EXPERTS,
+                    "layer_experts" => KEY_LAYER_EXPERTS,
+                    "n_null" => KEY_N_NULL,
                     _ => KEY_TOP_K,
                 },
                 value: value.to_string(),
@@ -154,6 +216,20 @@ impl TraceMeta {
             other => other,
         })
     }
+}
+
+/// The numbers of a comma-separated list; none for an absent one.
+fn layer_experts(path: &Path, list: Option<String>) -> Result<Vec<usize>, TraceError> {
+    let Some(list) = list else {
+        return Ok(Vec::new());
+    };
+    let numbers: Result<Vec<usize>, _> = list.split(',').map(str::parse).collect();
+    numbers.map_err(|_| TraceError::BadMetadata {
+        path: path.to_path_buf(),
+        key: KEY_LAYER_EXPERTS,
+        value: list,
+        expected: "whole numbers with commas between them".to_string(),
+    })
 }
 
 #[cfg(test)]
@@ -167,6 +243,8 @@ mod tests {
             n_layers: 2,
             n_experts: 4,
             top_k: 2,
+            layer_experts: Vec::new(),
+            n_null: 0,
             lossy: None,
         }
     }

@@ -21,7 +21,7 @@ pub struct Row<'a> {
     pub experts: &'a [u16],
     /// Their weights `[k]`.
     pub weights: &'a [f32],
-    /// Router logits `[n_experts]`, if they were recorded.
+    /// Router logits, one per expert of the layer, if they were recorded.
     pub logits: Option<&'a [f32]>,
     /// Output norm of each picked expert `[k]`, if they were recorded.
     pub norms: Option<&'a [f32]>,
@@ -53,19 +53,23 @@ impl Row<'_> {
                 meta.n_layers
             ));
         }
+        let n_experts = meta.n_experts_in(usize::from(self.layer));
         if let Some(expert) = self
             .experts
             .iter()
-            .find(|&&expert| usize::from(expert) >= meta.n_experts)
+            .find(|&&expert| usize::from(expert) >= n_experts)
         {
+            let whose = match meta.layer_experts.is_empty() {
+                true => "model",
+                false => "layer",
+            };
             return Some(format!(
-                "expert {expert} is out of range, the model has {} experts",
-                meta.n_experts
+                "expert {expert} is out of range, the {whose} has {n_experts} experts"
             ));
         }
         let lengths = [
             ("weights", Some(self.weights), n_picks),
-            ("logits", self.logits, meta.n_experts),
+            ("logits", self.logits, n_experts),
             ("norms", self.norms, n_picks),
         ];
         for (what, values, expected) in lengths {
@@ -99,7 +103,7 @@ pub struct Step<'a> {
     pub layer: usize,
     /// Picks of the `T` tokens.
     pub routing: &'a Routing,
-    /// Router logits `[T, n_experts]`, row-major.
+    /// Router logits `[T, n]` with the layer's experts, row-major.
     pub logits: Option<&'a [f32]>,
     /// Output norm of each pick, in the order of `routing` `[n_picks]`.
     pub norms: Option<&'a [f32]>,
@@ -126,10 +130,11 @@ impl<'a> Step<'a> {
             }
         };
         expect("routing", routing.n_tokens(), n_tokens)?;
+        let n_experts = meta.n_experts_in(self.layer);
         expect(
             "logits",
-            self.logits.map_or(n_tokens * meta.n_experts, <[f32]>::len),
-            n_tokens * meta.n_experts,
+            self.logits.map_or(n_tokens * n_experts, <[f32]>::len),
+            n_tokens * n_experts,
         )?;
         let n_picks = (0..n_tokens).map(|t| routing.token(t).0.len()).sum();
         expect("norms", self.norms.map_or(n_picks, <[f32]>::len), n_picks)?;
@@ -156,7 +161,7 @@ impl<'a> Step<'a> {
                 weights,
                 logits: self
                     .logits
-                    .map(|logits| &logits[t * meta.n_experts..(t + 1) * meta.n_experts]),
+                    .map(|logits| &logits[t * n_experts..(t + 1) * n_experts]),
                 norms: self
                     .norms
                     .map(|norms| &norms[first_pick..first_pick + experts.len()]),
@@ -180,6 +185,8 @@ mod tests {
             n_layers: 2,
             n_experts: 3,
             top_k: 1,
+            layer_experts: Vec::new(),
+            n_null: 0,
             lossy: None,
         }
     }

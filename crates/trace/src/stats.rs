@@ -194,7 +194,9 @@ impl StatsBuilder {
             options: options.clone(),
             domains: Vec::new(),
             sequences: HashSet::new(),
-            layers: vec![Counts::new(meta.n_experts); meta.n_layers],
+            layers: (0..meta.n_layers)
+                .map(|layer| Counts::new(meta, layer))
+                .collect(),
         })
     }
 

@@ -62,6 +62,8 @@ pub(crate) fn meta() -> TraceMeta {
         n_layers: 2,
         n_experts: 4,
         top_k: 2,
+        layer_experts: Vec::new(),
+        n_null: 0,
         lossy: None,
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 use cadre_checkpoint::{ModelConfig, Sizes, kv_bytes_read};
 use cadre_engine::{
-    KvFormats, Logits, Model, NoObserver, Observer, RoutingEvent, Sequence, Session,
+    KvFormats, Logits, Model, ModelInfo, NoObserver, Observer, RoutingEvent, Sequence, Session,
     SessionOptions, StoreStats, Workspace,
 };
 
@@ -74,7 +74,8 @@ impl<'a> Runner<'a> {
         }
         let several = test.n_seqs > 1;
         let workspace = several.then(|| model.workspace(test.n_seqs)).transpose()?;
-        let picked = held.experts / (info.n_experts as u64).max(1) * info.top_k as u64;
+        let picks: usize = (0..info.n_layers).map(|layer| config.picks_in(layer)).sum();
+        let picked = held.one_expert * picks as u64;
         Ok(Self {
             model,
             config,
@@ -83,7 +84,7 @@ impl<'a> Runner<'a> {
             sessions,
             workspace,
             tokens,
-            touched: Touched::new(info.n_layers, info.n_experts),
+            touched: Touched::new(info),
             shared_bytes: held.read_per_token.saturating_sub(picked),
             one_expert: held.one_expert,
         })
@@ -203,13 +204,20 @@ struct Touched {
     /// One flag per layer and expert.
     seen: Vec<bool>,
     n_experts: usize,
+    /// Experts of each layer that are read; null ones are not.
+    n_real: Vec<usize>,
 }
 
 impl Touched {
-    fn new(n_layers: usize, n_experts: usize) -> Self {
+    fn new(info: &ModelInfo) -> Self {
+        let mut n_real = vec![0; info.n_layers];
+        for (layer, n_experts) in info.moe_layers.iter().zip(&info.experts_per_layer) {
+            n_real[*layer] = *n_experts;
+        }
         Self {
-            seen: vec![false; n_layers * n_experts],
-            n_experts,
+            seen: vec![false; info.n_layers * info.n_experts],
+            n_experts: info.n_experts,
+            n_real,
         }
     }
 
@@ -227,7 +235,10 @@ impl Observer for Touched {
         let layer = event.layer * self.n_experts;
         for token in 0..event.routing.n_tokens() {
             for expert in event.routing.token(token).0 {
-                self.seen[layer + usize::from(*expert)] = true;
+                let expert = usize::from(*expert);
+                if expert < self.n_real[event.layer] {
+                    self.seen[layer + expert] = true;
+                }
             }
         }
     }

@@ -56,10 +56,20 @@ pub(crate) struct Report {
     pub(crate) n_moe_layers: usize,
     pub(crate) n_experts: usize,
     pub(crate) top_k: usize,
+    /// Whether tokens get different numbers of experts, `top_k` at most.
+    pub(crate) n_picks_differ: bool,
     pub(crate) hidden_size: usize,
     pub(crate) expert_width: usize,
     /// Width of the expert that every token uses.
     pub(crate) shared_expert_width: Option<usize>,
+    /// Experts per layer that compute nothing, beside the others.
+    pub(crate) n_null_experts: usize,
+    /// Experts of each layer that has any, where these differ.
+    pub(crate) experts_per_layer: Option<Vec<usize>>,
+    /// Width of a feed-forward beside the experts.
+    pub(crate) residual_width: Option<usize>,
+    /// Width of the state that routers hand from layer to layer.
+    pub(crate) recurrent_router_width: Option<usize>,
     pub(crate) router: Option<Router>,
     n_heads: usize,
     n_kv_heads: usize,
@@ -224,9 +234,14 @@ fn report(checkpoint: &Checkpoint, args: &Args) -> Result<Report> {
         n_moe_layers: config.moe.layers.len(),
         n_experts: config.moe.n_experts,
         top_k: config.moe.top_k,
+        n_picks_differ: config.moe.router.is_ragged(),
         hidden_size: config.hidden_size,
         expert_width: config.moe.intermediate_size,
         shared_expert_width: config.moe.shared.map(|shared| shared.intermediate_size),
+        n_null_experts: config.moe.n_null,
+        experts_per_layer: (!config.moe.uneven.is_empty()).then(|| config.moe.uneven.clone()),
+        residual_width: config.moe.residual.map(|part| part.intermediate_size),
+        recurrent_router_width: config.moe.recurrent_router,
         router: Router::new(config),
         n_heads: config.n_heads,
         n_kv_heads: config.n_kv_heads,
@@ -270,11 +285,7 @@ fn layers(checkpoint: &Checkpoint, sizes: &ModelSizes) -> Vec<Layer> {
     let config = checkpoint.config();
     let layer = |(layer, size): (usize, &cadre_checkpoint::LayerSize)| Layer {
         layer,
-        n_experts: if config.is_moe_layer(layer) {
-            config.moe.n_experts
-        } else {
-            0
-        },
+        n_experts: config.n_experts_in(layer),
         window: config.attention.windows.get(layer).copied().flatten(),
         parameters: size.parameters,
         expert_parameters: size.expert_parameters,

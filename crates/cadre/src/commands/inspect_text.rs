@@ -35,18 +35,30 @@ fn lines(report: &Report) -> Vec<(&'static str, String)> {
     if let Some(router) = &report.router {
         let shared = report.shared_expert_width;
         let shared = shared.map(|width| format!(", and a shared one of width {width}"));
+        let residual = report.residual_width;
+        let residual = residual.map(|width| format!(", beside a feed-forward of width {width}"));
+        let n_experts = match (&report.experts_per_layer, report.n_null_experts) {
+            (Some(counts), _) => format!("{counts:?}"),
+            (None, 0) => report.n_experts.to_string(),
+            (None, null) => format!("{} and {null} null ones", report.n_experts),
+        };
+        let most = if report.n_picks_differ { "up to " } else { "" };
         lines.push((
             "experts",
             format!(
-                "{} per layer, {} per token, width {} of {}{}",
-                report.n_experts,
+                "{n_experts} per layer, {most}{} per token, width {} of {}{}{}",
                 report.top_k,
                 report.expert_width,
                 report.hidden_size,
-                shared.unwrap_or_default()
+                shared.unwrap_or_default(),
+                residual.unwrap_or_default()
             ),
         ));
-        lines.push(("router", router.to_string()));
+        let recurrent = report.recurrent_router_width;
+        let recurrent =
+            recurrent.map(|width| format!(", with a state of {width} along the layers"));
+        let recurrent = recurrent.unwrap_or_default();
+        lines.push(("router", format!("{router}{recurrent}")));
     }
     lines.extend([
         ("attention", report.attention.to_string()),

@@ -61,12 +61,16 @@ pub(crate) struct Choice {
     pub(super) reason: Option<&'static str>,
 }
 
-/// Norms, biases, sinks and routers: llama.cpp reads them in f32 only, and loading makes them f32 in any case.
+/// Norms, biases, sinks and routers with all that belongs to them: llama.cpp reads them in f32 only, and loading makes
+/// them f32 in any case.
 /// `name` and `shape` are canonical, those of one expert for experts.
 pub(crate) fn stays_f32(name: &str, shape: &[usize]) -> bool {
     shape.len() < 2
         || name.ends_with(".mlp.gate.weight")
         || name.ends_with("shared_expert_gate.weight")
+        || name.ends_with(".mlp.router_in.weight")
+        || name.ends_with(".mlp.residual_coefficient.weight")
+        || name.starts_with("model.router_gru.")
 }
 
 /// The format of a tensor of a GGUF file. `form` is the model as GGUF holds it, `name` and `shape` are canonical (of

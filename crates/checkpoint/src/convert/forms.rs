@@ -149,6 +149,8 @@ pub(super) fn differences(ours: &ModelConfig, theirs: &ModelConfig) -> Vec<Strin
     if !a.layers.is_empty() {
         let sizes = |m: &crate::MoeConfig| (m.n_experts, m.top_k, m.intermediate_size);
         list.same("experts", &sizes(a), &sizes(b));
+        list.same("experts per layer", &a.uneven, &b.uneven);
+        list.same("null experts", &a.n_null, &b.n_null);
         list.same("routing", &settled(a.router), &settled(b.router));
         list.same(
             "biases of experts",
@@ -156,6 +158,8 @@ pub(super) fn differences(ours: &ModelConfig, theirs: &ModelConfig) -> Vec<Strin
             &(b.router_bias, b.expert_bias),
         );
         list.same("shared expert", &a.shared, &b.shared);
+        list.same("feed-forward beside experts", &a.residual, &b.residual);
+        list.same("recurrent router", &a.recurrent_router, &b.recurrent_router);
     }
     list.0
 }

@@ -84,7 +84,7 @@ impl Planner<'_> {
         let Some(part) = expert.strip_prefix("0.down_proj.") else {
             return;
         };
-        let (is_bias, n) = (part == "bias", self.form.moe.n_experts);
+        let (is_bias, n) = (part == "bias", self.form.n_experts_in(layer));
         let (hidden, width) = (self.form.hidden_size, self.form.moe.intermediate_size);
         let name = |expert: usize, projection: &str| {
             format!("model.layers.{layer}.mlp.experts.{expert}.{projection}.{part}")

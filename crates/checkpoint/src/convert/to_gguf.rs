@@ -110,7 +110,7 @@ impl Planner<'_> {
         let Some(part) = expert.strip_prefix("0.") else {
             return;
         };
-        let n_experts = self.form.moe.n_experts;
+        let n_experts = self.form.n_experts_in(layer);
         let rows = (0..n_experts).map(|expert| Rows {
             name: format!("model.layers.{layer}.mlp.experts.{expert}.{part}"),
             order: Order::All,

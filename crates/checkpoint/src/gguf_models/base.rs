@@ -126,8 +126,8 @@ pub(super) fn moe(
         router,
         router_bias: has("ffn_gate_inp.bias"),
         expert_bias: has("ffn_down_exps.bias"),
-        shared: None,
         layers: layers.collect(),
+        ..MoeConfig::default()
     })
 }
 

@@ -127,6 +127,18 @@ const TARGETS: &[Target] = &[
 pub(crate) fn target(origin: &str, config: &ModelConfig) -> Result<&'static Target> {
     let wanted = config.model_type.as_str();
     let found = TARGETS.iter().find(|t| t.model_types.contains(&wanted));
+    let unreadable = config.moe.only_ours();
+    if !unreadable.is_empty() {
+        return Err(CheckpointError::Unsupported {
+            file: origin.to_owned(),
+            key: "model_type".to_owned(),
+            value: wanted.to_owned(),
+            reason: format!(
+                "no reader of GGUF files computes {}; convert to safetensors instead",
+                unreadable.join(", ")
+            ),
+        });
+    }
     found.ok_or_else(|| {
         let known: Vec<&str> = TARGETS
             .iter()

@@ -1,5 +1,6 @@
 //! Every architecture: how its `config.json` becomes a [`ModelConfig`] and back. One file and one line each.
 
+mod cadre_moe;
 mod common;
 mod deepseek_v2;
 mod deepseek_v3;
@@ -41,6 +42,7 @@ pub(crate) struct Architecture {
 
 /// Every architecture that Cadre reads.
 const ARCHITECTURES: &[Architecture] = &[
+    cadre_moe::ARCHITECTURE,
     deepseek_v2::ARCHITECTURE,
     deepseek_v3::ARCHITECTURE,
     gemma3_text::ARCHITECTURE,
@@ -96,6 +98,15 @@ fn find(name: &str) -> Option<&'static Architecture> {
 impl Architecture {
     /// `config.json` for `config`.
     pub(crate) fn to_json(&self, config: &ModelConfig, dtype: Dtype) -> Result<Value> {
+        let unspeakable = config.moe.only_ours();
+        if !unspeakable.is_empty() && self.model_type != cadre_moe::ARCHITECTURE.model_type {
+            return Err(CheckpointError::Unsupported {
+                file: "config.json".to_owned(),
+                key: "model_type".to_owned(),
+                value: self.model_type.to_owned(),
+                reason: format!("it cannot say {}; `cadre_moe` can", unspeakable.join(", ")),
+            });
+        }
         let mut map = common::to_json(config, self.class, dtype)?;
         (self.to_json)(config, &mut map);
         Ok(Value::Object(map))

@@ -9,7 +9,7 @@ use cadre_store::Look;
 
 use super::experts::Turn;
 use super::lossy::LossyScratch;
-use super::{Moe, Norm, Step};
+use super::{Moe, Norm, RouterScratch, Step};
 
 /// The next layer that has experts, and the stream before this layer's.
 #[derive(Clone, Copy)]
@@ -37,7 +37,7 @@ impl Ahead<'_> {
         &self,
         step: Step<'_>,
         turn: &mut Turn<'_>,
-        (scratch, matmul): (&mut AheadScratch, &mut MatmulScratch),
+        (scratch, router, matmul): (&mut AheadScratch, &mut RouterScratch, &mut MatmulScratch),
     ) {
         let (
             Turn::Streamed(pass),
@@ -55,12 +55,14 @@ impl Ahead<'_> {
             Look::Gate => {}
         }
         let compute = step.compute;
-        let gate = &self.moe.gate;
-        let n_rows = self.hidden.len() / gate.weight.n_in();
+        let n_logits = self.moe.router.n_logits();
         scratch.normed.resize(self.hidden.len(), 0.0);
-        scratch.logits.resize(n_rows * gate.n_out(), 0.0);
+        scratch.logits.resize(step.n_rows() * n_logits, 0.0);
         self.norm.forward(compute, self.hidden, &mut scratch.normed);
-        gate.forward(compute, &scratch.normed, &mut scratch.logits, matmul);
+        let AheadScratch { normed, logits, .. } = &mut *scratch;
+        self.moe
+            .router
+            .guess(step, normed, logits, (router, matmul));
         // What cannot be routed here says so when it is that layer's turn.
         if self
             .moe

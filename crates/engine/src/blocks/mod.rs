@@ -14,7 +14,9 @@ mod linear;
 mod lossy;
 mod moe;
 mod norm;
+mod residual;
 mod rope;
+mod router;
 
 pub(crate) use ahead::Ahead;
 pub(crate) use attention::{Attention, AttentionScratch};
@@ -27,7 +29,9 @@ pub(crate) use linear::{Linear, add_rows};
 pub(crate) use lossy::LossyRules;
 pub(crate) use moe::{Moe, MoeError, MoeScratch, MoeShape, Shared};
 pub(crate) use norm::Norm;
+pub(crate) use residual::Residual;
 pub(crate) use rope::{Rope, RopeAngles};
+pub(crate) use router::{GruCell, Random, Recurrent, Router, RouterScratch};
 
 use cadre_kernels::Compute;
 

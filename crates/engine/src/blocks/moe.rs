@@ -9,20 +9,22 @@ use cadre_routing::{Policy, Routing, RoutingError};
 use super::ahead::{Ahead, AheadScratch};
 use super::experts::ExpertRows;
 use super::lossy::LossyScratch;
-use super::{Experts, FeedForward, FeedForwardScratch, Linear, LossyRules, Step};
+use super::{
+    Experts, FeedForward, FeedForwardScratch, LossyRules, Residual, Router, RouterScratch, Step,
+};
 use crate::error::EngineError;
 use crate::model::{Observer, RoutingEvent};
 
 /// One layer's router and experts.
 #[derive(Debug)]
 pub(crate) struct Moe {
-    /// Router, `[n_experts, d]`, always f32.
-    pub(crate) gate: Linear,
+    pub(crate) router: Router,
     pub(crate) policy: Box<dyn Policy>,
     /// What changes the policy's picks, if anything.
     pub(crate) lossy: Option<Box<LossyRules>>,
     pub(crate) experts: Experts,
     pub(crate) shared: Option<Shared>,
+    pub(crate) residual: Option<Residual>,
 }
 
 /// The expert that every token uses.
@@ -51,13 +53,16 @@ impl From<RoutingError> for MoeError {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct MoeShape {
     pub(crate) d_model: usize,
+    /// Router logits of a token, of the layer that has most.
     pub(crate) n_experts: usize,
     /// The most experts that one token can get.
     pub(crate) max_picks: usize,
     /// Width of an expert.
     pub(crate) d_expert: usize,
-    /// Width of the shared expert; 0 without.
-    pub(crate) d_shared: usize,
+    /// Width of the wider of shared expert and feed-forward beside the experts; 0 without.
+    pub(crate) d_beside: usize,
+    /// Width of the state of recurrent routers; 0 without.
+    pub(crate) d_router: usize,
 }
 
 /// Buffers of [`Moe::forward`] for the rows of a pass; the feed-forward's serve dense layers too.
@@ -65,14 +70,15 @@ pub(crate) struct MoeShape {
 pub(crate) struct MoeScratch {
     /// `[rows, n_experts]`.
     logits: Vec<f32>,
+    pub(crate) router: RouterScratch,
     routing: Routing,
     /// The routing of one sequence of a batch, for an observer.
     part: Routing,
     groups: Groups,
     /// Outputs of the pairs, and before them their inputs, sorted by expert: `[rows * max_picks, d_model]`.
     y_pd: Vec<f32>,
-    /// Output of the shared expert, `[rows, d_model]`.
-    shared_td: Vec<f32>,
+    /// Output of what runs beside the experts, `[rows, d_model]`.
+    beside_td: Vec<f32>,
     /// Output norm of each pair in routing order, when an observer wants it.
     norms: Vec<f32>,
     /// Offsets of the rows of a batch of experts.
@@ -87,15 +93,16 @@ impl MoeScratch {
     /// For `capacity` rows; `d_dense` is the width of dense layers, 0 without.
     pub(crate) fn new(shape: &MoeShape, d_dense: usize, capacity: usize) -> Self {
         let n_pairs = capacity * shape.max_picks;
-        let inner = (n_pairs * shape.d_expert).max(capacity * d_dense.max(shape.d_shared));
-        let n_shared = if shape.d_shared > 0 { capacity } else { 0 };
+        let inner = (n_pairs * shape.d_expert).max(capacity * d_dense.max(shape.d_beside));
+        let n_beside = if shape.d_beside > 0 { capacity } else { 0 };
         Self {
             logits: vec![0.0; capacity * shape.n_experts],
+            router: RouterScratch::new(shape.d_router, capacity),
             routing: Routing::with_capacity(capacity, shape.max_picks),
             part: Routing::new(),
             groups: Groups::with_capacity(n_pairs, shape.n_experts),
             y_pd: vec![0.0; n_pairs * shape.d_model],
-            shared_td: vec![0.0; n_shared * shape.d_model],
+            beside_td: vec![0.0; n_beside * shape.d_model],
             norms: Vec::new(),
             offsets: Vec::with_capacity(shape.n_experts + 1),
             ahead: AheadScratch::default(),
@@ -114,10 +121,13 @@ impl MoeScratch {
 impl Moe {
     /// Adds its matrices to `all`.
     pub(crate) fn matrices<'a>(&'a self, all: &mut Vec<&'a Matrix>) {
-        self.gate.matrices(all);
+        self.router.matrices(all);
         self.experts.matrices(all);
         if let Some(shared) = &self.shared {
             shared.expert.matrices(all);
+        }
+        if let Some(residual) = &self.residual {
+            residual.mlp.matrices(all);
         }
     }
 
@@ -133,17 +143,18 @@ impl Moe {
     ) -> Result<(), MoeError> {
         let MoeScratch {
             logits,
+            router,
             routing,
             groups,
             y_pd,
-            shared_td,
+            beside_td,
             offsets,
             ffn,
             ..
         } = scratch;
-        let compute = step.compute;
-        let logits = &mut logits[..step.n_rows() * self.gate.n_out()];
-        self.gate.forward(compute, x_td, logits, matmul);
+        let (compute, d) = (step.compute, x_td.len() / step.n_rows().max(1));
+        let logits = &mut logits[..step.n_rows() * self.router.n_logits()];
+        self.router.forward(step, x_td, logits, (router, matmul));
         self.policy.route(logits, routing)?;
         if let Some(rules) = &self.lossy {
             let asks_cache = step.decodes && rules.lossy.asks_cache();
@@ -159,9 +170,9 @@ impl Moe {
             .begin(&groups.active, &groups.counts, step.n_rows());
         groups.rows.lay_out(routing, turn.order(), &groups.counts);
         if let Some(ahead) = ahead {
-            ahead.look(step, &mut turn, (&mut scratch.ahead, matmul));
+            ahead.look(step, &mut turn, (&mut scratch.ahead, router, matmul));
         }
-        let y_pd = &mut y_pd[..groups.rows.len() * self.gate.weight.n_in()];
+        let y_pd = &mut y_pd[..groups.rows.len() * d];
         turn.forward(
             compute,
             groups.rows.as_rows(),
@@ -172,17 +183,26 @@ impl Moe {
         drop(turn);
         combine(compute, routing, &groups.rows, y_pd, out_td);
         if let Some(shared) = &self.shared {
-            let shared_td = &mut shared_td[..x_td.len()];
+            let shared_td = &mut beside_td[..x_td.len()];
             shared.add(compute, (x_td, shared_td), out_td, (ffn, matmul));
         }
+        if let Some(residual) = &self.residual {
+            let residual_td = &mut beside_td[..x_td.len()];
+            residual.add(compute, (x_td, residual_td), out_td, (ffn, matmul));
+        }
         if observer.watches() {
-            self.tell(step, scratch, observer);
+            self.tell((step, d), scratch, observer);
         }
         Ok(())
     }
 
-    /// Tells `observer` about the routing of every sequence.
-    fn tell(&self, step: Step<'_>, scratch: &mut MoeScratch, observer: &mut dyn Observer) {
+    /// Tells `observer` about the routing of every sequence, with rows of width `d`.
+    fn tell(
+        &self,
+        (step, d): (Step<'_>, usize),
+        scratch: &mut MoeScratch,
+        observer: &mut dyn Observer,
+    ) {
         let MoeScratch {
             logits,
             routing,
@@ -192,7 +212,7 @@ impl Moe {
             norms,
             ..
         } = scratch;
-        let (n_experts, d) = (self.gate.n_out(), self.gate.weight.n_in());
+        let n_experts = self.router.n_logits();
         norms.clear();
         if observer.wants_norms() {
             output_norms(step.compute, &groups.rows, y_pd, d, norms);
@@ -380,6 +400,7 @@ mod tests {
     use cadre_routing::policies::TopK;
     use cadre_testkit::{Random, assert_close};
 
+    use super::super::Linear;
     use super::*;
     use crate::batch::Span;
     use crate::model::NoObserver;
@@ -429,14 +450,22 @@ mod tests {
         let experts = (0..shape.n_experts).map(|_| expert()).collect();
         let policy = TopK::new(shape.n_experts, shape.max_picks, norm_topk_prob).unwrap();
         Moe {
-            gate: Linear {
+            router: Router::Linear(Linear {
                 weight: gate,
                 bias: None,
-            },
+            }),
             policy: Box::new(policy),
             lossy: None,
             experts: Experts::Resident(experts),
             shared: None,
+            residual: None,
+        }
+    }
+
+    fn gate(moe: &Moe) -> &Matrix {
+        match &moe.router {
+            Router::Linear(gate) => &gate.weight,
+            other => panic!("{other:?}"),
         }
     }
 
@@ -451,7 +480,7 @@ mod tests {
 
     /// One token, straight from the definition: every expert computed, the picked ones added.
     fn reference(moe: &Moe, top_k: usize, norm_topk_prob: bool, x: &[f32]) -> Vec<f32> {
-        let logits = product(&moe.gate.weight, x);
+        let logits = product(gate(moe), x);
         let total: f32 = logits.iter().map(|l| l.exp()).sum();
         let mut picks: Vec<(usize, f32)> =
             logits.iter().map(|l| l.exp() / total).enumerate().collect();
@@ -525,7 +554,8 @@ mod tests {
                 n_experts,
                 max_picks: top_k,
                 d_expert: 12,
-                d_shared: 0,
+                d_beside: 0,
+                d_router: 0,
             };
             let moe = random_moe(&shape, norm);
             let x_td = Random::new(9).values(17 * shape.d_model, 1.0);
@@ -543,7 +573,8 @@ mod tests {
             n_experts: 6,
             max_picks: 2,
             d_expert: 40,
-            d_shared: 0,
+            d_beside: 0,
+            d_router: 0,
         };
         let moe = random_moe(&shape, true);
         let x_td = Random::new(2).values(50 * shape.d_model, 1.0);
@@ -561,7 +592,8 @@ mod tests {
             n_experts: 4,
             max_picks: 2,
             d_expert: 8,
-            d_shared: 0,
+            d_beside: 0,
+            d_router: 0,
         };
         let moe = random_moe(&shape, true);
         let x_td = Random::new(3).values(5 * shape.d_model, 1.0);
@@ -579,7 +611,7 @@ mod tests {
             assert_close(
                 "logits",
                 &logits[t * 4..][..4],
-                &product(&moe.gate.weight, x),
+                &product(gate(&moe), x),
                 1e-6,
             );
             for (slot, expert) in routing.token(t).0.iter().enumerate() {

@@ -1,5 +1,6 @@
 //! The architectures, one file each: which blocks a layer is made of. What a block does follows from the configuration.
 
+pub(crate) mod cadre_moe;
 pub(crate) mod deepseek_v2;
 pub(crate) mod deepseek_v3;
 pub(crate) mod gemma3_text;

@@ -21,4 +21,4 @@ pub use switch::Switch;
 pub use top_2::{Top2, keep_seconds};
 pub use top_k::TopK;
 pub use top_p::TopP;
-pub use uniform::Uniform;
+pub use uniform::{Uniform, UniformDraws};

@@ -34,6 +34,8 @@ impl Picks {
 pub(super) fn recording(path: &Path, reader: &mut TraceReader) -> Result<(Vec<usize>, Recording)> {
     let mut sequences: BTreeMap<u32, BTreeMap<usize, Picks>> = BTreeMap::new();
     let shown = path.display();
+    let meta = reader.meta().clone();
+    let n_real = |layer| meta.n_real_in(layer);
     while let Some(block) = reader.next_block()? {
         for row in block.rows() {
             let layers = sequences.entry(row.seq).or_default();
@@ -50,7 +52,13 @@ pub(super) fn recording(path: &Path, reader: &mut TraceReader) -> Result<(Vec<us
                     .hint("a replay needs all tokens in order: record it again")
                     .into());
             }
-            picks.experts.extend_from_slice(row.experts);
+            // There is nothing to read for a null expert.
+            let n_real = n_real(usize::from(row.layer));
+            let real = row
+                .experts
+                .iter()
+                .filter(|expert| usize::from(**expert) < n_real);
+            picks.experts.extend(real);
             picks.ends.push(picks.experts.len());
         }
     }
@@ -60,7 +68,7 @@ pub(super) fn recording(path: &Path, reader: &mut TraceReader) -> Result<(Vec<us
         .collect();
     layers.sort_unstable();
     layers.dedup();
-    let mut recording = Recording::new(layers.len(), reader.meta().n_experts);
+    let mut recording = Recording::new(layers.len(), meta.n_experts);
     for (seq, picks) in &sequences {
         let tokens: Vec<_> = picks.values().map(Picks::tokens).collect();
         if !recording.push_sequence(&tokens) {
@@ -93,19 +101,23 @@ pub(super) fn sizes(
                     .into(),
             );
         }
-        return Ok(ExpertSizes::new(shape.0, shape.1, |_| 1));
+        return Ok(ExpertSizes::new(shape.0, shape.1, |id: ExpertId| {
+            let n_real = meta.n_real_in(layers[usize::from(id.layer)]);
+            usize::from(usize::from(id.expert) < n_real)
+        }));
     }
     let checkpoint = args.checkpoint.open_outline(app)?;
     let config = checkpoint.config();
     let is_other = config.n_layers != meta.n_layers
-        || config.moe.n_experts != meta.n_experts
-        || !layers.iter().all(|&layer| config.is_moe_layer(layer));
+        || !layers.iter().all(|&layer| {
+            config.is_moe_layer(layer) && config.n_experts_in(layer) == meta.n_real_in(layer)
+        });
     if is_other {
         let message = format!(
             "{} has {} layers x {} experts, and the trace is of a {} of {} x {}",
             checkpoint.origin(),
             config.n_layers,
-            config.moe.n_experts,
+            config.moe.n_logits(),
             meta.architecture,
             meta.n_layers,
             meta.n_experts

@@ -1,0 +1,154 @@
+//! From tensors to routers: what makes a layer's logits, and the policy that picks by them.
+
+use std::sync::Arc;
+
+use cadre_checkpoint::{RouterConfig, Score};
+use cadre_routing::policies::{
+    DenseToSparse, GroupLimited, GroupLimitedOptions, GroupScore, NullExperts, ScoreFn,
+    SparseMixer, Stage, Switch, Top2, TopK, TopP, UniformDraws,
+};
+use cadre_routing::{Policy, RoutingError};
+
+use crate::blocks::{GruCell, Linear, Random, Recurrent, Router};
+use crate::builder::Builder;
+use crate::error::{EngineError, Result};
+
+impl Builder<'_> {
+    /// What makes the router logits of `layer`.
+    pub(crate) fn router(&self, layer: usize) -> Result<Router> {
+        let (moe, d) = (&self.config.moe, self.config.hidden_size);
+        let n_experts = self.config.n_experts_in(layer);
+        let n_logits = n_experts + moe.n_null;
+        let prefix = format!("model.layers.{layer}.mlp");
+        if let RouterConfig::Uniform { seed } = moe.router {
+            return Ok(Router::Random(Random {
+                seed,
+                layer,
+                n_experts,
+            }));
+        }
+        let gate = |n_in| {
+            let weight = format!("{prefix}.gate.weight");
+            let bias = moe.router_bias.then(|| {
+                self.weights
+                    .vector(&format!("{prefix}.gate.bias"), n_logits)
+            });
+            Ok::<_, EngineError>(Linear {
+                weight: self.weights.matrix_f32(&weight, [n_logits, n_in])?,
+                bias: bias.transpose()?,
+            })
+        };
+        let Some(width) = moe.recurrent_router else {
+            return Ok(Router::Linear(gate(d)?));
+        };
+        let name = format!("{prefix}.router_in.weight");
+        Ok(Router::Recurrent(Recurrent {
+            input: self.weights.matrix_f32(&name, [width, d])?,
+            cell: self.router_cell(width)?,
+            gate: gate(width)?,
+        }))
+    }
+
+    /// The recurrence of all routers, read once.
+    fn router_cell(&self, width: usize) -> Result<Arc<GruCell>> {
+        if let Some(cell) = self.router_cell.get() {
+            return Ok(Arc::clone(cell));
+        }
+        let part = |part: &str| {
+            let (weight, bias) = (
+                format!("model.router_gru.weight_{part}"),
+                format!("model.router_gru.bias_{part}"),
+            );
+            Ok::<_, EngineError>(Linear {
+                weight: self.weights.matrix_f32(&weight, [3 * width, width])?,
+                bias: Some(self.weights.vector(&bias, 3 * width)?),
+            })
+        };
+        let cell = GruCell {
+            input: part("ih")?,
+            state: part("hh")?,
+        };
+        Ok(Arc::clone(self.router_cell.get_or_init(|| Arc::new(cell))))
+    }
+
+    /// The rule from the logits of `layer` to its picks.
+    pub(crate) fn policy(&self, layer: usize) -> Result<Box<dyn Policy>> {
+        let policy = self.make_policy(layer)?;
+        policy.map_err(|source| EngineError::Routing {
+            layer,
+            position: 0,
+            source,
+        })
+    }
+
+    fn make_policy(&self, layer: usize) -> Result<Result<Box<dyn Policy>, RoutingError>> {
+        let moe = &self.config.moe;
+        let (n_experts, top_k) = (self.config.n_experts_in(layer), moe.top_k);
+        Ok(match moe.router {
+            RouterConfig::TopK { norm } => TopK::new(n_experts, top_k, norm).map(boxed),
+            RouterConfig::Top2 => Top2::new(n_experts).map(boxed),
+            RouterConfig::Switch => Switch::new(n_experts).map(boxed),
+            RouterConfig::TopP { mass } => TopP::new(n_experts, mass as f32).map(boxed),
+            RouterConfig::NullExperts => {
+                NullExperts::new(n_experts + moe.n_null, moe.n_null, top_k).map(boxed)
+            }
+            RouterConfig::DenseToSparse {
+                temperature,
+                threshold,
+                hard,
+            } => {
+                let stage = if hard { Stage::Hard } else { Stage::Soft };
+                DenseToSparse::new(n_experts, temperature as f32, threshold as f32, stage)
+                    .map(boxed)
+            }
+            RouterConfig::Uniform { .. } => UniformDraws::new(n_experts, top_k).map(boxed),
+            RouterConfig::SparseMixer { eps } => SparseMixer::new(n_experts, eps as f32).map(boxed),
+            RouterConfig::GroupLimited {
+                correction_bias, ..
+            } => {
+                let bias = correction_bias.then(|| {
+                    let name = format!("model.layers.{layer}.mlp.gate.e_score_correction_bias");
+                    self.weights.vector(&name, n_experts)
+                });
+                GroupLimited::new(self.group_options(n_experts), bias.transpose()?).map(boxed)
+            }
+        })
+    }
+
+    fn group_options(&self, n_experts: usize) -> GroupLimitedOptions {
+        let mut options = GroupLimitedOptions {
+            n_experts,
+            top_k: self.config.moe.top_k,
+            n_groups: 1,
+            keep_groups: 1,
+            score: ScoreFn::Softmax,
+            group_score: GroupScore::Max,
+            norm_topk_prob: true,
+            scale: 1.0,
+        };
+        if let RouterConfig::GroupLimited {
+            score,
+            n_groups,
+            keep_groups,
+            sum_of_best_two,
+            norm,
+            scale,
+            ..
+        } = self.config.moe.router
+        {
+            (options.n_groups, options.keep_groups) = (n_groups, keep_groups);
+            (options.norm_topk_prob, options.scale) = (norm, scale as f32);
+            if score == Score::Sigmoid {
+                options.score = ScoreFn::Sigmoid;
+            }
+            if sum_of_best_two {
+                options.group_score = GroupScore::SumOfBestTwo;
+            }
+        }
+        options
+    }
+}
+
+fn boxed(policy: impl Policy + 'static) -> Box<dyn Policy> {
+    Box::new(policy)
+}
