@@ -106,8 +106,8 @@ impl Streamed {
     /// What it means, for people.
     pub(crate) fn text(&self) -> String {
         format!(
-            "about {:.1} tokens/s decoding with a cache of {} for experts: {:.0} % hits with routing as uneven as the \
-             embedded model's, and {} per token from a disk of {:.2} GB/s ({}); {:.1} if all experts are as likely",
+            "about {:.1} tokens/s decoding with a cache of {} for experts: {:.0} % hits with routing as uneven as in \
+             trained models, and {} per token from a disk of {:.2} GB/s ({}); {:.1} if all experts are as likely",
             self.forecast_tokens_per_s,
             bytes(self.cache_bytes),
             100.0 * self.hit_rate,

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cadre_checkpoint::{Checkpoint, ModelConfig, TensorOnDisk, TensorView};
-use cadre_kernels::{Bytes, Compute, Format, Matrix, MatrixError};
+use cadre_kernels::{Bytes, Compute, Format, GrowingMatrix, Matrix, MatrixError};
 
 use cadre_store::BulkReader;
 
@@ -13,6 +13,9 @@ use crate::error::{EngineError, Result};
 use crate::load::{LoadOptions, Progress, Quant};
 use crate::lossy::Lossy;
 use crate::streaming::{self, ExpertStore};
+
+/// Bytes of a matrix that are read while others are interleaved.
+const TURN_BYTES: usize = 16 << 20;
 
 /// Reads tensors of one checkpoint, checked for shape and for NaN and infinities.
 pub(crate) struct Weights<'a> {
@@ -106,11 +109,10 @@ impl<'a> Weights<'a> {
                 return Ok(Embedding::OnDisk { tensor, reader });
             }
         }
-        let matrix = self.matrix(name, shape)?;
         // Multiplied by only where it is the head as well.
         Ok(Embedding::Resident(match is_head || self.bulk.is_some() {
-            true => self.placed(matrix),
-            false => matrix,
+            true => self.placed_matrix(name, shape)?,
+            false => self.matrix(name, shape)?,
         }))
     }
 
@@ -125,12 +127,64 @@ impl<'a> Weights<'a> {
 
     /// `{name}.weight`, and `{name}.bias` if there is to be one.
     pub(crate) fn linear(&self, name: &str, shape: [usize; 2], bias: bool) -> Result<Linear> {
-        let weight = self.placed(self.matrix(&format!("{name}.weight"), shape)?);
+        let weight = self.placed_matrix(&format!("{name}.weight"), shape)?;
         let bias = bias.then(|| self.vector(&format!("{name}.bias"), shape[0]));
         Ok(Linear {
             weight,
             bias: bias.transpose()?,
         })
+    }
+
+    /// A matrix where it is to be multiplied, as [`Weights::placed`] says.
+    fn placed_matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix> {
+        match self.grown(name, shape)? {
+            Some(matrix) => Ok(matrix),
+            None => Ok(self.placed(self.matrix(name, shape)?)),
+        }
+    }
+
+    /// A matrix that is interleaved while the rest of it is read, so that reading is not waited for and no more than a few
+    /// rows are in memory twice; `None` where it cannot be made this way.
+    fn grown(&self, name: &str, [n_out, n_in]: [usize; 2]) -> Result<Option<Matrix>> {
+        let Some(bulk) = &self.bulk else {
+            return Ok(None);
+        };
+        let tensor = self.checkpoint.tensor_on_disk(name)?;
+        let (dtype, [source]) = (tensor.dtype(), tensor.sources()) else {
+            return Ok(None);
+        };
+        let is_as_wanted = self.quant == Quant::AsStored || dtype.is_quantized();
+        let is_whole = tensor.is_plain() && tensor.shape() == [n_out, n_in];
+        if self.in_place || !is_as_wanted || !is_whole {
+            return Ok(None);
+        }
+        let Some(mut growing) = self.compute.growing(dtype, [n_out, n_in]) else {
+            return Ok(None);
+        };
+        let row_bytes = dtype.n_bytes(n_in).unwrap_or(1);
+        let slab_bytes = (GrowingMatrix::ROWS * row_bytes).max(1);
+        let turn_bytes = (TURN_BYTES / slab_bytes).max(1) * slab_bytes;
+        let mut bulk = bulk.lock().unwrap_or_else(PoisonError::into_inner);
+        bulk.read_in_turns(&source.path, &source.range, turn_bytes, |bytes| {
+            let n_bytes = bytes.len();
+            let shape = [n_bytes / row_bytes, n_in];
+            let view = TensorView {
+                dtype,
+                shape: &shape,
+                bytes,
+                scales: None,
+            };
+            let rows = matrix_of(&view, shape, self.checkpoint.is_gguf())
+                .map_err(|source| weight_error(self.checkpoint.stored_name(name), source))?;
+            if rows.first_non_finite().is_some() {
+                // Slower, but it words the error.
+                self.checkpoint.check_finite(name)?;
+            }
+            growing.push(&rows);
+            (self.progress)(n_bytes as u64);
+            Ok::<(), EngineError>(())
+        })?;
+        Ok(growing.finish())
     }
 
     /// The matrix where it is to be multiplied: rows interleaved in memory of its own, or where the file has them.

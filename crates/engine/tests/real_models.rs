@@ -1,5 +1,6 @@
 //! Real models against llama.cpp, those that `recipes/data/*.sh` have fetched.
 #![expect(clippy::unwrap_used, reason = "a failure here is a failed test")]
+#![expect(clippy::print_stdout, reason = "a skipped test says so")]
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -44,6 +44,6 @@ pub use format::Format;
 pub use half::{bf16, f16};
 pub use isa::Isa;
 pub use matrix::{Matrix, MatrixError};
-pub use place::PlacedMemory;
+pub use place::{GrowingMatrix, PlacedMemory};
 pub use pool::ThreadPool;
 pub use table::Kernels;

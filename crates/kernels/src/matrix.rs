@@ -322,6 +322,16 @@ impl Matrix {
         }
     }
 
+    /// A matrix of the same kind with `n_out` interleaved rows.
+    pub(crate) fn with_rows(&self, n_out: usize, bytes: Bytes) -> Self {
+        Self {
+            n_out,
+            bytes,
+            interleaved: true,
+            ..self.clone()
+        }
+    }
+
     /// The same matrix with interleaved rows; `None` where its format or shape does not allow it.
     pub(crate) fn interleave(
         &self,

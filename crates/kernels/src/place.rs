@@ -102,6 +102,76 @@ impl Compute {
     }
 }
 
+/// A matrix of which only some rows have come, made where it will stay: see [`Compute::growing`].
+#[derive(Debug)]
+pub struct GrowingMatrix<'a> {
+    compute: &'a Compute,
+    part: Part,
+    /// Size and format of all rows.
+    n_out: usize,
+    /// Rows that are there, and one of the matrices that they came in.
+    n_rows: usize,
+    last: Option<Matrix>,
+}
+
+impl Compute {
+    /// Memory for a matrix of `n_out` rows of `n_in` values that comes in pieces and is interleaved as they come, so that it
+    /// is not in memory twice; `None` where these kernels use rows as they are, or the system has no memory left.
+    #[must_use]
+    pub fn growing(&self, format: Format, [n_out, n_in]: [usize; 2]) -> Option<GrowingMatrix<'_>> {
+        let row_bytes = format.n_bytes(n_in)?;
+        Shape::of(format, row_bytes).filter(|shape| self.interleaves() && shape.fits(row_bytes))?;
+        let part = self
+            .arena()
+            .take(n_out.next_multiple_of(PANEL_ROWS) * row_bytes)?;
+        Some(GrowingMatrix {
+            compute: self,
+            part,
+            n_out,
+            n_rows: 0,
+            last: None,
+        })
+    }
+}
+
+impl GrowingMatrix<'_> {
+    /// Pieces have a multiple of this many rows, but for the last one.
+    pub const ROWS: usize = PANEL_ROWS;
+
+    /// The next rows.
+    ///
+    /// # Panics
+    /// When there are more rows than was said, or pieces that are not whole panels before the last one.
+    pub fn push(&mut self, rows: &Matrix) {
+        assert!(
+            self.n_rows.is_multiple_of(Self::ROWS) && self.n_rows + rows.n_out() <= self.n_out,
+            "{} rows behind {} of {}",
+            rows.n_out(),
+            self.n_rows,
+            self.n_out
+        );
+        let out = &mut Part::as_mut(&mut self.part)[self.n_rows * rows.row_bytes()..];
+        let mut slabs: Vec<Slab<'_>> = Slab::all(rows, rows.interleaved_shape(), out).collect();
+        let kernels = self.compute.kernels();
+        self.compute
+            .pool()
+            .for_each_chunk(&mut slabs, 1, |_, slabs| {
+                for slab in slabs {
+                    slab.write(kernels);
+                }
+            });
+        self.n_rows += rows.n_out();
+        self.last = Some(rows.rows(0..0));
+    }
+
+    /// The matrix; `None` while rows are missing.
+    #[must_use]
+    pub fn finish(self) -> Option<Matrix> {
+        let last = self.last.filter(|_| self.n_rows == self.n_out)?;
+        Some(last.with_rows(self.n_out, Bytes::from_owner(Shared(Arc::new(self.part)))))
+    }
+}
+
 /// Rows that are written together.
 struct Slab<'a> {
     /// `None` where they are copied as they are.
@@ -147,6 +217,36 @@ mod tests {
         let mut y = vec![0.0; x.len() / w.n_in() * w.n_out()];
         compute.matmul(w, x, &mut y, &mut MatmulScratch::default());
         y
+    }
+
+    #[test]
+    fn a_growing_matrix_is_the_interleaved_one() {
+        for isa in Isa::available() {
+            let compute = Compute::new(Kernels::for_isa(isa).unwrap(), 2);
+            for format in [Format::F32, Format::Bf16, Format::Q8_0, Format::Q6K] {
+                for n_out in [1, 32, 70, 160] {
+                    let source = Matrix::from_f32(n_out, 256, noise(n_out * 256, 5)).unwrap();
+                    let source = source.to_format(format).unwrap();
+                    let Some(mut growing) = compute.growing(format, [n_out, 256]) else {
+                        assert!(!compute.interleaves());
+                        continue;
+                    };
+                    for from in (0..n_out).step_by(64) {
+                        growing.push(&source.rows(from..n_out.min(from + 64)));
+                    }
+                    let grown = growing.finish().unwrap();
+                    assert_eq!((grown.n_out(), grown.n_in()), (n_out, 256));
+                    assert!(grown.bytes() == compute.interleaved(&source).bytes());
+                    let x = noise(3 * 256, 9);
+                    assert_eq!(
+                        product(&compute, &source, &x),
+                        product(&compute, &grown, &x)
+                    );
+                    let missing = compute.growing(format, [n_out, 256]).unwrap();
+                    assert!(missing.finish().is_none());
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Reading large pieces of files at once, past the system's cache: what is loaded before a model runs.
+//! Reading large pieces of files at once or in turns, past the system's cache: what is loaded before a model runs.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -14,11 +14,17 @@ use crate::store::StoreOptions;
 /// A disk answers within this, or is asked again whether it has.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Reads pieces of files, one piece at a time with many requests.
+/// Reads pieces of files with many requests at a time.
 pub struct BulkReader {
     files: Vec<OpenFile>,
     reader: Box<dyn Reader>,
     request_bytes: usize,
+}
+
+/// What is read as one.
+struct Piece {
+    range: Range<u64>,
+    parts: Range<usize>,
 }
 
 /// A part of a piece: one request.
@@ -26,7 +32,9 @@ struct Part {
     offset: u64,
     /// Bytes that must come.
     n_needed: usize,
-    memory: Option<BytesMut>,
+    is_here: bool,
+    memory: BytesMut,
+    failure: Option<std::io::Error>,
 }
 
 impl std::fmt::Debug for BulkReader {
@@ -65,53 +73,106 @@ impl BulkReader {
     /// As [`BulkReader::read`].
     pub fn read_all(&mut self, path: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
         let at = self.file(path)?;
-        let mut parts: Vec<Part> = Vec::new();
-        for range in ranges {
-            let (start, n_bytes) = OpenFile::window(range);
-            let mut memory = aligned(n_bytes);
-            for offset in (0..n_bytes).step_by(self.request_bytes) {
-                let offset = start + offset as u64;
-                let n = self.request_bytes.min(memory.len());
-                self.reader.submit(Request {
-                    tag: parts.len() as u64,
-                    file: Arc::clone(self.files[at].file()),
-                    offset,
-                    memory: memory.split_to(n),
-                });
-                parts.push(Part {
-                    offset,
-                    n_needed: range.end.saturating_sub(offset).min(n as u64) as usize,
-                    memory: None,
-                });
-            }
-        }
-        let failure = self.collect(path, &mut parts);
-        self.files[at].check_unchanged()?;
-        if let Some(failure) = failure {
-            return Err(failure);
-        }
-        let mut parts = parts.into_iter().peekable();
-        let join = |range: &Range<u64>| {
-            let (start, n_bytes) = OpenFile::window(range);
-            self.files[at].read_done(range.clone());
-            let end = start + n_bytes as u64;
-            let mut whole = BytesMut::new();
-            while whole.len() < n_bytes
-                && let Some(part) = parts.next_if(|part| part.offset < end)
-            {
-                whole.unsplit(part.memory.unwrap_or_default());
-            }
-            let from = (range.start - start) as usize;
-            whole
-                .freeze()
-                .slice(from..from + (range.end - range.start) as usize)
-        };
-        Ok(ranges.iter().map(join).collect())
+        let mut parts = Vec::new();
+        let pieces: Vec<Piece> = ranges
+            .iter()
+            .map(|range| self.ask(at, range.clone(), &mut parts))
+            .collect();
+        let all = 0..parts.len();
+        self.wait(at, &mut parts, &all)?;
+        Ok(pieces
+            .into_iter()
+            .map(|piece| self.join(at, piece, &mut parts))
+            .collect())
     }
 
-    /// Waits for all parts; the first failure.
-    fn collect(&mut self, path: &Path, parts: &mut [Part]) -> Option<StoreError> {
-        let (mut n_left, mut failure) = (parts.len(), None);
+    /// Calls `take` for bytes `range` of the file at `path`, `n_bytes` at a time, in order: while it works on some, the next
+    /// are read. So no more than two times `n_bytes` are in memory.
+    ///
+    /// # Errors
+    /// As [`BulkReader::read`], and what `take` says; nothing is read behind it.
+    ///
+    /// # Panics
+    /// When `n_bytes` is 0.
+    pub fn read_in_turns<E: From<StoreError>>(
+        &mut self,
+        path: &Path,
+        range: &Range<u64>,
+        n_bytes: usize,
+        mut take: impl FnMut(Bytes) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let at = self.file(path)?;
+        let mut parts = Vec::new();
+        let mut next = range.clone().step_by(n_bytes);
+        let mut ask = |bulk: &mut Self, parts: &mut Vec<Part>| {
+            let start = next.next()?;
+            let end = range.end.min(start + n_bytes as u64);
+            Some(bulk.ask(at, start..end, parts))
+        };
+        let mut asked = ask(self, &mut parts);
+        while let Some(piece) = asked {
+            asked = ask(self, &mut parts);
+            let read = self.wait(at, &mut parts, &piece.parts);
+            let read = read.map_err(E::from).and_then(|()| {
+                let bytes = self.join(at, piece, &mut parts);
+                take(bytes)
+            });
+            if read.is_err() {
+                // The reader is used again: nothing of this may come in later.
+                let all = 0..parts.len();
+                let _ = self.wait(at, &mut parts, &all);
+                return read;
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for a piece; `parts` are those of all pieces that this call reads, their places are the requests' tags.
+    fn ask(&mut self, at: usize, range: Range<u64>, parts: &mut Vec<Part>) -> Piece {
+        let (start, n_bytes) = OpenFile::window(&range);
+        let mut memory = aligned(n_bytes);
+        let first = parts.len();
+        for offset in (0..n_bytes).step_by(self.request_bytes) {
+            let offset = start + offset as u64;
+            let n = self.request_bytes.min(memory.len());
+            self.reader.submit(Request {
+                tag: parts.len() as u64,
+                file: Arc::clone(self.files[at].file()),
+                offset,
+                memory: memory.split_to(n),
+            });
+            parts.push(Part {
+                offset,
+                n_needed: range.end.saturating_sub(offset).min(n as u64) as usize,
+                is_here: false,
+                memory: BytesMut::new(),
+                failure: None,
+            });
+        }
+        Piece {
+            range,
+            parts: first..parts.len(),
+        }
+    }
+
+    /// The bytes of a piece, all parts of which are here.
+    fn join(&self, at: usize, piece: Piece, parts: &mut [Part]) -> Bytes {
+        let Piece { range, parts: own } = piece;
+        self.files[at].read_done(range.clone());
+        let mut whole = BytesMut::new();
+        for part in &mut parts[own] {
+            whole.unsplit(std::mem::take(&mut part.memory));
+        }
+        let (start, _) = OpenFile::window(&range);
+        let from = (range.start - start) as usize;
+        whole
+            .freeze()
+            .slice(from..from + (range.end - range.start) as usize)
+    }
+
+    /// Waits for `wanted` parts; the first failure among them.
+    fn wait(&mut self, at: usize, parts: &mut [Part], wanted: &Range<usize>) -> Result<()> {
+        let mut n_left = parts[wanted.clone()].iter().filter(|p| !p.is_here).count();
         while n_left > 0 {
             let Some(Completion {
                 tag,
@@ -121,24 +182,26 @@ impl BulkReader {
             else {
                 continue;
             };
+            n_left -= usize::from(wanted.contains(&(tag as usize)));
             let part = &mut parts[tag as usize];
-            let problem = match result {
+            part.failure = match result {
                 Ok(n) if n < part.n_needed => Some(std::io::ErrorKind::UnexpectedEof.into()),
                 Ok(_) => None,
                 Err(source) => Some(source),
             };
-            if let Some(source) = problem {
-                failure.get_or_insert(StoreError::ReadWeights {
-                    path: path.to_owned(),
-                    offset: part.offset,
-                    n_bytes: part.n_needed,
-                    source,
-                });
-            }
-            part.memory = Some(memory);
-            n_left -= 1;
+            (part.memory, part.is_here) = (memory, true);
         }
-        failure
+        self.files[at].check_unchanged()?;
+        let failed = |part: &mut Part| Some((part.failure.take()?, part.offset, part.n_needed));
+        match parts[wanted.clone()].iter_mut().find_map(failed) {
+            None => Ok(()),
+            Some((source, offset, n_bytes)) => Err(StoreError::ReadWeights {
+                path: self.files[at].path().to_owned(),
+                offset,
+                n_bytes,
+                source,
+            }),
+        }
     }
 
     fn file(&mut self, path: &Path) -> Result<usize> {
@@ -189,6 +252,33 @@ mod tests {
                     "{range:?}"
                 );
             }
+            for (n_bytes, range) in [
+                (10_000, 5..100_003),
+                (8192, 0..8192),
+                (100, 50..51),
+                (7, 9..9),
+            ] {
+                let mut got = Vec::new();
+                let taken = bulk.read_in_turns(file.path(), &range, n_bytes, |piece| {
+                    got.extend_from_slice(&piece);
+                    match piece.len() <= n_bytes {
+                        true => Ok::<(), StoreError>(()),
+                        false => unreachable!("{} bytes", piece.len()),
+                    }
+                });
+                taken.unwrap();
+                assert!(got == bytes[range.start as usize..range.end as usize]);
+            }
+            // Stopped by either side: what was asked for meanwhile does not come in later.
+            let stop = |_| Err(StoreError::NoMemory { n_bytes: 1 });
+            let stopped = bulk.read_in_turns(file.path(), &(0..90_000), 5000, stop);
+            assert!(matches!(stopped, Err(StoreError::NoMemory { .. })));
+            let mut n_taken = 0;
+            let ended = bulk.read_in_turns(file.path(), &(80_000..120_000), 10_000, |_| {
+                n_taken += 1;
+                Ok(())
+            });
+            assert!(matches!(ended, Err(StoreError::ReadWeights { .. })) && n_taken == 2);
             let error = bulk.read(file.path(), &(99_000..100_004)).unwrap_err();
             assert!(matches!(error, StoreError::ReadWeights { .. }), "{error}");
             assert!(bulk.read(file.path(), &(5..6)).is_ok());
