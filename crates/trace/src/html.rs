@@ -1,6 +1,7 @@
 //! The HTML page of `trace show --html`: one file that holds its data, style and script, and loads nothing.
 //!
-//! The page is `html/page.html` with `html/page.js` put in; this file only fills in the numbers. Names from the trace
+//! The page is `html/page.html` with `html/page.js` put in, and what all pages share (`html/style.css`, `html/shell.js`);
+//! this file only fills in the numbers. Names from the trace
 //! reach the page as JSON text, which the script shows through `textContent`; a content security policy forbids any
 //! request.
 
@@ -13,6 +14,10 @@ use serde::Serialize;
 
 const PAGE: &str = include_str!("html/page.html");
 const SCRIPT: &str = include_str!("html/page.js");
+/// Style of all pages.
+pub(crate) const STYLE: &str = include_str!("html/style.css");
+/// Script that all pages begin with.
+pub(crate) const SHELL: &str = include_str!("html/shell.js");
 /// Steps of the heat ramps that the page gets.
 const STEPS: usize = 64;
 
@@ -89,6 +94,8 @@ pub fn page(stats: &Stats, title: &str) -> String {
         &[
             ("title", &escape(title)),
             ("data", &inside_script(&json)),
+            ("style", STYLE),
+            ("shell", SHELL),
             ("script", SCRIPT),
         ],
     )
@@ -114,14 +121,14 @@ fn page_layer(layer: &LayerStats) -> PageLayer<'_> {
 }
 
 /// JSON that cannot end the script element it stands in, nor open a comment: every `<`, `>` and `&` as an escape.
-fn inside_script(json: &str) -> String {
+pub(crate) fn inside_script(json: &str) -> String {
     json.replace('&', "\\u0026")
         .replace('<', "\\u003c")
         .replace('>', "\\u003e")
 }
 
 /// Replaces `{{name}}` by its value. Values are not searched again, so they may hold anything.
-fn fill(template: &str, values: &[(&str, &str)]) -> String {
+pub(crate) fn fill(template: &str, values: &[(&str, &str)]) -> String {
     let mut out = String::new();
     let mut rest = template;
     while let Some((before, after)) = rest.split_once("{{") {

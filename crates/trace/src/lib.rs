@@ -20,6 +20,7 @@
 pub mod ansi;
 mod colour;
 mod counts;
+pub mod curves;
 pub mod error;
 pub mod html;
 mod measures;

@@ -71,7 +71,7 @@ impl Corpus {
     /// `folder` is the run's own and keeps `tokenizer.json` and the tokens.
     ///
     /// # Errors
-    /// Unreadable or malformed data, or less text than one sequence in a domain.
+    /// Unreadable or malformed data, less text than one sequence in a domain, or less than one step in all.
     pub fn prepare(recipe: &Recipe, data: &Data, folder: &Path) -> Result<Self> {
         let tokenizer_file = folder.join("tokenizer.json");
         let tokenizer_json = if tokenizer_file.exists() {
@@ -105,8 +105,14 @@ impl Corpus {
                 weight: source.weight,
             })
         });
+        let domains = domains.collect::<Result<Vec<_>>>()?;
+        let n_tokens = domains.iter().map(|domain| domain.train.len()).sum();
+        let n_wanted = recipe.tokens_per_step();
+        if n_tokens < n_wanted {
+            return Err(TrainError::LessThanBatch { n_tokens, n_wanted });
+        }
         Ok(Self {
-            domains: domains.collect::<Result<_>>()?,
+            domains,
             tokenizer_json,
         })
     }

@@ -63,13 +63,23 @@ pub enum TrainError {
         /// Tokens needed.
         seq_len: usize,
     },
+    /// All the text is less than one step takes.
+    #[error(
+        "the training text has {n_tokens} tokens, one step takes {n_wanted} (batch_size * seq_len * accumulate); add text, or lower one of the three"
+    )]
+    LessThanBatch {
+        /// Tokens of all domains.
+        n_tokens: usize,
+        /// Tokens of a step.
+        n_wanted: usize,
+    },
     /// The output folder belongs to another recipe.
-    #[error("{} holds a run of a different recipe ({what} differs); set another [output] dir, or pass --fresh to delete that run and start over", path.display())]
+    #[error("{} holds a run of a different recipe:{}\nset another [output] dir, or pass --fresh to delete that run and start over", path.display(), listed(differences))]
     OtherRun {
         /// The output folder.
         path: PathBuf,
-        /// What differs.
-        what: String,
+        /// Every key that differs.
+        differences: Vec<Difference>,
     },
     /// A snapshot is damaged.
     #[error("snapshot {} is damaged: {problem}", path.display())]
@@ -79,15 +89,17 @@ pub enum TrainError {
         /// What is wrong.
         problem: String,
     },
-    /// Loss or router logits are not finite.
-    #[error(
-        "step {step}: {what} is not finite, the run has diverged; lower train.lr, or raise train.warmup_steps"
-    )]
+    /// Loss, gradient, a parameter or router logits are not finite.
+    #[error("step {step}: {what} is not finite, the run has diverged{}{}; lower train.lr, or raise train.warmup_steps", where_largest(largest.as_ref()), what_is_kept(kept.as_deref()))]
     Diverged {
         /// The optimizer step.
         step: u64,
         /// What is not finite.
         what: String,
+        /// The largest gradient that is known.
+        largest: Option<LargestGradient>,
+        /// The newest snapshot, from before the divergence.
+        kept: Option<PathBuf>,
     },
     /// A checkpoint cannot be read or written.
     #[error(transparent)]
@@ -95,6 +107,55 @@ pub enum TrainError {
     /// Routing failed.
     #[error(transparent)]
     Routing(#[from] RoutingError),
+}
+
+/// A key of a recipe with two values.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// `section.key`
+    pub key: String,
+    /// JSON of the value that the run was started with; `None` when it had no such key.
+    pub run: Option<String>,
+    /// JSON of the value in the recipe; `None` when it has no such key.
+    pub recipe: Option<String>,
+}
+
+/// The part of the model with the largest gradient of a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LargestGradient {
+    /// The step of the gradient.
+    pub step: u64,
+    /// `layer 3`, `embed_tokens`, ...
+    pub part: String,
+    /// Its Euclidean norm; NaN or infinite when it is not finite.
+    pub norm: f64,
+}
+
+fn listed(differences: &[Difference]) -> String {
+    let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "nothing".to_owned());
+    differences
+        .iter()
+        .map(|d| {
+            let (run, recipe) = (value(&d.run), value(&d.recipe));
+            format!("\n  {}: {run} in the run, {recipe} in the recipe", d.key)
+        })
+        .collect()
+}
+
+fn where_largest(largest: Option<&LargestGradient>) -> String {
+    match largest {
+        None => String::new(),
+        Some(LargestGradient { step, part, norm }) if norm.is_finite() => {
+            format!("; the largest gradient of step {step} is in {part} (norm {norm:.3e})")
+        }
+        Some(LargestGradient { part, .. }) => format!("; it begins in {part}"),
+    }
+}
+
+fn what_is_kept(kept: Option<&Path>) -> String {
+    kept.map_or_else(String::new, |path| {
+        format!("; the last good snapshot is {}", path.display())
+    })
 }
 
 impl TrainError {

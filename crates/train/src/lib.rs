@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod architecture;
+pub mod collapse;
 pub mod data;
 mod error;
 pub mod export;
@@ -23,4 +24,4 @@ mod snapshot;
 pub mod trainer;
 pub mod weight_heads;
 
-pub use error::{Result, TrainError};
+pub use error::{Difference, LargestGradient, Result, TrainError};

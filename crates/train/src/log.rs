@@ -1,4 +1,4 @@
-//! The run's log: one JSON line per step and per evaluation.
+//! The run's log: one JSON line per step, per evaluation and per warning.
 //!
 //! A resumed run first drops the lines after its snapshot, so the file always reads as one uninterrupted run.
 
@@ -11,7 +11,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// One optimizer step.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct StepRecord {
     /// Optimizer step, from 1.
     pub step: u64,
@@ -25,6 +25,9 @@ pub struct StepRecord {
     pub balance: f64,
     /// Router z-loss, mean over layers.
     pub z: f64,
+    /// Further parts by name, each without its coefficient; only those that the recipe asks for.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub parts: BTreeMap<String, f64>,
     /// Learning rate.
     pub lr: f64,
     /// Global gradient norm before clipping.
@@ -56,6 +59,26 @@ pub struct LayerRecord {
     /// Share of the picks that a capacity filter dropped.
     #[serde(default)]
     pub dropped: f64,
+    /// Experts of the layer, null experts included; 0 in logs of earlier versions, as are the next two.
+    #[serde(default)]
+    pub experts: usize,
+    /// Mean picks per token, null picks included.
+    #[serde(default)]
+    pub slots: f64,
+    /// The expert with most picks.
+    #[serde(default)]
+    pub fullest: usize,
+}
+
+/// Something that whoever watches the run should look at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WarningRecord {
+    /// Step after which it was noticed.
+    pub step: u64,
+    /// The layer it is about.
+    pub layer: usize,
+    /// What is wrong, and what to do.
+    pub warning: String,
 }
 
 /// One evaluation on held-out text.
@@ -91,8 +114,8 @@ struct Stepped {
 }
 
 impl Log {
-    /// Opens `path`, keeping only whole lines of steps up to `step`.
-    pub(crate) fn open(path: &Path, step: u64) -> Result<Self> {
+    /// Opens `path`, keeping only whole lines of steps up to `step`; returns the steps that were kept, too.
+    pub(crate) fn open(path: &Path, step: u64) -> Result<(Self, Vec<StepRecord>)> {
         let old = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
@@ -108,10 +131,14 @@ impl Log {
             .append(true)
             .open(path)
             .map_err(|e| TrainError::io("open", path, e))?;
-        Ok(Self {
+        let log = Self {
             path: path.to_owned(),
             file,
-        })
+        };
+        let steps = kept
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok());
+        Ok((log, steps.collect()))
     }
 
     pub(crate) fn write(&mut self, record: &impl Serialize) -> Result<()> {

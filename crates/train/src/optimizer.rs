@@ -77,6 +77,13 @@ impl GradientSum {
     /// Euclidean norm over all parameters.
     #[must_use]
     pub fn norm(&self) -> f64 {
+        self.norms().0
+    }
+
+    /// Euclidean norms: over all parameters, and of each part of the model (`layer 3`, `embed_tokens`, ...) in the order
+    /// of the forward pass.
+    #[must_use]
+    pub fn norms(&self) -> (f64, Vec<(String, f64)>) {
         let squares = |values: &Vec<f32>| -> f64 {
             let parts: Vec<f64> = values
                 .par_chunks(CHUNK)
@@ -84,13 +91,33 @@ impl GradientSum {
                 .collect();
             parts.iter().sum()
         };
-        self.sums.values().map(squares).sum::<f64>().sqrt()
+        let (mut all, mut parts) = (0.0, BTreeMap::new());
+        for (path, values) in &self.sums {
+            let square = squares(values);
+            all += square;
+            *parts.entry(part(path)).or_insert(0.0) += square;
+        }
+        let parts = parts.into_iter();
+        let named = parts.map(|((_, name), square)| (name, f64::sqrt(square)));
+        (all.sqrt(), named.collect())
     }
 
     /// The sum of one parameter's gradients.
     #[must_use]
     pub fn get(&self, path: &str) -> Option<&[f32]> {
         self.sums.get(path).map(Vec::as_slice)
+    }
+}
+
+/// Place in the forward pass and name of the part that a parameter belongs to.
+fn part(path: &str) -> (usize, String) {
+    let mut names = path.split('.');
+    let first = names.next().unwrap_or_default();
+    let layer = names.next().and_then(|index| index.parse::<usize>().ok());
+    match (first, layer) {
+        ("layers", Some(layer)) => (layer + 1, format!("layer {layer}")),
+        ("embed_tokens", _) => (0, first.to_owned()),
+        _ => (usize::MAX, first.to_owned()),
     }
 }
 

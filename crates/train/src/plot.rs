@@ -4,8 +4,11 @@
 //! names that font and falls back to the reader's.
 
 mod canvas;
+mod compare;
 mod panels;
 mod read;
+
+pub use compare::{RunSummary, WorstLayer, compare};
 
 use canvas::Canvas;
 use panels::Figure;

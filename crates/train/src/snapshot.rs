@@ -4,7 +4,7 @@
 //! and `manifest.json` (step, length and CRC-32 of the state, the recipe). It is made under another name, synced,
 //! and renamed, so that a kill at any moment leaves the previous one in place.
 
-use crate::error::{Result, TrainError};
+use crate::error::{Difference, Result, TrainError};
 use crate::files;
 use crate::lm::LanguageModel;
 use crate::optimizer::{AdamW, Moments};
@@ -12,7 +12,7 @@ use crate::params;
 use crate::recipe::Recipe;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 const STATE: &str = "state.safetensors";
@@ -29,14 +29,34 @@ struct Manifest {
 /// Writes the snapshot of `optimizer.step` into `folder` and deletes all but the newest `keep`.
 ///
 /// # Errors
-/// Failures of the file system; nothing half-written keeps a snapshot's name.
+/// Failures of the file system, and parameters that are not finite; nothing half-written keeps a snapshot's name, and the
+/// snapshots before it stay.
 pub(crate) fn save(
     folder: &Path,
     recipe: &Recipe,
     model: &LanguageModel,
     optimizer: &AdamW,
 ) -> Result<PathBuf> {
-    let state = encode(model, optimizer);
+    save_with(folder, recipe, model, optimizer, &files::write_synced)
+}
+
+/// Writes a file completely or fails.
+type Write = dyn Fn(&Path, &[u8]) -> Result<()>;
+
+/// As [`save`], with the writing of files left to `write`.
+fn save_with(
+    folder: &Path,
+    recipe: &Recipe,
+    model: &LanguageModel,
+    optimizer: &AdamW,
+    write: &Write,
+) -> Result<PathBuf> {
+    let state = encode(model, optimizer).map_err(|what| TrainError::Diverged {
+        step: optimizer.step,
+        what,
+        largest: None,
+        kept: newest(folder),
+    })?;
     let manifest = Manifest {
         step: optimizer.step,
         state_bytes: state.len() as u64,
@@ -48,8 +68,8 @@ pub(crate) fn save(
     files::remove_dir(&partial)?;
     files::create_dir(&partial)?;
     let manifest = serde_json::to_vec_pretty(&manifest).expect("plain data");
-    let written = files::write_synced(&partial.join(STATE), &state)
-        .and_then(|()| files::write_synced(&partial.join(MANIFEST), &manifest));
+    let written = write(&partial.join(STATE), &state)
+        .and_then(|()| write(&partial.join(MANIFEST), &manifest));
     if let Err(error) = written {
         let _ = std::fs::remove_dir_all(&partial);
         return Err(error);
@@ -63,8 +83,18 @@ pub(crate) fn save(
     Ok(path)
 }
 
-fn encode(model: &LanguageModel, optimizer: &AdamW) -> Vec<u8> {
+/// The newest snapshot of `folder`, whole or not.
+pub(crate) fn newest(folder: &Path) -> Option<PathBuf> {
+    list(folder).ok()?.into_iter().next()
+}
+
+/// The state as safetensors, or the name of what is not finite.
+fn encode(model: &LanguageModel, optimizer: &AdamW) -> Result<Vec<u8>, String> {
     let params = params::collect(model);
+    let finite = |values: &[f32]| values.iter().all(|x| x.is_finite());
+    if let Some((path, _)) = params.iter().find(|(_, (_, values))| !finite(values)) {
+        return Err(format!("the parameter {path}"));
+    }
     let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
     let bytes = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect();
     for (path, (shape, values)) in &params {
@@ -79,7 +109,7 @@ fn encode(model: &LanguageModel, optimizer: &AdamW) -> Vec<u8> {
         let view = TensorView::new(Dtype::F32, shape.clone(), data);
         (name.as_str(), view.expect("shape and bytes agree"))
     });
-    safetensors::serialize(views, None).expect("views are whole tensors")
+    Ok(safetensors::serialize(views, None).expect("views are whole tensors"))
 }
 
 /// The newest snapshot that is whole, restored into `model` and `optimizer`; `None` without any.
@@ -151,17 +181,58 @@ fn open(path: &Path) -> Result<(Manifest, Vec<u8>)> {
 
 fn check_recipe(folder: &Path, recipe: &Recipe, other: &serde_json::Value) -> Result<()> {
     let ours = recipe.fingerprint();
-    let differs = ours.as_object().and_then(|ours| {
-        ours.iter()
-            .find(|(key, value)| other.get(key) != Some(value))
-    });
-    match differs {
-        Some((key, _)) => Err(TrainError::OtherRun {
-            path: folder.to_owned(),
-            what: format!("[{key}]"),
-        }),
-        None => Ok(()),
+    // Keys that did not exist when the run was started have their defaults now, which must not count as differences.
+    let mut other = other.clone();
+    other["output"] = serde_json::json!({"dir": recipe.output.dir});
+    let theirs = match serde_json::from_value::<Recipe>(other.clone()) {
+        Ok(recipe) => recipe.fingerprint(),
+        Err(_) => {
+            other["output"] = serde_json::json!({});
+            other
+        }
+    };
+    let mut differences = Vec::new();
+    compare("", Some(&theirs), Some(&ours), &mut differences);
+    if differences.is_empty() {
+        return Ok(());
     }
+    Err(TrainError::OtherRun {
+        path: folder.to_owned(),
+        differences,
+    })
+}
+
+/// Collects every key under `key` whose values differ.
+fn compare(
+    key: &str,
+    run: Option<&serde_json::Value>,
+    recipe: Option<&serde_json::Value>,
+    into: &mut Vec<Difference>,
+) {
+    if run == recipe {
+        return;
+    }
+    let keys = |value: Option<&serde_json::Value>| -> Option<BTreeSet<String>> {
+        Some(value?.as_object()?.keys().cloned().collect())
+    };
+    if let (Some(a), Some(b)) = (keys(run), keys(recipe)) {
+        for name in a.union(&b) {
+            let path = if key.is_empty() {
+                name.clone()
+            } else {
+                format!("{key}.{name}")
+            };
+            let of = |value: Option<&serde_json::Value>| value.and_then(|v| v.get(name)).cloned();
+            compare(&path, of(run).as_ref(), of(recipe).as_ref(), into);
+        }
+        return;
+    }
+    let text = |value: Option<&serde_json::Value>| value.map(ToString::to_string);
+    into.push(Difference {
+        key: key.to_owned(),
+        run: text(run),
+        recipe: text(recipe),
+    });
 }
 
 fn decode(
@@ -208,4 +279,96 @@ fn decode(
     })?;
     optimizer.moments = moments;
     Ok(model)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::init::Init;
+    use burn::tensor::Device;
+
+    fn recipe(dir: &Path) -> Recipe {
+        let text = format!(
+            "name = \"tiny\"\n[model]\nvocab_size = 8\nhidden_size = 4\nn_layers = 1\nn_heads = 1\nn_kv_heads = 1\n\
+             head_dim = 4\nn_experts = 2\ntop_k = 2\nmoe_intermediate_size = 4\nmax_position_embeddings = 8\n\
+             [train]\nsteps = 9\nbatch_size = 1\nseq_len = 4\nlr = 1e-3\n[output]\ndir = {dir:?}\n"
+        );
+        Recipe::parse(Path::new("tiny.toml"), &text).unwrap()
+    }
+
+    fn model(recipe: &Recipe) -> LanguageModel {
+        let init = Init {
+            seed: 1,
+            std: 0.02,
+            device: Device::flex().autodiff(),
+        };
+        LanguageModel::init(&recipe.architecture().unwrap(), &init)
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// A device that is full after `room` bytes: what fits is written, then the write fails.
+    fn full_after(room: usize, path: &Path, bytes: &[u8]) -> Result<()> {
+        let n = bytes.len().min(room);
+        std::fs::write(path, &bytes[..n]).unwrap();
+        if n == bytes.len() {
+            return Ok(());
+        }
+        let full = std::io::ErrorKind::StorageFull.into();
+        Err(TrainError::io("write", path, full))
+    }
+
+    #[test]
+    fn a_full_disk_leaves_the_snapshot_before_it_and_nothing_half_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let recipe = recipe(folder.path());
+        let model = model(&recipe);
+        let mut optimizer = AdamW::new(recipe.optimizer);
+        optimizer.step = 3;
+        save(folder.path(), &recipe, &model, &optimizer).unwrap();
+        optimizer.step = 4;
+        // In the middle of the state, and between state and manifest.
+        for (state, manifest) in [(100, usize::MAX), (usize::MAX, 10)] {
+            let write = |path: &Path, bytes: &[u8]| {
+                let room = if path.ends_with(MANIFEST) {
+                    manifest
+                } else {
+                    state
+                };
+                full_after(room, path, bytes)
+            };
+            let error = save_with(folder.path(), &recipe, &model, &optimizer, &write)
+                .unwrap_err()
+                .to_string();
+            assert!(
+                error.contains("no space left on the device") && error.contains("step-00000004"),
+                "{error}"
+            );
+            assert_eq!(names(folder.path()), ["step-00000003"]);
+        }
+        let mut restored = AdamW::new(recipe.optimizer);
+        let (_, refused) = restore(folder.path(), &recipe, model.clone(), &mut restored).unwrap();
+        assert_eq!((restored.step, refused.len()), (3, 0));
+        save(folder.path(), &recipe, &model, &optimizer).unwrap();
+        assert_eq!(names(folder.path()), ["step-00000003", "step-00000004"]);
+    }
+
+    #[test]
+    fn keys_that_a_run_did_not_have_yet_are_no_difference() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut recipe = recipe(folder.path());
+        let mut older = recipe.fingerprint();
+        older["model"].as_object_mut().unwrap().remove("rope_theta");
+        older.as_object_mut().unwrap().remove("losses");
+        check_recipe(folder.path(), &recipe, &older).unwrap();
+        recipe.model.rope_theta = 5e5;
+        assert!(check_recipe(folder.path(), &recipe, &older).is_err());
+    }
 }

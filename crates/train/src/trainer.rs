@@ -1,20 +1,21 @@
 //! The loop: batches -> losses -> gradients -> update, with log, evaluation, snapshots and resumption.
 
 use crate::architecture::Architecture;
+use crate::collapse::CollapseWatch;
 use crate::data::{self, Corpus};
-use crate::error::{Result, TrainError};
+use crate::error::{LargestGradient, Result, TrainError};
 use crate::export::export;
 use crate::files;
 use crate::init::Init;
 use crate::lm::{Batch, LanguageModel, Pass};
-use crate::log::{EvalRecord, LayerRecord, Log, Score, StepRecord};
+use crate::log::{EvalRecord, LayerRecord, Log, Score, StepRecord, WarningRecord};
 use crate::optimizer::{AdamW, GradientSum};
 use crate::recipe::Recipe;
 use crate::snapshot;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use cadre_checkpoint::Dtype;
-use cadre_routing::Loads;
+use cadre_routing::{Loads, RoutingError};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -26,6 +27,8 @@ pub trait Progress {
     fn begin(&mut self, _done: u64, _total: u64, _refused: &[TrainError]) {}
     /// A step is done.
     fn step(&mut self, _record: &StepRecord) {}
+    /// Something is wrong that does not stop the run.
+    fn warning(&mut self, _warning: &WarningRecord) {}
     /// Held-out text was scored.
     fn evaluated(&mut self, _record: &EvalRecord) {}
     /// Whether to save a snapshot and stop before the next step.
@@ -70,20 +73,45 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
     let snapshots = folder.join("snapshots");
     let refused = run.resume(&snapshots)?;
     progress.begin(run.optimizer.step, recipe.train.steps, &refused);
-    let mut log = Log::open(&folder.join("log.jsonl"), run.optimizer.step)?;
+    let (mut log, before) = Log::open(&folder.join("log.jsonl"), run.optimizer.step)?;
+    let mut watch = CollapseWatch::default();
+    for record in &before {
+        // Told already; a resumed run only has to know how long a spell has lasted.
+        watch.observe(recipe.tokens_per_step(), record);
+    }
+    let kept = |error| match error {
+        TrainError::Diverged {
+            step,
+            what,
+            largest,
+            ..
+        } => TrainError::Diverged {
+            step,
+            what,
+            largest,
+            kept: snapshot::newest(&snapshots),
+        },
+        other => other,
+    };
     while run.optimizer.step < recipe.train.steps {
         if progress.stop() {
             snapshot::save(&snapshots, recipe, run.model(), &run.optimizer)?;
             let step = run.optimizer.step;
             return Ok(Outcome::Stopped { step });
         }
-        let record = run.step(|step, micro| corpus.batch(recipe, step, micro))?;
+        let record = run
+            .step(|step, micro| corpus.batch(recipe, step, micro))
+            .map_err(kept)?;
         log.write(&record)?;
         progress.step(&record);
+        for warning in watch.observe(recipe.tokens_per_step(), &record) {
+            log.write(&warning)?;
+            progress.warning(&warning);
+        }
         let step = record.step;
         let every = recipe.output.eval_every;
         if every > 0 && step.is_multiple_of(every) && step < recipe.train.steps {
-            let record = run.evaluate(&corpus, data.eval_tokens)?;
+            let record = run.evaluate(&corpus, data.eval_tokens).map_err(kept)?;
             log.write(&record)?;
             progress.evaluated(&record);
         }
@@ -92,7 +120,7 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
         }
     }
     progress.stage("held-out text");
-    let eval = run.evaluate(&corpus, usize::MAX)?;
+    let eval = run.evaluate(&corpus, usize::MAX).map_err(kept)?;
     log.write(&eval)?;
     progress.evaluated(&eval);
     let model = folder.join("model");
@@ -145,6 +173,8 @@ struct Run<'a> {
     /// Absent only while the optimizer has it.
     model: Option<LanguageModel>,
     optimizer: AdamW,
+    /// Of the newest step, to say where a divergence began.
+    largest: Option<LargestGradient>,
 }
 
 /// Sums over the micro-batches of a step.
@@ -168,6 +198,7 @@ impl<'a> Run<'a> {
         Ok(Self {
             model: Some(LanguageModel::init(&architecture, &init)),
             optimizer: AdamW::new(recipe.optimizer),
+            largest: None,
             recipe,
             architecture,
         })
@@ -208,10 +239,10 @@ impl<'a> Run<'a> {
             };
             self.backward(&pass, &batch, share, &mut gradients, &mut totals)?;
         }
-        let norm = gradients.norm();
+        let (norm, parts) = gradients.norms();
+        self.largest = largest(step, parts).or(self.largest.take());
         if !norm.is_finite() {
-            let what = "the gradient".to_owned();
-            return Err(TrainError::Diverged { step, what });
+            return Err(self.diverged(step, "the gradient"));
         }
         let lr = self.recipe.learning_rate(step);
         let clip = self.recipe.train.grad_clip;
@@ -232,6 +263,7 @@ impl<'a> Run<'a> {
             cross_entropy: totals.cross_entropy,
             balance: totals.balance,
             z: totals.z,
+            parts: std::collections::BTreeMap::new(),
             lr,
             grad_norm: norm,
             tokens_per_second: tokens as f64 / seconds,
@@ -249,7 +281,8 @@ impl<'a> Run<'a> {
         totals: &mut Totals,
     ) -> Result<()> {
         let step = pass.step;
-        let losses = self.model().losses(&self.architecture, batch, pass)?;
+        let losses = self.model().losses(&self.architecture, batch, pass);
+        let losses = losses.map_err(|e| self.routing_error(step, e))?;
         let weights = self.recipe.losses;
         let loss = losses.cross_entropy.clone()
             + losses.balance.clone() * weights.balance
@@ -261,8 +294,7 @@ impl<'a> Run<'a> {
         };
         let value = add(&mut totals.loss, loss.clone());
         if !value.is_finite() {
-            let what = "the loss".to_owned();
-            return Err(TrainError::Diverged { step, what });
+            return Err(self.diverged(step, "the loss"));
         }
         add(&mut totals.cross_entropy, losses.cross_entropy);
         add(&mut totals.balance, losses.balance);
@@ -278,6 +310,25 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    fn diverged(&self, step: u64, what: &str) -> TrainError {
+        TrainError::Diverged {
+            step,
+            what: what.to_owned(),
+            largest: self.largest.clone(),
+            kept: None,
+        }
+    }
+
+    fn routing_error(&self, step: u64, error: RoutingError) -> TrainError {
+        match error {
+            RoutingError::NonFinite { token, expert, .. } => self.diverged(
+                step,
+                &format!("the router logit of token {token} and expert {expert}"),
+            ),
+            other => other.into(),
+        }
+    }
+
     fn layer_records(&self, loads: &[Loads]) -> Vec<LayerRecord> {
         let layers = self.architecture.moe.iter();
         layers
@@ -285,6 +336,8 @@ impl<'a> Run<'a> {
             .filter_map(|(moe, loads)| {
                 let summary = loads.summary()?;
                 let real: u64 = loads.counts()[..moe.router.n_real_experts()].iter().sum();
+                let counts = loads.counts();
+                let most = (0..counts.len()).rev().max_by_key(|&e| counts[e]);
                 Some(LayerRecord {
                     layer: moe.layer,
                     cv: summary.cv,
@@ -293,6 +346,9 @@ impl<'a> Run<'a> {
                     entropy: summary.mean_entropy.unwrap_or_default(),
                     picks: real as f64 / summary.n_tokens as f64,
                     dropped: summary.dropped,
+                    experts: counts.len(),
+                    slots: summary.mean_picks,
+                    fullest: most.unwrap_or_default(),
                 })
             })
             .collect()
@@ -323,12 +379,17 @@ impl<'a> Run<'a> {
                     targets: std::sync::Arc::new(targets.to_vec()),
                     seq_len,
                 };
-                let losses = model.losses(&self.architecture, &batch, &pass)?;
+                let losses = model.losses(&self.architecture, &batch, &pass);
+                let losses = losses.map_err(|e| self.routing_error(record.step, e))?;
                 let nll = f64::from(losses.cross_entropy.into_scalar::<f32>());
                 sum += nll * tokens.len() as f64;
                 n += tokens.len();
             }
             let nll = sum / n as f64;
+            if !nll.is_finite() {
+                let what = format!("the held-out loss of {}", domain.name);
+                return Err(self.diverged(record.step, &what));
+            }
             let score = Score {
                 tokens: n,
                 nll,
@@ -338,4 +399,23 @@ impl<'a> Run<'a> {
         }
         Ok(record)
     }
+}
+
+/// The part with the largest gradient. Not finite beats finite, and there the last part in the order of the forward
+/// pass: gradients flow downwards from it, and what is not finite spreads with them.
+fn largest(step: u64, parts: Vec<(String, f64)>) -> Option<LargestGradient> {
+    let all = parts.iter().all(|(_, norm)| !norm.is_finite());
+    let worst = if all {
+        // Says nothing about where it began.
+        None
+    } else if let Some(bad) = parts.iter().rev().find(|(_, norm)| !norm.is_finite()) {
+        Some(bad)
+    } else {
+        parts.iter().max_by(|a, b| a.1.total_cmp(&b.1))
+    };
+    worst.map(|(part, norm)| LargestGradient {
+        step,
+        part: part.clone(),
+        norm: *norm,
+    })
 }

@@ -16,3 +16,5 @@ pub(crate) mod trace;
 mod trace_replay;
 #[cfg(feature = "train")]
 pub(crate) mod train;
+#[cfg(feature = "train")]
+mod train_compare;

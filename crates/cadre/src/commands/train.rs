@@ -1,4 +1,4 @@
-//! `cadre train`: trains a recipe, draws its curves, or measures the trainer's speed.
+//! `cadre train`: trains a recipe, draws its curves, compares runs, or measures the trainer's speed.
 
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -6,13 +6,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use cadre_train::TrainError;
-use cadre_train::log::{EvalRecord, StepRecord};
+use cadre_train::log::{EvalRecord, StepRecord, WarningRecord};
 use cadre_train::recipe::Recipe;
 use cadre_train::trainer::{self, Outcome, Progress};
+use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use crate::cli::App;
+use crate::commands::train_compare;
 use crate::failure::Failure;
 use crate::output::{Format, Out, bar, count};
 
@@ -21,7 +23,22 @@ const QUIET: Duration = Duration::from_secs(10);
 
 /// Arguments of `cadre train`.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct Args {
+    #[command(subcommand)]
+    what: Option<What>,
+    #[command(flatten)]
+    train: TrainArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Compare runs: a page of curves and tables, or their numbers.
+    Compare(train_compare::Args),
+}
+
+#[derive(Debug, clap::Args)]
+struct TrainArgs {
     /// Recipe (TOML). A run that was stopped goes on from its newest snapshot.
     #[arg(value_name = "RECIPE", required = true)]
     recipes: Vec<PathBuf>,
@@ -50,6 +67,13 @@ pub(crate) struct Args {
 
 /// Trains, draws or measures.
 pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
+    match &args.what {
+        Some(What::Compare(args)) => train_compare::run(args),
+        None => train(app, &args.train),
+    }
+}
+
+fn train(app: &App, args: &TrainArgs) -> Result<()> {
     let recipes = args
         .recipes
         .iter()
@@ -119,7 +143,7 @@ fn finished(model: &std::path::Path, eval: &EvalRecord, form: Format) -> Result<
     out.finish()
 }
 
-fn bench(recipe: &Recipe, args: &Args) -> Result<()> {
+fn bench(recipe: &Recipe, args: &TrainArgs) -> Result<()> {
     let records = trainer::bench(recipe, args.steps)?;
     let mut samples: Vec<f64> = records.iter().map(|r| r.tokens_per_second).collect();
     let in_order = samples.clone();
@@ -159,7 +183,7 @@ struct Watch<'a> {
 impl<'a> Watch<'a> {
     fn new(app: &'a App, recipe: &Recipe) -> Self {
         let bar = bar(&app.env, "", recipe.train.steps);
-        let template = "{wide_bar} {pos}/{len} {msg} ETA {eta}";
+        let template = "{wide_bar} {pos}/{len} ETA {eta}\n{wide_msg}";
         bar.set_style(
             ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()),
         );
@@ -203,20 +227,25 @@ impl Progress for Watch<'_> {
     }
 
     fn step(&mut self, record: &StepRecord) {
-        let line = format!(
-            "loss {:.3} {:.0} tok/s",
-            record.loss, record.tokens_per_second
-        );
         self.bar.set_position(record.step);
         if !self.app.env.stderr_is_terminal && self.last_line.elapsed() >= QUIET {
             self.last_line = Instant::now();
             let eta = self.bar.eta().as_secs();
             self.say(&format!(
-                "step {}/{} {line} ETA {eta} s",
-                record.step, self.total
+                "step {}/{} {} ETA {eta} s",
+                record.step,
+                self.total,
+                line(record)
             ));
         }
-        self.bar.set_message(line);
+        self.bar.set_message(line(record));
+    }
+
+    fn warning(&mut self, warning: &WarningRecord) {
+        self.say(&format!(
+            "warning: step {}: {}",
+            warning.step, warning.warning
+        ));
     }
 
     fn evaluated(&mut self, record: &EvalRecord) {
@@ -229,5 +258,97 @@ impl Progress for Watch<'_> {
 
     fn stop(&mut self) -> bool {
         self.app.interrupt.requested()
+    }
+}
+
+/// Loss and its parts, the worst of the routing, and the speed.
+fn line(record: &StepRecord) -> String {
+    let mut line = format!("loss {:.3}", record.loss);
+    let mut parts: Vec<String> = Vec::new();
+    if !record.layers.is_empty() {
+        parts.push(format!("balance {:.3}, z {:.2}", record.balance, record.z));
+    }
+    parts.extend(
+        record
+            .parts
+            .iter()
+            .map(|(name, value)| format!("{name} {value:.3}")),
+    );
+    if !parts.is_empty() {
+        let _ = write!(
+            line,
+            " (text {:.3}, {})",
+            record.cross_entropy,
+            parts.join(", ")
+        );
+    }
+    let worst = record
+        .layers
+        .iter()
+        .max_by(|a, b| a.max_vio.total_cmp(&b.max_vio));
+    if let Some(layer) = worst {
+        let n = record.layers.len() as f64;
+        let cv = record.layers.iter().map(|l| l.cv).sum::<f64>() / n;
+        let _ = write!(
+            line,
+            " | CV {cv:.2}, MaxVio {:.2} in layer {}",
+            layer.max_vio, layer.layer
+        );
+        let dead: Vec<String> = record
+            .layers
+            .iter()
+            .filter(|l| l.dead > 0)
+            .map(|l| format!("{} of {} in layer {}", l.dead, l.experts, l.layer))
+            .collect();
+        match dead.as_slice() {
+            [] => {}
+            [only] => {
+                let _ = write!(line, ", dead {only}");
+            }
+            [first, others @ ..] => {
+                let _ = write!(line, ", dead {first} and in {} more", others.len());
+            }
+        }
+    }
+    let _ = write!(line, " | {:.0} tok/s", record.tokens_per_second);
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cadre_train::log::LayerRecord;
+
+    #[test]
+    fn the_line_has_parts_balance_and_dead_experts() {
+        let layer = |layer, max_vio, dead| LayerRecord {
+            layer,
+            cv: 0.5,
+            max_vio,
+            dead,
+            entropy: 1.0,
+            experts: 8,
+            picks: 2.0, dropped: 0.0, slots: 2.0,
+            fullest: 0,
+        };
+        let mut record = StepRecord {
+            loss: 2.5,
+            cross_entropy: 2.25,
+            balance: 1.5,
+            z: 3.0,
+            tokens_per_second: 1234.4,
+            parts: [("consistency".to_owned(), 0.125)].into(),
+            layers: vec![layer(0, 0.5, 0), layer(2, 1.5, 3)],
+            ..StepRecord::default()
+        };
+        assert_eq!(
+            line(&record),
+            "loss 2.500 (text 2.250, balance 1.500, z 3.00, consistency 0.125) | CV 0.50, MaxVio 1.50 in layer 2, dead 3 of 8 in layer 2 | 1234 tok/s"
+        );
+        record.layers[0].dead = 1;
+        assert!(line(&record).contains("dead 1 of 8 in layer 0 and in 1 more"));
+        record.layers.clear();
+        record.parts.clear();
+        assert_eq!(line(&record), "loss 2.500 | 1234 tok/s");
     }
 }

@@ -157,6 +157,93 @@ fn the_result_is_a_checkpoint_that_every_command_takes() {
 }
 
 #[test]
+fn runs_are_compared_on_a_page_and_as_numbers() {
+    let bench = Bench::new();
+    let (first, second) = (bench.recipe("first", 9), bench.recipe("second", 6));
+    stdout(&["train", arg(&first)]);
+    let set = "losses.balance=0.5";
+    stdout(&["train", arg(&second), "--set", set]);
+    let page = bench.path("page.html");
+    let second = bench.path("second");
+    let table = stdout(&[
+        "train",
+        "compare",
+        arg(&first),
+        arg(&second),
+        "--html",
+        arg(&page),
+    ]);
+    for text in ["first", "second", "held out", "MaxVio", "cats"] {
+        assert!(table.contains(text), "{text}: {table}");
+    }
+    let page = fs::read_to_string(&page).unwrap();
+    for text in [
+        "<h1>2 runs</h1>",
+        ">second</button>",
+        "Dead experts",
+        "<path class=\"s1\"",
+    ] {
+        assert!(page.contains(text), "{text}");
+    }
+    let numbers = json(&["train", "compare", arg(&first), arg(&second), "-o", "json"]);
+    assert_eq!(numbers["runs"][0]["steps"], 9);
+    assert_eq!(
+        numbers["runs"][1]["curves"]["dead"]
+            .as_array()
+            .unwrap()
+            .len(),
+        6
+    );
+    let (code, error) = failure(&["train", "compare", arg(&bench.path("nowhere"))]);
+    assert_eq!(code, 1);
+    assert!(error.contains("nowhere"), "{error}");
+    assert_eq!(output(&["train", "compare"]).status.code(), Some(2));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_file_that_cannot_grow_stops_the_run_and_the_snapshot_before_it_is_taken_up() {
+    let bench = Bench::new();
+    let whole = bench.recipe("whole", 20);
+    stdout(&["train", arg(&whole)]);
+    let recipe = bench.recipe("full", 20);
+    let child = cadre(&["train", arg(&recipe)])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    let mut child = child.unwrap();
+    wait_for_steps(&bench.path("full"), 8);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // Files may have 40 blocks of 512 bytes: log lines fit, a snapshot does not, as on a full disk.
+    let script = "trap '' XFSZ; ulimit -f 40; exec \"$0\" \"$@\"";
+    let output = Command::new("sh")
+        .args([
+            "-c",
+            script,
+            env!("CARGO_BIN_EXE_cadre"),
+            "train",
+            arg(&recipe),
+        ])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert!(
+        errors.contains("step-00000014") && errors.contains("state.safetensors"),
+        "{errors}"
+    );
+    let names: Vec<_> = fs::read_dir(bench.path("full/snapshots"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(names, ["step-00000007"]);
+    stdout(&["train", arg(&recipe)]);
+    assert_eq!(losses(&bench.path("full")), losses(&bench.path("whole")));
+}
+
+#[test]
 fn speed_is_reported_without_writing_anything() {
     let bench = Bench::new();
     let recipe = bench.recipe("run", 10);

@@ -1,31 +1,19 @@
-// Draws the page from the JSON in #data. Text only ever goes in through textContent, so names cannot become markup.
-const data = JSON.parse(document.getElementById("data").textContent);
-const byId = (id) => document.getElementById(id);
+// Draws the page of a trace from its JSON.
 const nExperts = data.meta.n_experts;
 const even = 1 / nExperts;
 // The page opens at the layer that tells the domains apart best.
 const jsd = (layer) => (layer.specialisation ? layer.specialisation.js_divergence : 0);
 const mostSpecial = data.layers.reduce((best, layer, row) => (jsd(layer) > jsd(data.layers[best]) ? row : best), 0);
 const state = { domain: -1, row: mostSpecial, grouped: false, sorted: false };
-const root = document.documentElement;
-const preference = matchMedia("(prefers-color-scheme: dark)");
 const sum = (list) => list.reduce((a, b) => a + b, 0);
-const isDark = () => root.dataset.theme === "dark";
 const heatColours = () => (isDark() ? data.heat_dark : data.heat_light);
 const domainColours = () => (isDark() ? data.domains_dark : data.domains_light);
 
-function element(tag, text, attributes) {
-  const node = document.createElement(tag);
-  if (text !== undefined && text !== null) node.textContent = text;
-  for (const [name, value] of Object.entries(attributes || {})) node.setAttribute(name, value);
-  return node;
-}
 function dot(d) {
   const node = element("span", "", { class: "dot" });
   node.style.background = domainColours()[d];
   return node;
 }
-const number = (value) => value.toLocaleString("en-US");
 const fixed = (value, digits) => (value === null || value === undefined ? "\u2013" : value.toFixed(digits));
 const percent = (value, digits) => (value === null || value === undefined ? "\u2013" : (100 * value).toFixed(digits) + " %");
 
@@ -136,13 +124,8 @@ function showTip(event, row, expert) {
       tip.append(line);
     });
   }
-  tip.style.display = "block";
-  const x = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8);
-  const y = event.clientY + 16 + tip.offsetHeight > innerHeight ? event.clientY - tip.offsetHeight - 12 : event.clientY + 16;
-  tip.style.left = Math.max(8, x) + "px";
-  tip.style.top = Math.max(8, y) + "px";
+  placeTip(event.clientX, event.clientY);
 }
-const hideTip = () => (byId("tip").style.display = "none");
 
 function drawHead() {
   const m = data.meta;
@@ -336,10 +319,6 @@ function choose(change) {
   Object.assign(state, change);
   draw();
 }
-function setTheme(dark) {
-  root.dataset.theme = dark ? "dark" : "light";
-  draw();
-}
 
 byId("map").onpointermove = (event) => {
   const at = hit(event);
@@ -352,15 +331,12 @@ byId("map").onclick = (event) => {
   const at = hit(event);
   if (at) choose({ row: at.row });
 };
-addEventListener("scroll", hideTip, { passive: true });
 byId("order").onclick = () => choose({ grouped: !state.grouped });
 byId("sort").onclick = () => choose({ sorted: !state.sorted });
 byId("layer").oninput = (event) => choose({ row: Number(event.target.value) });
-byId("theme").onclick = () => setTheme(!isDark());
-preference.onchange = () => setTheme(preference.matches);
 let resizing = 0;
 addEventListener("resize", () => {
   cancelAnimationFrame(resizing);
   resizing = requestAnimationFrame(draw);
 });
-setTheme(preference.matches);
+begin();

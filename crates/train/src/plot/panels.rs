@@ -302,7 +302,7 @@ fn layer_mean(history: &History, colour: RGBColor, value: fn(&LayerRecord) -> f6
 }
 
 /// At most [`MAX_POINTS`] points.
-fn averaged(values: &[(f64, f64)]) -> Vec<Point> {
+pub(super) fn averaged(values: &[(f64, f64)]) -> Vec<Point> {
     let size = values.len().div_ceil(MAX_POINTS).max(1);
     let point = |values: &[(f64, f64)]| {
         let n = values.len() as f64;

@@ -1,7 +1,7 @@
 //! A run's log, read back.
 
 use super::PlotError;
-use crate::log::{EvalRecord, StepRecord};
+use crate::log::{EvalRecord, StepRecord, WarningRecord};
 use serde_json::Value;
 use std::path::Path;
 
@@ -12,11 +12,13 @@ pub(super) struct History {
     /// At least one.
     pub(super) steps: Vec<StepRecord>,
     pub(super) evals: Vec<EvalRecord>,
+    pub(super) warnings: Vec<WarningRecord>,
 }
 
 enum Record {
     Step(StepRecord),
     Eval(EvalRecord),
+    Warning(WarningRecord),
 }
 
 /// Reads the log at `path`.
@@ -29,6 +31,7 @@ pub(super) fn history(name: &str, path: &Path) -> Result<History, PlotError> {
         name: name.to_owned(),
         steps: Vec::new(),
         evals: Vec::new(),
+        warnings: Vec::new(),
     };
     // A run that is being written may end in half a line; every finished record ends its line.
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
@@ -39,6 +42,7 @@ pub(super) fn history(name: &str, path: &Path) -> Result<History, PlotError> {
         match record(line) {
             Ok(Record::Step(step)) => history.steps.push(step),
             Ok(Record::Eval(eval)) => history.evals.push(eval),
+            Ok(Record::Warning(warning)) => history.warnings.push(warning),
             Err(error) => {
                 return Err(PlotError::Line {
                     path: path.to_owned(),
@@ -60,6 +64,8 @@ fn record(line: &str) -> Result<Record, serde_json::Error> {
     let value: Value = serde_json::from_str(line)?;
     if value.get("eval").is_some() {
         serde_json::from_value(value).map(Record::Eval)
+    } else if value.get("warning").is_some() {
+        serde_json::from_value(value).map(Record::Warning)
     } else {
         serde_json::from_value(value).map(Record::Step)
     }

@@ -1,0 +1,187 @@
+//! What a run does with recipes, text and numbers that it cannot use.
+
+mod runs;
+
+use cadre_train::TrainError;
+use cadre_train::collapse::PATIENCE;
+use cadre_train::recipe::Recipe;
+use cadre_train::trainer::{self, Outcome};
+use runs::{Watch, recipe, recipe_with, snapshots, text, trajectory};
+use std::path::Path;
+
+fn refusal(recipe: &Recipe) -> String {
+    trainer::train(recipe, &mut Watch::default())
+        .unwrap_err()
+        .to_string()
+}
+
+#[test]
+fn another_recipe_in_the_same_folder_is_refused_with_every_difference() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = recipe(folder.path(), "run");
+    let mut watch = Watch {
+        stop_after: Some(2),
+        ..Watch::default()
+    };
+    trainer::train(&first, &mut watch).unwrap();
+    let mut other = first.clone();
+    other.train.lr = 5e-3;
+    other.seed = 4;
+    other.losses.z = 0.5;
+    other.output.keep = 1;
+    let error = refusal(&other);
+    for part in [
+        "train.lr: 0.01 in the run, 0.005 in the recipe",
+        "seed: 3 in the run, 4 in the recipe",
+        "losses.z: ",
+        "0.5 in the recipe",
+        "--fresh",
+    ] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    assert_eq!(error.matches(" in the run, ").count(), 3, "{error}");
+    trainer::forget(&other).unwrap();
+    let mut watch = Watch::default();
+    trainer::train(&other, &mut watch).unwrap();
+    assert_eq!(watch.started_at, 0);
+}
+
+#[test]
+fn bad_data_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = recipe(folder.path(), "run");
+    let file = folder.path().join("a.jsonl");
+    std::fs::write(&file, "{\"text\": \"fine\"}\n{\"txt\": 1}\n").unwrap();
+    let error = refusal(&recipe);
+    assert!(error.contains("a.jsonl line 2"), "{error}");
+    std::fs::write(&file, "{\"text\": \"short\"}\n").unwrap();
+    let error = refusal(&recipe);
+    assert!(
+        error.contains("a.jsonl") && error.contains("seq_len"),
+        "{error}"
+    );
+    std::fs::remove_file(&file).unwrap();
+    let error = refusal(&recipe);
+    assert!(error.contains("a.jsonl"), "{error}");
+}
+
+#[test]
+fn less_text_than_one_step_takes_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = recipe_with(
+        folder.path(),
+        "run",
+        &[("batch_size = 2", "batch_size = 4000")],
+    );
+    let error = refusal(&recipe);
+    assert!(
+        error.contains("one step takes 128000") && error.contains("accumulate"),
+        "{error}"
+    );
+    assert!(!folder.path().join("run/snapshots").exists());
+}
+
+#[test]
+fn impossible_routing_is_refused_before_anything_begins() {
+    let folder = tempfile::tempdir().unwrap();
+    let parse = |changes: &[(&str, &str)]| {
+        Recipe::parse(Path::new("tiny.toml"), &text(folder.path(), "run", changes))
+    };
+    let error = parse(&[("top_k = 2", "top_k = 5")])
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains('5') && error.contains('4'), "{error}");
+    let error = parse(&[("top_k = 2", "top_k = 1")])
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("would not learn"), "{error}");
+}
+
+#[test]
+fn one_token_is_a_batch() {
+    let folder = tempfile::tempdir().unwrap();
+    let changes = [
+        ("batch_size = 2", "batch_size = 1"),
+        ("seq_len = 16", "seq_len = 1"),
+        ("accumulate = 2", "accumulate = 1"),
+    ];
+    let recipe = recipe_with(folder.path(), "run", &changes);
+    let mut watch = Watch::default();
+    let outcome = trainer::train(&recipe, &mut watch).unwrap();
+    let Outcome::Finished { eval, .. } = outcome else {
+        panic!("{outcome:?}");
+    };
+    assert!(eval.eval["a"].nll.is_finite());
+    assert_eq!((watch.steps, watch.warnings.len()), (8, 0));
+}
+
+#[test]
+fn all_tokens_to_the_same_experts_train_and_are_warned_of_once() {
+    let folder = tempfile::tempdir().unwrap();
+    // Zero weights: all logits are equal, and the first experts take every token.
+    let steps = format!("steps = {}", PATIENCE + 8);
+    let changes = [
+        ("tie_word_embeddings = true", "initializer_range = 0.0"),
+        ("steps = 8", steps.as_str()),
+        ("batch_size = 2", "batch_size = 8"),
+    ];
+    let whole = recipe_with(folder.path(), "whole", &changes);
+    let mut watch = Watch::default();
+    trainer::train(&whole, &mut watch).unwrap();
+    let log = trajectory(&whole);
+    assert_eq!(log[0]["layers"][1]["dead"], 2);
+    assert_eq!(log[0]["layers"][1]["max_vio"], 1.0);
+    let told: Vec<_> = watch.warnings.iter().map(|w| (w.step, w.layer)).collect();
+    assert_eq!(told, [(PATIENCE, 0), (PATIENCE, 1)]);
+    assert!(watch.warnings[1].warning.contains("layer 1"));
+
+    // Stopped in the middle of the spell: the resumed run still knows how long it has lasted.
+    let parts = recipe_with(folder.path(), "parts", &changes);
+    for stop_after in [Some(13), None] {
+        let mut watch = Watch {
+            stop_after,
+            ..Watch::default()
+        };
+        trainer::train(&parts, &mut watch).unwrap();
+    }
+    assert_eq!(trajectory(&parts), log);
+}
+
+#[test]
+fn divergence_stops_the_run_names_step_and_layer_and_keeps_the_last_good_snapshot() {
+    let folder = tempfile::tempdir().unwrap();
+    // The first update throws every parameter to 1e30; the second forward pass overflows.
+    let changes = [
+        ("lr = 1e-2", "lr = 1e30"),
+        ("warmup_steps = 2", "warmup_steps = 0"),
+        ("snapshot_every = 2", "snapshot_every = 1"),
+    ];
+    let recipe = recipe_with(folder.path(), "run", &changes);
+    let error = trainer::train(&recipe, &mut Watch::default()).unwrap_err();
+    let TrainError::Diverged {
+        step,
+        largest: Some(largest),
+        kept: Some(kept),
+        ..
+    } = &error
+    else {
+        panic!("{error:?}");
+    };
+    assert_eq!((*step, largest.step), (2, 1));
+    assert!(largest.norm > 0.0 && largest.norm.is_finite());
+    assert!(kept.ends_with("step-00000001") && snapshots(&recipe) == [kept.clone()]);
+    let message = error.to_string();
+    assert!(
+        message.contains("step 2")
+            && message.contains(&largest.part)
+            && message.contains("lower train.lr"),
+        "{message}"
+    );
+
+    // Past the range of f32 at once: what is not finite is never saved.
+    let changes = [changes[1], changes[2], ("lr = 1e-2", "lr = 1e39")];
+    let recipe = recipe_with(folder.path(), "beyond", &changes);
+    let error = refusal(&recipe);
+    assert!(error.contains("step 1: the parameter "), "{error}");
+    assert!(snapshots(&recipe).is_empty());
+}
