@@ -336,7 +336,7 @@ mod tests {
         optimizer.step = 4;
         // In the middle of the state, and between state and manifest.
         for (state, manifest) in [(100, usize::MAX), (usize::MAX, 10)] {
-            let write = |path: &Path, bytes: &[u8]| {
+            let write = move |path: &Path, bytes: &[u8]| {
                 let room = if path.ends_with(MANIFEST) {
                     manifest
                 } else {

@@ -150,38 +150,56 @@ fn all_tokens_to_the_same_experts_train_and_are_warned_of_once() {
 #[test]
 fn divergence_stops_the_run_names_step_and_layer_and_keeps_the_last_good_snapshot() {
     let folder = tempfile::tempdir().unwrap();
-    // The first update throws every parameter to 1e30; the second forward pass overflows.
-    let changes = [
-        ("lr = 1e-2", "lr = 1e30"),
-        ("warmup_steps = 2", "warmup_steps = 0"),
-        ("snapshot_every = 2", "snapshot_every = 1"),
-    ];
-    let recipe = recipe_with(folder.path(), "run", &changes);
-    let error = trainer::train(&recipe, &mut Watch::default()).unwrap_err();
-    let TrainError::Diverged {
-        step,
-        largest: Some(largest),
-        kept: Some(kept),
-        ..
-    } = &error
-    else {
-        panic!("{error:?}");
+    // The first update throws every parameter far away; the second step overflows, backward or forward. What is reported
+    // is the origin where gradients show it, and the largest gradient of the step before where there are none yet.
+    let changes = |lr: &'static str| {
+        [
+            ("lr = 1e-2", lr),
+            ("warmup_steps = 2", "warmup_steps = 0"),
+            ("snapshot_every = 2", "snapshot_every = 1"),
+        ]
     };
-    assert_eq!((*step, largest.step), (2, 1));
-    assert!(largest.norm > 0.0 && largest.norm.is_finite());
-    assert!(kept.ends_with("step-00000001") && snapshots(&recipe) == [kept.clone()]);
-    let message = error.to_string();
-    assert!(
-        message.contains("step 2")
-            && message.contains(&largest.part)
-            && message.contains("lower train.lr"),
-        "{message}"
-    );
+    for (name, lr, what, of_step) in [
+        ("backward", "lr = 1e30", "the gradient", 2),
+        (
+            "router",
+            "lr = 1e15",
+            "the router logit of token 0 and expert 0",
+            1,
+        ),
+    ] {
+        let recipe = recipe_with(folder.path(), name, &changes(lr));
+        let error = trainer::train(&recipe, &mut Watch::default()).unwrap_err();
+        let message = error.to_string();
+        let TrainError::Diverged {
+            step,
+            what: found,
+            largest: Some(largest),
+            kept: Some(kept),
+        } = error
+        else {
+            panic!("{message}");
+        };
+        assert_eq!(
+            (step, found.as_str(), largest.step),
+            (2, what, of_step),
+            "{message}"
+        );
+        assert_eq!(largest.norm.is_finite(), of_step == 1, "{message}");
+        assert!(kept.ends_with("step-00000001") && snapshots(&recipe) == [kept.clone()]);
+        for part in [
+            "step 2",
+            largest.part.as_str(),
+            "lower train.lr",
+            "step-00000001",
+        ] {
+            assert!(message.contains(part), "{part}: {message}");
+        }
+    }
 
     // Past the range of f32 at once: what is not finite is never saved.
-    let changes = [changes[1], changes[2], ("lr = 1e-2", "lr = 1e39")];
-    let recipe = recipe_with(folder.path(), "beyond", &changes);
+    let recipe = recipe_with(folder.path(), "beyond", &changes("lr = 1e39"));
     let error = refusal(&recipe);
     assert!(error.contains("step 1: the parameter "), "{error}");
-    assert!(snapshots(&recipe).is_empty());
+    assert!(!recipe.output.dir.join("snapshots").exists());
 }
