@@ -1,5 +1,7 @@
 //! What a run does with recipes, text and numbers that it cannot use.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 mod runs;
 
 use cadre_train::TrainError;

@@ -328,7 +328,9 @@ mod tests {
             dead,
             entropy: 1.0,
             experts: 8,
-            picks: 2.0, dropped: 0.0, slots: 2.0,
+            picks: 2.0,
+            dropped: 0.0,
+            slots: 2.0,
             fullest: 0,
         };
         let mut record = StepRecord {

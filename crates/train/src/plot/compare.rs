@@ -93,7 +93,10 @@ fn values(step: &StepRecord) -> BTreeMap<String, f64> {
         .map(|(name, value)| (name.to_owned(), value)),
     );
     // Logs of earlier versions have no picks, and most runs drop none.
-    let some = [("picks", mean(|l| l.picks)), ("dropped", mean(|l| l.dropped))];
+    let some = [
+        ("picks", mean(|l| l.picks)),
+        ("dropped", mean(|l| l.dropped)),
+    ];
     for (name, value) in some {
         if value > 0.0 {
             values.insert(name.to_owned(), value);
@@ -179,7 +182,9 @@ mod tests {
             dead: 2 * layer,
             entropy: 1.0,
             experts: 8,
-            picks: 1.5, dropped: 0.0, slots: 2.0,
+            picks: 1.5,
+            dropped: 0.0,
+            slots: 2.0,
             fullest: 0,
         };
         let step = |step: u64| StepRecord {

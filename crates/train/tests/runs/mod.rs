@@ -11,12 +11,12 @@ use std::path::{Path, PathBuf};
 
 /// Stops after `stop_after` steps and remembers what it was told.
 #[derive(Default)]
-pub struct Watch {
-    pub stop_after: Option<u64>,
-    pub steps: u64,
-    pub started_at: u64,
-    pub refused: Vec<String>,
-    pub warnings: Vec<WarningRecord>,
+pub(crate) struct Watch {
+    pub(crate) stop_after: Option<u64>,
+    pub(crate) steps: u64,
+    pub(crate) started_at: u64,
+    pub(crate) refused: Vec<String>,
+    pub(crate) warnings: Vec<WarningRecord>,
 }
 
 impl Progress for Watch {
@@ -38,7 +38,7 @@ impl Progress for Watch {
     }
 }
 
-pub fn write_documents(path: &Path, words: &[&str]) {
+pub(crate) fn write_documents(path: &Path, words: &[&str]) {
     let lines: String = (0..40)
         .map(|i| {
             let text: Vec<&str> = (0..60)
@@ -51,17 +51,17 @@ pub fn write_documents(path: &Path, words: &[&str]) {
 }
 
 /// A run of 8 steps of a tiny model on two tiny domains.
-pub fn recipe(folder: &Path, run: &str) -> Recipe {
+pub(crate) fn recipe(folder: &Path, run: &str) -> Recipe {
     recipe_with(folder, run, &[])
 }
 
 /// As [`recipe`], with lines of its text replaced by others.
-pub fn recipe_with(folder: &Path, run: &str, changes: &[(&str, &str)]) -> Recipe {
+pub(crate) fn recipe_with(folder: &Path, run: &str, changes: &[(&str, &str)]) -> Recipe {
     Recipe::parse(Path::new("tiny.toml"), &text(folder, run, changes)).unwrap()
 }
 
 /// Text of the recipe.
-pub fn text(folder: &Path, run: &str, changes: &[(&str, &str)]) -> String {
+pub(crate) fn text(folder: &Path, run: &str, changes: &[(&str, &str)]) -> String {
     let path = |name: &str| folder.join(name);
     write_documents(&path("a.jsonl"), &["one", "two", "three", "four", "five"]);
     write_documents(&path("b.jsonl"), &["let", "x", "=", "fn", "(y)"]);
@@ -109,7 +109,7 @@ pub fn text(folder: &Path, run: &str, changes: &[(&str, &str)]) -> String {
 }
 
 /// The log without what depends on the clock.
-pub fn trajectory(recipe: &Recipe) -> Vec<serde_json::Value> {
+pub(crate) fn trajectory(recipe: &Recipe) -> Vec<serde_json::Value> {
     std::fs::read_to_string(recipe.output.dir.join("log.jsonl"))
         .unwrap()
         .lines()
@@ -123,7 +123,7 @@ pub fn trajectory(recipe: &Recipe) -> Vec<serde_json::Value> {
         .collect()
 }
 
-pub fn snapshots(recipe: &Recipe) -> Vec<PathBuf> {
+pub(crate) fn snapshots(recipe: &Recipe) -> Vec<PathBuf> {
     let mut paths: Vec<_> = std::fs::read_dir(recipe.output.dir.join("snapshots"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
