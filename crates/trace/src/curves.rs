@@ -223,9 +223,9 @@ impl Drawn {
         for line in &lines {
             plot.line(&mut card, line);
         }
-        let _ = write!(
+        let _ = writeln!(
             card,
-            "<line class=\"cross\" y1=\"{TOP}\" y2=\"{}\" x1=\"{LEFT}\" x2=\"{LEFT}\"/></svg></section>\n",
+            "<line class=\"cross\" y1=\"{TOP}\" y2=\"{}\" x1=\"{LEFT}\" x2=\"{LEFT}\"/></svg></section>",
             TOP + plot.height
         );
         Self {
