@@ -4,6 +4,8 @@
 mod bad_input;
 mod bench;
 mod chat;
+#[cfg(feature = "train")]
+mod claims;
 mod commands;
 mod common;
 mod fit;

@@ -1,0 +1,160 @@
+"""docs/claims.md from the records alone."""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import stats  # noqa: E402
+from claims import CLAIMS, LESS, NO_WORSE, arms_of, other_side, waits_for  # noqa: E402
+from common import ROOT  # noqa: E402
+
+OUT = ROOT / "docs" / "claims.md"
+RUN = "python3 bench/claims/run.py"
+INTRO = f"""# What the papers claim, and what was measured here
+
+Written by `{RUN} --table` from the records in `bench/record/claims.jsonl`; no number and no verdict here is typed. The claims, arms and checks are in
+[bench/claims/claims.py](../bench/claims/claims.py), the recipes in [recipes/claims](../recipes/claims), and how to train them in [training](guide/train.md).
+
+The test bed is small on purpose: models of 1 to 2 million parameters on synthetic text of four domains (`recipes/data/synthetic`), so that every row can be trained again on two cores. A claim that
+does not hold here may hold at the size of its paper, and the other way round. What is compared sees the same tokens in the same order from the same initial values.
+
+**Rule.** Differences are taken seed by seed. A check holds when their sign is as claimed on all of 3 or 4 seeds, or on 4 of every 5; a claim holds when all of its checks do. Fewer than 3 seeds decide
+nothing. "No worse" allows {NO_WORSE} nats per token. Losses are nats per token (byte) of held-out text, mean over domains.
+"""
+
+
+def by_arm(records, claim):
+    """{arm: {seed: values}} of the newest records, at the largest number of steps that most of the claim's arms have; and their steps."""
+    names = [arm.name for arm in arms_of(claim)]
+    newest = {}
+    for record in records:
+        if record["arm"] in names and record["data"] == "synthetic":
+            newest[record["steps"], record["arm"], record["seed"]] = record
+    sizes = {}
+    for steps, _, _ in newest:
+        sizes[steps] = sizes.get(steps, 0) + 1
+    if not sizes:
+        return {}, None, []
+    best = max(sizes, key=lambda steps: (sizes[steps], steps))
+    found, used = {}, []
+    for (steps, arm, seed), record in newest.items():
+        if steps == best:
+            found.setdefault(arm, {})[seed] = record["values"]
+            used.append(record)
+    return found, best, used
+
+
+def sides(check, found):
+    """{seed: value} of both sides of a check."""
+    ours = {seed: values[check.measure] for seed, values in found.get(check.arm, {}).items() if check.measure in values}
+    if not isinstance(check.against, str):
+        return ours, {seed: check.against for seed in ours}
+    arm, measure = other_side(check)
+    return ours, {seed: check.factor * values[measure] for seed, values in found.get(arm, {}).items() if measure in values}
+
+
+def judged(check, found):
+    """Means of both sides, the paired differences, and the verdict."""
+    ours, theirs = sides(check, found)
+    differences = stats.paired(ours, theirs)
+    return {
+        "ours": statistics.fmean(ours[seed] for seed in differences) if differences else None,
+        "theirs": statistics.fmean(theirs[seed] for seed in differences) if differences else None,
+        "differences": list(differences.values()),
+        "verdict": stats.verdict(differences, check.sign, check.margin),
+    }
+
+
+def number(value):
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def names_of(check):
+    """Both sides in words."""
+    if not isinstance(check.against, str):
+        return f"`{check.arm}`", f"{check.against:g}"
+    arm, measure = other_side(check)
+    theirs = f"`{arm}`" if measure == check.measure else f"`{arm}`, {measure}"
+    return f"`{check.arm}`", theirs if check.factor == 1 else f"{check.factor:g} x {theirs}"
+
+
+def row(check, found):
+    """A line of a claim's table."""
+    result = judged(check, found)
+    ours, theirs = names_of(check)
+    differences = result["differences"]
+    if not differences:
+        return f"| {check.what} | {ours} - | {theirs} | - | - | {result['verdict']} |"
+    spread = f"{number(min(differences))} to {number(max(differences))}"
+    theirs = theirs if not isinstance(check.against, str) else f"{theirs} {number(result['theirs'])}"
+    mean = number(statistics.fmean(differences))
+    return f"| {check.what} | {ours} {number(result['ours'])} | {theirs} | {mean} ({spread}) | {len(differences)} | {result['verdict']} |"
+
+
+def verdict_of(claim, found):
+    if claim.untestable:
+        return "not testable at this size"
+    if waits_for(claim):
+        return "not trainable yet"
+    if not found:
+        return "not measured yet"
+    return stats.whole(judged(check, found)["verdict"] for check in claim.checks)
+
+
+def baselines(claim, found):
+    """One line with the losses of the four baselines."""
+    shown = []
+    for arm in claim.baselines:
+        losses = [values["nll"] for values in found.get(arm, {}).values()]
+        shown.append(f"`{arm}` {number(statistics.fmean(losses))} ({len(losses)} seeds)" if losses else f"`{arm}` -")
+    return "Baselines, held-out loss: " + ", ".join(shown) + "."
+
+
+def section(claim, records):
+    """One claim."""
+    found, steps, used = by_arm(records, claim)
+    lines = [f"## {claim.name}", "", f"{claim.says} ({claim.paper})", ""]
+    if claim.untestable:
+        return lines + [f"Not testable here: {claim.untestable}.", ""]
+    if recipes := waits_for(claim):
+        return lines + [f"Not trainable yet: there is no recipe {', '.join(f'`{name}`' for name in recipes)}.", ""]
+    lines += ["| check | measured | against | paired difference, mean (least to most) | seeds | verdict |", "|---|---|---|---|---|---|"]
+    lines += [row(check, found) for check in claim.checks]
+    lines += ["", baselines(claim, found)]
+    if used:
+        commits = ", ".join(sorted({record["commit"] for record in used}))
+        minutes = sum(record["step_seconds"] * record["steps"] for record in used) / 60
+        lines.append(f"{steps} steps a run, {len(used)} runs, {minutes:.0f} minutes of training steps; commits {commits}.")
+        missing = sorted({f"{name}: {why}" for record in used for name, why in record["missing"].items()})
+        lines += [f"Not measured: {text}." for text in missing]
+    return lines + [f"Again: `{RUN} {claim.name}`", ""]
+
+
+def measured(claim, found):
+    """The first check in few words, for the table at the top."""
+    if claim.untestable or not found:
+        return "-"
+    check = claim.checks[0]
+    result = judged(check, found)
+    if not result["differences"]:
+        return "-"
+    if check.measure == "nll" and isinstance(check.against, str):
+        mean = statistics.fmean(result["differences"])
+        return f"`{check.arm}` less `{other_side(check)[0]}`: {mean:+.4f} nats, {len(result['differences'])} seeds"
+    sign = "below" if check.sign == LESS else "above"
+    return f"{check.what.rstrip('.')}: {number(result['ours'])}, {sign} {number(result['theirs'])} is claimed"
+
+
+def document(records):
+    """The whole file."""
+    lines = [INTRO, "| claim | what the papers say | measured here (first check) | verdict | command |", "|---|---|---|---|---|"]
+    for claim in CLAIMS:
+        found, _, _ = by_arm(records, claim)
+        command = f"`{RUN} {claim.name}`" if arms_of(claim) else "-"
+        lines.append(f"| [{claim.name}](#{claim.name}) | {claim.says} | {measured(claim, found)} | **{verdict_of(claim, found)}** | {command} |")
+    lines.append("")
+    for claim in CLAIMS:
+        lines += section(claim, records)
+    return "\n".join(lines).rstrip() + "\n"

@@ -1,0 +1,163 @@
+//! Every recipe of `recipes/claims`: a few steps on a little text, resumed to the same bits, and a model that runs.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use crate::common::{arg, output, stdout};
+
+const DOMAINS: [&str; 4] = ["arithmetic", "brackets", "words", "recall"];
+/// Long enough for warm-up, both phases of those recipes that have phases, and a snapshot before the end.
+const STEPS: usize = 4;
+/// The recipe that reads another one's model, and that one.
+const STUDENT: (&str, &str) = ("mos", "mos-teacher");
+
+/// Text of the four domains in the forms of `recipes/data/synthetic`.
+fn document(domain: &str, seed: usize) -> String {
+    let piece = |i: usize| {
+        let (a, b, c) = (seed * 7 + i, i * i + seed, (i * 13 + seed * 5) % 10);
+        match domain {
+            "arithmetic" => format!("{}+{}={};", a % 50, b % 50, a % 50 + b % 50),
+            "brackets" => format!("let a=({c},[b,{},c]);", a % 9),
+            "words" => format!("{} bomu zi ", ["ra", "tefo", "ni"][c % 3]),
+            _ => format!("ab={c},cd={}?ab={c};", b % 10),
+        }
+    };
+    (0..40).map(piece).collect()
+}
+
+/// A folder with text.
+struct Bed {
+    folder: tempfile::TempDir,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        for domain in DOMAINS {
+            let line = |seed| format!("{{\"text\": \"{}\"}}\n", document(domain, seed));
+            let lines: String = (0..6).map(line).collect();
+            fs::write(folder.path().join(format!("{domain}.jsonl")), lines).unwrap();
+        }
+        Self { folder }
+    }
+
+    fn run_folder(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Arguments that train the recipe called `name` for `steps` steps of a few tokens.
+    fn train(&self, name: &str, steps: usize) -> Vec<String> {
+        let recipes = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/claims");
+        let recipe = recipes.join(format!("{name}.toml"));
+        let sources = DOMAINS.map(|domain| {
+            let file = self.folder.path().join(format!("{domain}.jsonl"));
+            format!("{{domain={domain:?},train={file:?},heldout={file:?}}}")
+        });
+        let mut set = vec![
+            format!("data.sources=[{}]", sources.join(",")),
+            format!("train.steps={steps}"),
+            "train.warmup_steps=2".to_owned(),
+            "train.batch_size=2".to_owned(),
+            format!("output.dir={:?}", self.run_folder(name)),
+            "output.snapshot_every=2".to_owned(),
+            "output.eval_every=0".to_owned(),
+        ];
+        let text = fs::read_to_string(&recipe).unwrap();
+        if text.contains("accumulate") {
+            set.push("train.accumulate=2".to_owned());
+        }
+        if text.contains("[evolve]") {
+            set.push("evolve.dense_steps=2".to_owned());
+        }
+        if name == STUDENT.0 {
+            let teacher = self.run_folder(STUDENT.1).join("model");
+            set.push(format!("distill.teacher={teacher:?}"));
+            set.push("distill.until_step=3".to_owned());
+        }
+        let mut args = vec!["train".to_owned(), recipe.to_str().unwrap().to_owned()];
+        args.extend(set.into_iter().flat_map(|one| ["--set".to_owned(), one]));
+        args
+    }
+
+    /// Loss by step, as it was written.
+    fn losses(&self, name: &str) -> Vec<f64> {
+        let log = fs::read_to_string(self.run_folder(name).join("log.jsonl")).unwrap();
+        log.lines()
+            .filter_map(|line| {
+                serde_json::from_str::<serde_json::Value>(line).ok()?["loss"].as_f64()
+            })
+            .collect()
+    }
+}
+
+fn run(args: &[String]) {
+    stdout(&args.iter().map(String::as_str).collect::<Vec<_>>());
+}
+
+/// Names of all recipes, teachers before students.
+fn names() -> Vec<String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/claims");
+    let mut names: Vec<String> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .map(|path| path.file_stem().unwrap().to_str().unwrap().to_owned())
+        .collect();
+    names.sort_by_key(|name| (name == STUDENT.0, name.clone()));
+    names
+}
+
+/// Whether a recipe's router looks at what a model that generates does not have.
+fn is_non_causal(name: &str) -> bool {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/claims");
+    let text = fs::read_to_string(folder.join(format!("{name}.toml"))).unwrap();
+    text.contains("allow_non_causal = true")
+}
+
+#[test]
+fn every_recipe_of_the_claims_trains_resumes_exactly_and_runs() {
+    let bed = Bed::new();
+    let names = names();
+    assert!(names.len() >= 4, "{names:?}");
+    for name in names {
+        let start = Instant::now();
+        let train = bed.train(&name, STEPS);
+        run(&train);
+        let losses = bed.losses(&name);
+        assert_eq!(losses.len(), STEPS, "{name}");
+        assert!(
+            losses.iter().all(|loss| loss.is_finite()),
+            "{name}: {losses:?}"
+        );
+        let folder = bed.run_folder(&name);
+        let model = folder.join("model");
+        let weights = fs::read(model.join("model.safetensors")).unwrap();
+
+        // As if it had been killed after the snapshot before the last.
+        fs::remove_dir_all(folder.join(format!("snapshots/step-{STEPS:08}"))).unwrap();
+        fs::remove_dir_all(&model).unwrap();
+        run(&train);
+        assert_eq!(bed.losses(&name), losses, "{name}");
+        let again = fs::read(model.join("model.safetensors")).unwrap();
+        assert!(again == weights, "{name}: the resumed run ends elsewhere");
+
+        let ran = output(&[
+            "run",
+            "-m",
+            arg(&model),
+            "-p",
+            "12+7=",
+            "-n",
+            "3",
+            "--temp",
+            "0",
+        ]);
+        let errors = String::from_utf8_lossy(&ran.stderr);
+        assert_eq!(
+            ran.status.success(),
+            !is_non_causal(&name),
+            "{name}: {errors}"
+        );
+        println!("{name}: {:.1} s", start.elapsed().as_secs_f64());
+    }
+}
