@@ -17,7 +17,7 @@ INTRO = f"""# What the papers claim, and what was measured here
 Written by `{RUN} --table` from the records in `bench/record/claims.jsonl`; no number and no verdict here is typed. The claims, arms and checks are in
 [bench/claims/claims.py](../bench/claims/claims.py), the recipes in [recipes/claims](../recipes/claims), and how to train them in [training](guide/train.md).
 
-The test bed is small on purpose: models of 1 to 2 million parameters on synthetic text of four domains (`recipes/data/synthetic`), so that every row can be trained again on two cores. A claim that
+The test bed is small on purpose: models of at most 2 million parameters on synthetic text of four domains (`recipes/data/synthetic`), so that every row can be trained again on two cores. A claim that
 does not hold here may hold at the size of its paper, and the other way round. What is compared sees the same tokens in the same order from the same initial values.
 
 **Rule.** Differences are taken seed by seed. A check holds when their sign is as claimed on all of 3 or 4 seeds, or on 4 of every 5; a claim holds when all of its checks do. Fewer than 3 seeds decide
@@ -97,7 +97,7 @@ def verdict_of(claim, found):
     if claim.untestable:
         return "not testable at this size"
     if waits_for(claim):
-        return "not trainable yet"
+        return "no recipe yet"
     if not found:
         return "not measured yet"
     return stats.whole(judged(check, found)["verdict"] for check in claim.checks)
@@ -119,7 +119,7 @@ def section(claim, records):
     if claim.untestable:
         return lines + [f"Not testable here: {claim.untestable}.", ""]
     if recipes := waits_for(claim):
-        return lines + [f"Not trainable yet: there is no recipe {', '.join(f'`{name}`' for name in recipes)}.", ""]
+        return lines + [f"Not trained: there is no recipe {', '.join(f'`{name}`' for name in recipes)}.", ""]
     lines += ["| check | measured | against | paired difference, mean (least to most) | seeds | verdict |", "|---|---|---|---|---|---|"]
     lines += [row(check, found) for check in claim.checks]
     lines += ["", baselines(claim, found)]

@@ -145,7 +145,7 @@ class Claims(unittest.TestCase):
         try:
             self.assertEqual(claims.waits_for(claim), ["no-such-recipe"])
             self.assertEqual(claims.arms_of(claim), [])
-            self.assertEqual(report.verdict_of(claim, {}), "not trainable yet")
+            self.assertEqual(report.verdict_of(claim, {}), "no recipe yet")
         finally:
             del claims.ARMS["x"]
 
