@@ -6,14 +6,13 @@
 NAME.json, one per model of MODELS
     prompts      text, token ids, `next`: the 64 ids that llama.cpp picks greedily (end tokens are not heeded), and `gap`,
                  the smallest difference between its two largest logits on the way, over its ways to compute
-    perplexity   of recipes/data/sample.jsonl, in windows of 512 tokens (cut as `cadre eval perplexity` cuts them)
 
-llama.cpp computes in four ways here: by its defaults (16-bit keys and values, flash attention); with keys and values in
-f32; those without repacking weights for its faster kernels; and with all weights decoded to f32, so that inputs are not
-rounded to eight bits either. On open text these part within 64 tokens more often than not: the rounding of inputs moves
+llama.cpp computes in up to four ways here: by its defaults (16-bit keys and values, flash attention); with keys and values in
+f32; those without repacking weights for its faster kernels; and, for files of at most MOST_DECODED bytes, with all weights
+decoded to f32, so that inputs are not rounded to eight bits either. On open text these part within 64 tokens more often than not: the rounding of inputs moves
 logits by a hundredth, and a small model is often that undecided. So CANDIDATES are texts whose continuation is clear, and
 a prompt is taken, in their order, if all ways continue it alike with a gap of at least MIN_GAP. MANIFEST.json says how
-many were passed over. Perplexity is given for all ways.
+many were passed over. (Perplexities are compared by bench/peers/parity_llama.py, which runs both sides.)
 """
 
 import hashlib
@@ -23,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 import llama_cpp
-from llama_logits import Model, decoded, read_documents
+from llama_logits import Model, decoded
 
 from common import ROOT, fail, write_json
 
@@ -37,11 +36,11 @@ MODELS = {
         "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
     ),
 }
-TEXT = ROOT / "recipes" / "data" / "sample.jsonl"
 WINDOW = 512
 COUNT = 64
 WANTED = 10
 MIN_GAP = 0.1
+MOST_DECODED = 500_000_000
 
 
 def again(text, start):
@@ -147,13 +146,17 @@ def agreed(models):
     prompts, passed = [], 0
     for text in CANDIDATES:
         tokens = models[0].tokenize(text, special=True)
-        answers = [model.greedy(tokens, COUNT) for model in models]
-        gap = min(gap for _, gap in answers)
-        if any(ids != answers[0][0] for ids, _ in answers) or gap < MIN_GAP:
+        ids, gap = models[0].greedy(tokens, COUNT)
+        for model in models[1:]:
+            if gap < MIN_GAP:
+                break
+            others, other_gap = model.greedy(tokens, COUNT)
+            gap = min(gap, other_gap) if others == ids else 0.0
+        if gap < MIN_GAP:
             passed += 1
             print(f"passed over (gap {gap:.3f}): {text[:40]!r}", flush=True)
             continue
-        prompts.append({"text": text, "tokens": tokens, "next": answers[0][0], "gap": float(f"{gap:.3g}")})
+        prompts.append({"text": text, "tokens": tokens, "next": ids, "gap": float(f"{gap:.3g}")})
         print(f"{len(prompts)}: gap {gap:.3f} {text[:40]!r}", flush=True)
         if len(prompts) == WANTED:
             return prompts, passed
@@ -162,29 +165,23 @@ def agreed(models):
 
 def make(path, name):
     """Writes one model's file. Returns its entry for the manifest."""
-    threads = 2
+    threads = 1
     with tempfile.TemporaryDirectory() as scratch:
-        plain = Path(scratch) / "decoded.gguf"
-        decoded(path, plain)
         default = Model(path, WINDOW, default_cache=True, threads=threads)
         ways = {
             "default": default,
             "f32_cache": Model(path, WINDOW, threads=threads, weights=default),
             "not_repacked": Model(path, WINDOW, threads=threads, repack=False),
-            "f32_weights": Model(plain, WINDOW, threads=threads),
         }
+        if path.stat().st_size <= MOST_DECODED:
+            plain = Path(scratch) / "decoded.gguf"
+            decoded(path, plain)
+            ways["f32_weights"] = Model(plain, WINDOW, threads=threads)
         prompts, passed = agreed(list(ways.values()))
-        documents = [ways["default"].tokenize(text) for text in read_documents(TEXT)]
-        perplexity = {}
-        for way, model in ways.items():
-            value, count = model.perplexity(documents, WINDOW)
-            perplexity[way] = float(f"{value:.7g}")
-            print(f"perplexity {way}: {value:.5f} over {count}", flush=True)
         for model in reversed(ways.values()):
             model.close()
-    scores = {"file": "recipes/data/sample.jsonl", "window": WINDOW, "tokens": count, **perplexity}
-    write_json(OUT / f"{name}.json", {"prompts": prompts, "perplexity": scores})
-    return {"file": path.name, "sha256": MODELS[path.name][1], "fetch": f"recipes/data/{name}.sh", "prompts_passed_over": passed}
+    write_json(OUT / f"{name}.json", {"prompts": prompts})
+    return {"file": path.name, "sha256": MODELS[path.name][1], "fetch": f"recipes/data/{name}.sh", "ways": list(ways), "prompts_passed_over": passed}
 
 
 def main():
