@@ -136,6 +136,11 @@ VARIANTS = {
         {"router": SOFT | {"stage": "hard"}, "top_k": 1},
         {"temperature": {"router": SOFT | {"stage": "hard", "temperature": 1.0}}},
     ),
+    "sparse_mixer": (
+        "PhiMoE's router",
+        {"router": {"name": "sparse_mixer", "eps": 0.2}},
+        {"threshold": {"router": {"name": "sparse_mixer", "eps": 0.9}}},
+    ),
     "uniform": (
         "random experts: no router, draws from seed, layer and position",
         {"router": {"name": "uniform", "seed": 2**63 + 11}, "top_k": 2},
@@ -242,6 +247,17 @@ def pick(router, top_k, logits, n_real, bias):
             return [(ids[0], y[ids[0]])], gap(y, 1)
         ids = [i for i in ids if y[i] > router["threshold"]] or ids[:1]
         return [(i, y[i]) for i in ids], min(margin, gap(y, len(ids)))
+    if name == "sparse_mixer":
+        left, picked, margin = logits.clone(), [], gap(logits, 2)
+        for _ in range(2):
+            best = left.argmax()
+            # Experts that are too far below the best one take no part in its softmax.
+            far = (left[best] - logits) / logits.abs().clamp(min=left[best])
+            margin = min(margin, (far - 2 * router["eps"]).abs().min().item())
+            near = left.masked_fill(far > 2 * router["eps"], float("-inf"))
+            picked.append((best.item(), near.softmax(-1)[best]))
+            left[best] = float("-inf")
+        return picked, margin
     if name == "uniform":
         return [(i, torch.tensor(1.0 / top_k)) for i in ranked(logits)[:top_k]], float("inf")  # draws are exact
     assert name == "group_limited"

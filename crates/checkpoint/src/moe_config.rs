@@ -221,7 +221,7 @@ impl MoeConfig {
     /// Length of a row of router logits in the layer that has most.
     #[must_use]
     pub fn n_logits(&self) -> usize {
-        self.n_experts + self.n_null
+        self.n_experts.saturating_add(self.n_null)
     }
 
     /// What only `cadre_moe` can say, in words; empty for a model of one of the published architectures' kind.

@@ -47,5 +47,5 @@ fn every_golden_checkpoint_opens_complete_and_its_configuration_survives_writing
         assert_eq!(again.unwrap(), expected, "{}: {text}", path.display());
         architectures.insert(name);
     }
-    assert_eq!(architectures.len(), 14, "{architectures:?}");
+    assert_eq!(architectures.len(), 15, "{architectures:?}");
 }

@@ -270,6 +270,41 @@ mod tests {
         assert_eq!(read.unwrap(), lossy);
     }
 
+    /// Layers with 2 and 4 ids, one of them null in each.
+    fn uneven() -> TraceMeta {
+        TraceMeta {
+            layer_experts: vec![2, 4],
+            n_null: 1,
+            ..meta()
+        }
+    }
+
+    #[test]
+    fn layers_may_have_their_own_numbers() {
+        let read = TraceMeta::from_pairs(Path::new("t.parquet"), lookup(uneven().to_pairs()));
+        let read = read.unwrap();
+        assert_eq!(read, uneven());
+        assert_eq!((read.n_experts_in(0), read.n_real_in(1)), (2, 3));
+        assert_eq!((meta().n_experts_in(1), meta().n_real_in(1)), (4, 4));
+        for (key, value) in [
+            (KEY_LAYER_EXPERTS, "2,x"),
+            (KEY_LAYER_EXPERTS, "2,3"),
+            (KEY_LAYER_EXPERTS, "4"),
+            (KEY_N_NULL, "4"),
+        ] {
+            let pairs = uneven()
+                .to_pairs()
+                .into_iter()
+                .map(|(k, v)| (k, if k == key { value.into() } else { v }))
+                .collect();
+            let error = TraceMeta::from_pairs(Path::new("t.parquet"), lookup(pairs)).unwrap_err();
+            assert!(
+                matches!(&error, TraceError::BadMetadata { key: k, .. } if *k == key),
+                "{error}"
+            );
+        }
+    }
+
     #[test]
     fn a_missing_key_is_named() {
         for (gone, _) in meta().to_pairs() {

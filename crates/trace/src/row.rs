@@ -232,6 +232,28 @@ mod tests {
     }
 
     #[test]
+    fn ids_and_logits_are_those_of_the_layer() {
+        let uneven = TraceMeta {
+            layer_experts: vec![3, 2],
+            ..meta()
+        };
+        let (known, unknown) = (routing(&[(&[1], &[1.0])]), routing(&[(&[2], &[1.0])]));
+        let (two, three) = ([0.5; 2], [0.5; 3]);
+        let rows = |routing, logits| {
+            Step {
+                logits,
+                ..step(routing, &[10])
+            }
+            .rows(&uneven)
+            .map(|rows| rows.len())
+        };
+        assert_eq!(rows(&known, Some(&two[..])).unwrap(), 1);
+        assert!(rows(&known, Some(&three[..])).is_err());
+        let error = rows(&unknown, None).unwrap_err().to_string();
+        assert!(error.contains("the layer has 2 experts"), "{error}");
+    }
+
+    #[test]
     fn slices_that_do_not_fit_are_refused() {
         let routing = routing(&[(&[2], &[1.0])]);
         let short = [0.0; 2];

@@ -428,6 +428,47 @@ mod tests {
     }
 
     #[test]
+    fn a_small_layer_with_null_experts_is_measured_by_its_own_ids() {
+        // Layer 0: one expert and one null one; layer 1 has four ids.
+        let meta = TraceMeta {
+            n_layers: 2,
+            layer_experts: vec![2, 4],
+            n_null: 1,
+            ..meta(4)
+        };
+        let mut builder = StatsBuilder::new(&meta, &StatsOptions::default()).unwrap();
+        for (pos, experts) in [&[0_u16, 1][..], &[1, 0]].into_iter().enumerate() {
+            let row = Row {
+                seq: 0,
+                pos: pos as u32,
+                token: 0,
+                domain: "a",
+                layer: 0,
+                experts,
+                weights: &[0.5, 0.5],
+                logits: Some(&[1.0, 1.0]),
+                norms: None,
+            };
+            builder.push_row(&row).unwrap();
+        }
+        let stats = builder.finish().unwrap();
+        let layer = &stats.layers[0];
+        assert_eq!(
+            layer.load,
+            [2, 2, 0, 0],
+            "as long as that of the largest layer"
+        );
+        assert_eq!(
+            (layer.cv, layer.max_vio, layer.load_entropy),
+            (0.0, 0.0, 1.0)
+        );
+        assert!((layer.token_entropy.unwrap() - 1.0).abs() < 1e-6);
+        assert!(layer.dead.is_empty() && layer.cold.is_empty());
+        let accesses = stats.cache.iter().map(|hits| hits.accesses).max();
+        assert_eq!(accesses, Some(2), "nothing is read for null experts");
+    }
+
+    #[test]
     fn domains_that_share_no_expert_are_fully_specialised() {
         let stats = count(
             4,

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod bench;
+mod cadre_moe;
 mod chat;
 #[cfg(feature = "train")]
 mod claims;

@@ -46,6 +46,7 @@ const ROUTERS: &[(&str, &[&str])] = &[
     ("null_experts", &[]),
     ("dense_to_sparse", &["temperature", "threshold", "stage"]),
     ("uniform", &["seed"]),
+    ("sparse_mixer", &["eps"]),
     (
         "group_limited",
         &[
@@ -175,6 +176,9 @@ fn router(keys: &Keys) -> Result<RouterConfig> {
         "uniform" => RouterConfig::Uniform {
             seed: keys.whole("seed")?,
         },
+        "sparse_mixer" => RouterConfig::SparseMixer {
+            eps: within(keys, "eps", 0.0..=1.0)?,
+        },
         "group_limited" => group_limited(keys)?,
         _ => RouterConfig::TopK {
             norm: keys.flag("norm_topk_prob")?,
@@ -224,7 +228,7 @@ fn choice(keys: &Keys, key: &str, words: [&str; 2]) -> Result<bool> {
 fn top_k(keys: &Keys, moe: &MoeConfig) -> Result<usize> {
     let fixed = match moe.router {
         RouterConfig::Switch | RouterConfig::DenseToSparse { hard: true, .. } => 1,
-        RouterConfig::Top2 => 2,
+        RouterConfig::Top2 | RouterConfig::SparseMixer { .. } => 2,
         router if router.may_pick_all() => {
             let reason = format!("`{}` has no number of picks; leave it out", router.name());
             keys.only("top_k", &[], &reason)?;
@@ -304,6 +308,9 @@ fn router_json(router: &RouterConfig) -> Value {
             "stage": if hard { "hard" } else { "soft" },
         }),
         RouterConfig::Uniform { seed } => json!({"name": name, "seed": seed}),
+        RouterConfig::SparseMixer { eps } => {
+            json!({"name": name, "eps": eps})
+        }
         RouterConfig::GroupLimited {
             score,
             n_groups,
@@ -318,10 +325,9 @@ fn router_json(router: &RouterConfig) -> Value {
             "group_score": if sum_of_best_two { "sum_of_best_two" } else { "max" },
             "scale": scale, "bias": correction_bias,
         }),
-        RouterConfig::Switch
-        | RouterConfig::Top2
-        | RouterConfig::NullExperts
-        | RouterConfig::SparseMixer { .. } => json!({"name": name}),
+        RouterConfig::Switch | RouterConfig::Top2 | RouterConfig::NullExperts => {
+            json!({ "name": name })
+        }
     }
 }
 
@@ -368,6 +374,7 @@ mod tests {
             json!({"router": {"name": "null_experts"}, "n_null": 3, "top_k": 5}),
             json!({"router": soft, "top_k": null}),
             json!({"router": {"name": "uniform", "seed": u64::MAX}}),
+            json!({"router": {"name": "sparse_mixer", "eps": 0.01}, "top_k": null}),
             json!({"router": groups, "shared_intermediate_size": 10}),
             json!({"residual": "sum", "residual_intermediate_size": 7}),
             json!({"residual": "learned", "residual_intermediate_size": 7, "recurrent_router": 5}),

@@ -1,0 +1,144 @@
+//! Models of `cadre_moe` through the program: layers with different numbers of experts, null experts, and what runs
+//! beside them.
+
+use std::fs;
+
+use cadre_checkpoint::{ResidualMlp, RouterConfig};
+use cadre_testkit::{TinyFolder, TinyMoe};
+
+use crate::common::{arg, failure, json, stdout};
+
+/// Experts of layers 0, 2 and 3, and a dense layer between them; two null experts in each.
+fn uneven() -> TinyFolder {
+    let model = TinyMoe::default().n_layers(4).configure(|config| {
+        config.model_type = "cadre_moe".to_owned();
+        let moe = &mut config.moe;
+        moe.layers = vec![0, 2, 3];
+        moe.set_counts(vec![3, 4, 8]);
+        (moe.n_null, moe.top_k) = (2, 3);
+        moe.router = RouterConfig::NullExperts;
+        moe.recurrent_router = Some(8);
+        moe.residual = Some(ResidualMlp {
+            intermediate_size: 24,
+            learned: true,
+        });
+    });
+    model.build().unwrap()
+}
+
+#[test]
+fn sizes_are_those_of_every_layer() {
+    let model = uneven();
+    let path = arg(model.path());
+    let report = json(&["inspect", "-m", path, "--layers", "-o", "json"]);
+    assert_eq!(report["experts_per_layer"], serde_json::json!([3, 4, 8]));
+    assert_eq!(
+        (&report["n_null_experts"], &report["n_picks_differ"]),
+        (&2.into(), &true.into())
+    );
+    let per_expert = 3 * 16 * 32;
+    let (total, active) = (
+        &report["parameters"]["total"],
+        &report["parameters"]["active"],
+    );
+    // All three picks of a token may be real ones: none is left out of 3, one of 4, five of 8.
+    assert_eq!(
+        total.as_u64().unwrap() - active.as_u64().unwrap(),
+        6 * per_expert
+    );
+    let layers = report["layers"].as_array().unwrap();
+    let counts: Vec<u64> = layers
+        .iter()
+        .map(|l| l["n_experts"].as_u64().unwrap())
+        .collect();
+    assert_eq!(counts, [3, 0, 4, 8]);
+    assert_eq!(layers[3]["expert_parameters"], 8 * per_expert);
+    let text = stdout(&["inspect", "-m", path]);
+    for word in [
+        "[3, 4, 8]",
+        "up to 3",
+        "beside a feed-forward of width 24",
+        "a state of 8",
+        "null_experts of softmax",
+    ] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    assert!(json(&["fit", "-m", path, "-o", "json"]).is_object());
+}
+
+#[test]
+fn text_is_the_same_from_memory_and_from_disk() {
+    let model = uneven();
+    let run = [
+        "run",
+        "-m",
+        arg(model.path()),
+        "-p",
+        "the cat",
+        "-n",
+        "12",
+        "--temp",
+        "0",
+    ];
+    let resident = stdout(&run);
+    let streamed = stdout(&[&run[..], &["--mem-budget", "1MiB"]].concat());
+    assert_eq!(resident, streamed);
+    let watched = stdout(&[&run[..], &["--experts", "--layer", "0"]].concat());
+    assert!(watched.contains("layer x expert"), "{watched}");
+}
+
+#[test]
+fn traces_keep_null_picks_and_the_sizes_of_layers() {
+    let model = uneven();
+    let scratch = tempfile::tempdir().unwrap();
+    let at = |name: &str| arg(&scratch.path().join(name)).to_owned();
+    let (data, trace) = (at("text.txt"), at("trace.parquet"));
+    fs::write(&data, "the quick brown fox jumps over the lazy dog").unwrap();
+    let path = arg(model.path());
+    let record = [
+        "trace", "-m", path, "--data", &data, "-o", &trace, "--logits", "--norms",
+    ];
+    assert_eq!(stdout(&record), "");
+    let stats = json(&["trace", "show", &trace, "-o", "json"]);
+    assert_eq!(
+        stats["meta"]["layer_experts"],
+        serde_json::json!([5, 0, 6, 10])
+    );
+    assert_eq!(
+        (&stats["meta"]["n_experts"], &stats["meta"]["n_null"]),
+        (&10.into(), &2.into())
+    );
+    let first = &stats["layers"][0];
+    let load: Vec<u64> = serde_json::from_value(first["load"].clone()).unwrap();
+    assert_eq!(
+        load.iter().sum::<u64>(),
+        3 * stats["n_tokens"].as_u64().unwrap()
+    );
+    assert!(
+        load[5..].iter().all(|n| *n == 0),
+        "five ids in layer 0: {load:?}"
+    );
+    let weights: Vec<f64> = serde_json::from_value(first["mean_weight"].clone()).unwrap();
+    assert_eq!(weights[3..5], [0.0, 0.0], "null picks weigh nothing");
+    for more in [&[][..], &["-m", path, "--budgets", "20KiB,100%"]] {
+        let replay = [&["trace", "replay", &trace], more].concat();
+        assert!(stdout(&replay).contains("belady"));
+    }
+}
+
+#[test]
+fn no_gguf_file_is_made_of_it() {
+    let model = uneven();
+    let scratch = tempfile::tempdir().unwrap();
+    let file = scratch.path().join("m.gguf");
+    let (_, errors) = failure(&["convert", "-m", arg(model.path()), "-o", arg(&file)]);
+    for word in [
+        "[3, 4, 8]",
+        "null experts",
+        "learned coefficients",
+        "from layer to layer",
+    ] {
+        assert!(errors.contains(word), "{word}: {errors}");
+    }
+    assert!(!file.exists());
+}
