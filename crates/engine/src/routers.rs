@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cadre_checkpoint::{RouterConfig, Score};
 use cadre_routing::policies::{
     DenseToSparse, GroupLimited, GroupLimitedOptions, GroupScore, NullExperts, ScoreFn,
-    SparseMixer, Stage, Switch, Top2, TopK, TopP, UniformDraws,
+    SparseMixer, Stage, Switch, Top2, TopK, TopP, Uniform,
 };
 use cadre_routing::{Policy, RoutingError};
 
@@ -101,7 +101,7 @@ impl Builder<'_> {
                 DenseToSparse::new(n_experts, temperature as f32, threshold as f32, stage)
                     .map(boxed)
             }
-            RouterConfig::Uniform { .. } => UniformDraws::new(n_experts, top_k).map(boxed),
+            RouterConfig::Uniform { .. } => Uniform::new(n_experts, top_k).map(boxed),
             RouterConfig::SparseMixer { eps } => SparseMixer::new(n_experts, eps as f32).map(boxed),
             RouterConfig::GroupLimited {
                 correction_bias, ..

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::policies::{
     DenseToSparse, ExpertChoice, GroupLimited, GroupLimitedOptions, GroupScore, NullExperts,
-    ScoreFn, SparseMixer, Stage, Switch, Top2, TopK, TopP, Uniform,
+    ScoreFn, SparseMixer, Stage, Switch, Top2, TopK, TopP, Uniform, Union,
 };
 use crate::{Policy, RoutingError};
 
@@ -40,12 +40,12 @@ pub struct PolicyOptions {
     pub temperature: f32,
     /// Smallest gate value that the dense-to-sparse gate lets through.
     pub threshold: f32,
-    /// Half the relative width of the threshold of SparseMixer.
+    /// Half the relative width of the threshold of SparseMixer; what is added to the mass in a union's scalar.
     pub eps: f32,
     /// Stage of the dense-to-sparse gate.
     pub stage: Stage,
-    /// Seed of uniform routing.
-    pub seed: u64,
+    /// Share of the tokens that each expert of a union keeps.
+    pub keep: f32,
 }
 
 impl Default for PolicyOptions {
@@ -67,7 +67,7 @@ impl Default for PolicyOptions {
             threshold: 1e-3,
             eps: 0.01,
             stage: Stage::Soft,
-            seed: 0,
+            keep: 1.0,
         }
     }
 }
@@ -102,7 +102,10 @@ const POLICIES: &[(&str, Build)] = &[
         )?))
     }),
     ("uniform", |o| {
-        Ok(Box::new(Uniform::new(o.n_experts, o.top_k, o.seed)?))
+        Ok(Box::new(Uniform::new(o.n_experts, o.top_k)?))
+    }),
+    ("union", |o| {
+        Ok(Box::new(Union::new(o.n_experts, o.top_k, o.keep, o.eps)?))
     }),
 ];
 

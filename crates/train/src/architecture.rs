@@ -1,15 +1,22 @@
-//! What is trained besides parameters: the model's description, and the routing rule of every MoE layer.
+//! What is trained besides parameters: the model's description, the routing rule of every MoE layer, and what stands
+//! beside the experts.
 
 use crate::routers::{Order, Route, RouterOptions, RouterSizes};
-use cadre_checkpoint::ModelConfig;
+use cadre_checkpoint::{ModelConfig, MoeConfig, RouterConfig, Score};
 use cadre_routing::RoutingError;
 use cadre_routing::filters::Capacity;
+use cadre_routing::policies::{GroupScore, ScoreFn};
+use serde::{Deserialize, Serialize};
 
 /// A model without its parameters.
 #[derive(Debug)]
 pub struct Architecture {
     /// Sizes, attention, and which layers have experts.
     pub config: ModelConfig,
+    /// The options of the rule.
+    pub router: RouterOptions,
+    /// What MoE layers have beside routed experts.
+    pub parts: MoeParts,
     /// The MoE layers, in order.
     pub moe: Vec<MoeLayer>,
 }
@@ -25,18 +32,85 @@ pub struct MoeLayer {
     pub capacity: Option<(Capacity, Order)>,
 }
 
+/// What MoE layers have beside routed experts; the same in all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MoeParts {
+    /// Width of the experts that every token uses, fused into one.
+    pub shared: Option<usize>,
+    /// How a dense feed-forward joins the experts, and its width (PR-MoE).
+    pub residual: Option<(Residual, usize)>,
+    /// Width of the state of the recurrent router (RMoE).
+    pub recurrent_router: Option<usize>,
+}
+
+/// How a dense feed-forward joins the experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Residual {
+    /// Both are added.
+    Sum,
+    /// Both are weighted by a learned softmax.
+    Learned,
+}
+
 impl Architecture {
-    /// The architecture of `config` with the rule that `router` describes in every MoE layer.
+    /// The architecture of `config` with the rule that `router` describes in every MoE layer, and nothing beside it.
     ///
     /// # Errors
     /// Options that the router cannot work with.
     pub fn new(config: ModelConfig, router: &RouterOptions) -> Result<Self, RoutingError> {
-        let sizes = RouterSizes {
-            n_experts: config.moe.n_experts,
-            top_k: config.moe.top_k,
-            norm_topk_prob: config.moe.norm_topk_prob(),
+        let counts = vec![config.moe.n_experts; config.moe.layers.len()];
+        Self::with_parts(config, router, &counts, MoeParts::default())
+    }
+
+    /// The architecture of a checkpoint.
+    ///
+    /// # Errors
+    /// A rule that the trainer does not have, or options that it cannot work with.
+    pub fn of(config: &ModelConfig) -> Result<Self, RoutingError> {
+        let moe = &config.moe;
+        let parts = MoeParts {
+            shared: moe.shared.map(|shared| shared.intermediate_size),
+            residual: moe.residual.map(|residual| {
+                let kind = match residual.learned {
+                    true => Residual::Learned,
+                    false => Residual::Sum,
+                };
+                (kind, residual.intermediate_size)
+            }),
+            recurrent_router: moe.recurrent_router,
         };
-        let moe = config.moe_layers().into_iter().map(|layer| {
+        let counts: Vec<usize> = moe.counts().collect();
+        let mut config = config.clone();
+        let router = router_of(&config.moe);
+        if router.name != "top_k" {
+            // What rules with a number of picks of their own are built with.
+            config.moe.top_k = match config.moe.router.may_pick_all() {
+                true => 1,
+                false => config.moe.top_k,
+            };
+        }
+        Self::with_parts(config, &router, &counts, parts)
+    }
+
+    /// As [`Architecture::new`], with a number of experts for each MoE layer, and other parts.
+    ///
+    /// # Errors
+    /// Options that the router cannot work with.
+    pub fn with_parts(
+        config: ModelConfig,
+        router: &RouterOptions,
+        counts: &[usize],
+        parts: MoeParts,
+    ) -> Result<Self, RoutingError> {
+        let (top_k, norm_topk_prob) = (config.moe.top_k, config.moe.norm_topk_prob());
+        let layers = config.moe.layers.iter().zip(counts);
+        let moe = layers.map(|(&layer, &n_experts)| {
+            let sizes = RouterSizes {
+                n_experts,
+                top_k,
+                norm_topk_prob,
+            };
             Ok(MoeLayer {
                 layer,
                 router: router.build(sizes)?,
@@ -45,6 +119,8 @@ impl Architecture {
         });
         Ok(Self {
             moe: moe.collect::<Result<_, RoutingError>>()?,
+            router: router.clone(),
+            parts,
             config,
         })
     }
@@ -54,4 +130,90 @@ impl Architecture {
     pub fn moe_layer(&self, layer: usize) -> Option<&MoeLayer> {
         self.moe.iter().find(|moe| moe.layer == layer)
     }
+
+    /// Width of the recurrent router's state; `None` without one.
+    #[must_use]
+    pub fn recurrent_router(&self) -> Option<usize> {
+        let wanted = self.moe.iter().any(|moe| moe.router.has_gate());
+        self.parts.recurrent_router.filter(|_| wanted)
+    }
+
+    /// Number of parameters of the feed-forward part of MoE layer `moe`, its router included, the shared recurrence not.
+    fn n_parameters_of(&self, moe: &MoeLayer) -> usize {
+        let d = self.config.hidden_size;
+        let feed_forward = |width: usize| 3 * d * width;
+        let (n_logits, n_experts) = (moe.router.n_experts(), moe.router.n_real_experts());
+        let router = match (moe.router.has_gate(), self.parts.recurrent_router) {
+            (false, _) => 0,
+            (true, None) => n_logits * d,
+            (true, Some(p)) => p * d + n_logits * p,
+        };
+        let residual = match self.parts.residual {
+            None => 0,
+            Some((Residual::Sum, width)) => feed_forward(width),
+            Some((Residual::Learned, width)) => feed_forward(width) + 2 * d + 2,
+        };
+        let shared = self.parts.shared.map_or(0, feed_forward);
+        router + n_experts * feed_forward(self.config.moe.intermediate_size) + shared + residual
+    }
+
+    /// Number of parameters.
+    #[must_use]
+    pub fn n_parameters(&self) -> usize {
+        // Everything but the MoE parts is as in the dense model of the same sizes.
+        let mut dense = self.config.clone();
+        dense.moe.layers.clear();
+        let all: usize = cadre_checkpoint::tensor_specs(&dense)
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum();
+        let replaced = self.moe.len() * 3 * self.config.hidden_size * self.config.intermediate_size;
+        let moe: usize = self.moe.iter().map(|moe| self.n_parameters_of(moe)).sum();
+        let gru = self.recurrent_router().map_or(0, |p| 6 * p * p + 6 * p);
+        all - replaced + moe + gru
+    }
+}
+
+/// The rule of a checkpoint in the words of recipes.
+fn router_of(moe: &MoeConfig) -> RouterOptions {
+    let mut options = RouterOptions::named(moe.router.name());
+    match moe.router {
+        RouterConfig::TopP { mass } => options.top_p = Some(mass as f32),
+        RouterConfig::NullExperts => options.n_null = Some(moe.n_null),
+        RouterConfig::DenseToSparse {
+            temperature,
+            threshold,
+            hard,
+        } => {
+            options.temperature = Some(temperature as f32);
+            options.min_temperature = Some(temperature as f32);
+            options.threshold = Some(threshold as f32);
+            options.hard_from = hard.then_some(0);
+            options.dense_eval = Some(true);
+        }
+        RouterConfig::Uniform { seed } => options.seed = Some(seed),
+        RouterConfig::SparseMixer { eps } => options.eps = Some(eps as f32),
+        RouterConfig::GroupLimited {
+            score,
+            n_groups,
+            keep_groups,
+            sum_of_best_two,
+            scale,
+            ..
+        } => {
+            options.n_groups = Some(n_groups);
+            options.keep_groups = Some(keep_groups);
+            options.scale = Some(scale as f32);
+            options.score = Some(match score {
+                Score::Softmax => ScoreFn::Softmax,
+                Score::Sigmoid => ScoreFn::Sigmoid,
+            });
+            options.group_score = Some(match sum_of_best_two {
+                true => GroupScore::SumOfBestTwo,
+                false => GroupScore::Max,
+            });
+        }
+        RouterConfig::TopK { .. } | RouterConfig::Switch | RouterConfig::Top2 => {}
+    }
+    options
 }

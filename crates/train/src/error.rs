@@ -13,11 +13,19 @@ pub type Result<T, E = TrainError> = std::result::Result<T, E>;
 pub enum TrainError {
     /// A checkpoint that the training model cannot continue.
     #[error(
-        "training continues plain qwen3_moe checkpoints (no biases, windows or rope scaling); this one is {model_type}"
+        "training continues plain qwen3, qwen3_moe, glm4_moe and cadre_moe checkpoints (norms on query and key heads; no attention biases, windows, partial rotation or rope scaling); this one is {model_type}"
     )]
     Untrainable {
         /// Architecture of the checkpoint.
         model_type: String,
+    },
+    /// A trained model that no known checkpoint layout holds.
+    #[error(
+        "a model with {what} cannot be written as a checkpoint, because nothing that generates could compute it; the run's log and snapshots are complete"
+    )]
+    Unexportable {
+        /// What does not fit.
+        what: String,
     },
     /// A file or folder cannot be used.
     #[error("cannot {action} {}", path.display())]

@@ -1,35 +1,52 @@
-//! Between the training model, whose experts are stacked, and the tensors of a checkpoint folder.
+//! From the training model, whose experts are stacked, to the tensors of a checkpoint folder.
 
-use crate::architecture::Architecture;
+use crate::architecture::{Architecture, Residual};
 use crate::error::{Result, TrainError};
-use crate::init::Init;
+use crate::layers::moe::Moe;
 use crate::lm::{FeedForward, LanguageModel, Layer};
 use crate::params::values;
-use crate::routers::RouterOptions;
+use crate::routers::{RouterOptions, RouterSizes};
 use burn::module::Param;
-use burn::tensor::{Device, Tensor, TensorData as Data};
+use burn::tensor::Tensor;
 use cadre_checkpoint::{
-    Checkpoint, Dtype, FolderContents, ModelConfig, RopeScaling, TensorData, write_folder,
+    Dtype, FolderContents, ModelConfig, MoeConfig, ResidualMlp, RouterConfig, Score, SharedExpert,
+    TensorData, write_folder,
 };
+use cadre_routing::policies::{GroupScore, ScoreFn, Stage};
 use std::borrow::Cow;
 use std::path::Path;
 
-/// Writes a Hugging Face folder that transformers loads unchanged, complete or not at all.
+pub use crate::import::{import, import_biases};
+
+/// What a checkpoint says beside the parameters.
+#[derive(Clone, Copy, Debug)]
+pub struct Exported<'a> {
+    /// The model without its parameters.
+    pub architecture: &'a Architecture,
+    /// Selection-only biases, one `[n_experts]` per MoE layer; empty when there are none.
+    pub biases: &'a [Vec<f32>],
+    /// Optimizer step that the parameters are of: schedules of the router stop there.
+    pub step: u64,
+}
+
+/// Writes a Hugging Face folder, complete or not at all. transformers loads it unchanged where a published architecture
+/// computes the model; otherwise its `model_type` is `cadre_moe`.
 ///
 /// # Errors
-/// Values that are not finite, and failures of the file system.
+/// [`TrainError::Unexportable`], values that are not finite, and failures of the file system.
 pub fn export(
     model: &LanguageModel,
-    config: &ModelConfig,
+    exported: Exported<'_>,
     tokenizer_json: &str,
     dtype: Dtype,
     folder: &Path,
 ) -> Result<()> {
+    let config = &stored_config(exported)?;
     write_folder(
         folder,
         &FolderContents {
             config,
-            tensors: &tensors(model),
+            tensors: &tensors(model, exported.biases),
             dtype,
             tokenizer_json: Some(tokenizer_json),
         },
@@ -37,17 +54,198 @@ pub fn export(
     Ok(())
 }
 
-/// The model's tensors under their checkpoint names.
+/// Layouts in order of preference.
+const LAYOUTS: [&str; 4] = ["qwen3", "qwen3_moe", "glm4_moe", "cadre_moe"];
+
+/// The description of the checkpoint that computes what the model was trained to compute: the first of the known layouts
+/// that says all of it.
+///
+/// # Errors
+/// [`TrainError::Unexportable`] for what no known layout holds.
+pub fn stored_config(exported: Exported<'_>) -> Result<ModelConfig> {
+    let mut config = exported.architecture.config.clone();
+    config.moe = stored_moe(exported)?;
+    for layout in LAYOUTS {
+        config.model_type = layout.to_owned();
+        // transformers makes a shared expert of GLM-4 in any case.
+        let missing = layout == "glm4_moe" && config.moe.shared.is_none();
+        if !missing && says_all(&config) {
+            return Ok(config);
+        }
+    }
+    let name = &exported.architecture.router.name;
+    let what = format!("router `{name}` and {:?}", exported.architecture.parts);
+    Err(TrainError::Unexportable { what })
+}
+
+/// Whether the written configuration reads back as the same description.
+fn says_all(config: &ModelConfig) -> bool {
+    let Ok(text) = config.to_config_json(Dtype::F32) else {
+        return false;
+    };
+    ModelConfig::parse("export", &text, None).is_ok_and(|read| {
+        read.moe == config.moe
+            && read.attention == config.attention
+            && read.rope == config.rope
+            && read.intermediate_size == config.intermediate_size
+            && read.norm_eps == config.norm_eps
+    })
+}
+
+fn stored_moe(exported: Exported<'_>) -> Result<MoeConfig> {
+    let Exported { architecture, .. } = exported;
+    let Some(first) = architecture.moe.first() else {
+        return Ok(MoeConfig::default());
+    };
+    let base = &architecture.config.moe;
+    let counts = architecture.moe.iter();
+    let counts: Vec<usize> = counts.map(|moe| moe.router.n_real_experts()).collect();
+    let mut moe = MoeConfig {
+        layers: base.layers.clone(),
+        n_null: first.router.n_experts() - first.router.n_real_experts(),
+        intermediate_size: base.intermediate_size,
+        shared: architecture
+            .parts
+            .shared
+            .map(|intermediate_size| SharedExpert {
+                intermediate_size,
+                gated: false,
+            }),
+        residual: architecture
+            .parts
+            .residual
+            .map(|(kind, width)| ResidualMlp {
+                intermediate_size: width,
+                learned: kind == Residual::Learned,
+            }),
+        recurrent_router: architecture.recurrent_router(),
+        ..MoeConfig::default()
+    };
+    moe.set_counts(counts);
+    let sizes = RouterSizes {
+        n_experts: moe.n_experts,
+        top_k: base.top_k,
+        norm_topk_prob: base.norm_topk_prob(),
+    };
+    (moe.top_k, moe.router) = stored_router(exported, sizes)?;
+    let nulls = architecture.moe.iter();
+    let mut nulls = nulls.map(|moe| moe.router.n_experts() - moe.router.n_real_experts());
+    if nulls.any(|n| n != moe.n_null) {
+        let what = "different numbers of null experts per layer (set `router.n_null`)".to_owned();
+        return Err(TrainError::Unexportable { what });
+    }
+    Ok(moe)
+}
+
+/// Picks per token and the rule, in the words of published architectures where they have them.
+fn stored_router(exported: Exported<'_>, sizes: RouterSizes) -> Result<(usize, RouterConfig)> {
+    let options: &RouterOptions = &exported.architecture.router;
+    let (all, top_k) = (sizes.n_experts, sizes.top_k);
+    let gate = options.gate(exported.step);
+    Ok(match options.name.as_str() {
+        "top_k" => (
+            top_k,
+            RouterConfig::TopK {
+                norm: sizes.norm_topk_prob,
+            },
+        ),
+        "switch" => (1, RouterConfig::TopK { norm: false }),
+        "top_2" => (2, RouterConfig::TopK { norm: true }),
+        "top_p" => {
+            let mass = f64::from(options.top_p());
+            (all, RouterConfig::TopP { mass })
+        }
+        "null_experts" => (top_k, RouterConfig::NullExperts),
+        "uniform" => {
+            let seed = options.seed();
+            (top_k, RouterConfig::Uniform { seed })
+        }
+        // Evaluated as Switch.
+        "dense_to_sparse" if gate.is_none() => (1, RouterConfig::TopK { norm: false }),
+        "dense_to_sparse" => {
+            let (temperature, stage) = gate.unwrap_or((1.0, Stage::Hard));
+            let hard = stage == Stage::Hard;
+            let router = RouterConfig::DenseToSparse {
+                temperature: f64::from(temperature),
+                threshold: f64::from(options.dense_to_sparse().threshold),
+                hard,
+            };
+            (if hard { 1 } else { all }, router)
+        }
+        "group_limited" => (top_k, stored_groups(exported, sizes)),
+        name => {
+            let what = format!("router `{name}`");
+            return Err(TrainError::Unexportable { what });
+        }
+    })
+}
+
+/// Without groups, bias and scale, softmax scores are plain top-k.
+fn stored_groups(exported: Exported<'_>, sizes: RouterSizes) -> RouterConfig {
+    let groups = exported.architecture.router.group_limited(sizes);
+    let correction_bias = !exported.biases.is_empty();
+    let plain = groups.score == ScoreFn::Softmax && groups.keep_groups == groups.n_groups;
+    if plain && groups.scale == 1.0 && !correction_bias {
+        let norm = groups.norm_topk_prob;
+        return RouterConfig::TopK { norm };
+    }
+    RouterConfig::GroupLimited {
+        score: match groups.score {
+            ScoreFn::Softmax => Score::Softmax,
+            ScoreFn::Sigmoid => Score::Sigmoid,
+        },
+        n_groups: groups.n_groups,
+        keep_groups: groups.keep_groups,
+        sum_of_best_two: groups.group_score == GroupScore::SumOfBestTwo,
+        norm: groups.norm_topk_prob,
+        scale: f64::from(groups.scale),
+        correction_bias,
+    }
+}
+
+/// The model's tensors under their checkpoint names; `biases` are the selection-only ones of its MoE layers, if any.
 #[must_use]
-pub fn tensors(model: &LanguageModel) -> Vec<TensorData<'static>> {
+pub fn tensors(model: &LanguageModel, biases: &[Vec<f32>]) -> Vec<TensorData<'static>> {
     let mut out = Vec::new();
     push(
         &mut out,
         "model.embed_tokens".to_owned(),
         &model.embed_tokens,
     );
+    let mut biases = biases.iter();
     for (i, layer) in model.layers.iter().enumerate() {
-        push_layer(&mut out, &format!("model.layers.{i}"), layer);
+        let name = format!("model.layers.{i}");
+        push_layer(&mut out, &name, layer);
+        let has_router = matches!(layer.mlp, FeedForward::Moe(_));
+        if let Some(bias) = has_router.then(|| biases.next()).flatten() {
+            out.push(TensorData {
+                name: format!("{name}.mlp.gate.e_score_correction_bias"),
+                shape: vec![bias.len()],
+                values: Cow::Owned(bias.clone()),
+            });
+        }
+    }
+    if let Some(gru) = &model.router_gru {
+        push_named(
+            &mut out,
+            "model.router_gru.weight_ih".to_owned(),
+            &gru.weight_ih,
+        );
+        push_named(
+            &mut out,
+            "model.router_gru.weight_hh".to_owned(),
+            &gru.weight_hh,
+        );
+        push_named(
+            &mut out,
+            "model.router_gru.bias_ih".to_owned(),
+            &gru.bias_ih,
+        );
+        push_named(
+            &mut out,
+            "model.router_gru.bias_hh".to_owned(),
+            &gru.bias_hh,
+        );
     }
     push(&mut out, "model.norm".to_owned(), &model.norm);
     if let Some(head) = &model.lm_head {
@@ -57,9 +255,17 @@ pub fn tensors(model: &LanguageModel) -> Vec<TensorData<'static>> {
 }
 
 fn push<const D: usize>(out: &mut Vec<TensorData<'_>>, name: String, param: &Param<Tensor<D>>) {
+    push_named(out, format!("{name}.weight"), param);
+}
+
+fn push_named<const D: usize>(
+    out: &mut Vec<TensorData<'_>>,
+    name: String,
+    param: &Param<Tensor<D>>,
+) {
     let tensor = param.val();
     out.push(TensorData {
-        name: format!("{name}.weight"),
+        name,
         shape: tensor.dims().to_vec(),
         values: Cow::Owned(values(&tensor)),
     });
@@ -85,14 +291,43 @@ fn push_layer(out: &mut Vec<TensorData<'_>>, name: &str, layer: &Layer) {
     let norm = &layer.post_attention_layernorm;
     push(out, format!("{name}.post_attention_layernorm"), norm);
     match &layer.mlp {
-        FeedForward::Moe(moe) => {
-            push(out, format!("{name}.mlp.gate"), &moe.gate);
-            push_experts(out, &moe.gate_up, &moe.down, |e| {
-                format!("{name}.mlp.experts.{e}")
-            });
-        }
+        FeedForward::Moe(moe) => push_moe(out, &format!("{name}.mlp"), moe),
         FeedForward::Dense(mlp) => {
             push_experts(out, &mlp.gate_up, &mlp.down, |_| format!("{name}.mlp"));
+        }
+    }
+}
+
+fn push_moe(out: &mut Vec<TensorData<'_>>, name: &str, moe: &Moe) {
+    if let Some(gate) = &moe.gate {
+        push(out, format!("{name}.gate"), gate);
+    }
+    if let Some(router_in) = &moe.router_in {
+        push(out, format!("{name}.router_in"), router_in);
+    }
+    push_experts(out, &moe.gate_up, &moe.down, |e| {
+        format!("{name}.experts.{e}")
+    });
+    if let Some(shared) = &moe.shared {
+        let prefix = format!("{name}.shared_experts");
+        push_experts(out, &shared.gate_up, &shared.down, |_| prefix.clone());
+    }
+    if let Some(residual) = &moe.residual {
+        let prefix = format!("{name}.residual_mlp");
+        push_experts(out, &residual.mlp.gate_up, &residual.mlp.down, |_| {
+            prefix.clone()
+        });
+        if let Some(coefficient) = &residual.coefficient {
+            push(
+                out,
+                format!("{name}.residual_coefficient"),
+                &coefficient.weight,
+            );
+            push_named(
+                out,
+                format!("{name}.residual_coefficient.bias"),
+                &coefficient.bias,
+            );
         }
     }
 }
@@ -129,125 +364,4 @@ fn push_experts(
             });
         }
     }
-}
-
-/// A training model with the weights of a checkpoint.
-///
-/// # Errors
-/// A missing, unexpected or misshapen tensor.
-pub fn import(checkpoint: &Checkpoint, device: &Device) -> Result<LanguageModel> {
-    let config = checkpoint.config();
-    check_trainable(config)?;
-    checkpoint.expect_exactly(&cadre_checkpoint::tensor_specs(config))?;
-    let init = Init {
-        seed: 0,
-        std: 0.0,
-        device: device.clone(),
-    };
-    let architecture = Architecture::new(config.clone(), &RouterOptions::default())?;
-    let mut model = LanguageModel::init(&architecture, &init);
-    let load =
-        |name: &str, shape: &[usize]| checkpoint.tensor_f32(&format!("{name}.weight"), shape);
-    set(&mut model.embed_tokens, |shape| {
-        load("model.embed_tokens", shape)
-    })?;
-    for (i, layer) in model.layers.iter_mut().enumerate() {
-        import_layer(layer, &format!("model.layers.{i}"), &load)?;
-    }
-    set(&mut model.norm, |shape| load("model.norm", shape))?;
-    if let Some(head) = &mut model.lm_head {
-        set(head, |shape| load("lm_head", shape))?;
-    }
-    Ok(model)
-}
-
-/// Refuses what the training model would compute otherwise than the checkpoint asks for.
-fn check_trainable(config: &ModelConfig) -> Result<()> {
-    let attention = &config.attention;
-    let plain = config.model_type == "qwen3_moe"
-        && !attention.qkv_bias
-        && attention.windows.iter().all(Option::is_none)
-        && config.rope.scaling == RopeScaling::None;
-    if plain {
-        return Ok(());
-    }
-    Err(TrainError::Untrainable {
-        model_type: config.model_type.clone(),
-    })
-}
-
-type Loaded = cadre_checkpoint::Result<Vec<f32>>;
-
-fn set<const D: usize>(
-    param: &mut Param<Tensor<D>>,
-    load: impl FnOnce(&[usize]) -> Loaded,
-) -> Result<()> {
-    let old = param.val();
-    let values = load(&old.dims())?;
-    let new = Tensor::from_data(Data::new(values, old.dims()), &old.device());
-    *param = Param::from_tensor(new);
-    Ok(())
-}
-
-fn import_layer(
-    layer: &mut Layer,
-    name: &str,
-    load: &impl Fn(&str, &[usize]) -> Loaded,
-) -> Result<()> {
-    let named = |part: &str| format!("{name}.{part}");
-    let attention = &mut layer.self_attn;
-    for (part, param) in [
-        ("q_proj", &mut attention.q_proj),
-        ("k_proj", &mut attention.k_proj),
-        ("v_proj", &mut attention.v_proj),
-        ("o_proj", &mut attention.o_proj),
-    ] {
-        set(param, |shape| {
-            load(&named(&format!("self_attn.{part}")), shape)
-        })?;
-    }
-    for (part, param) in [
-        ("input_layernorm", &mut layer.input_layernorm),
-        ("self_attn.q_norm", &mut attention.q_norm),
-        ("self_attn.k_norm", &mut attention.k_norm),
-        (
-            "post_attention_layernorm",
-            &mut layer.post_attention_layernorm,
-        ),
-    ] {
-        set(param, |shape| load(&named(part), shape))?;
-    }
-    let stack = |shape: &[usize], prefix: &dyn Fn(usize) -> String, parts: &[&str]| {
-        let rows = shape[1] / parts.len();
-        let mut values = Vec::with_capacity(shape.iter().product());
-        for e in 0..shape[0] {
-            for part in parts {
-                values.extend(load(&format!("{}.{part}", prefix(e)), &[rows, shape[2]])?);
-            }
-        }
-        Ok(values)
-    };
-    let (gate_up, down, prefix): (_, _, Box<dyn Fn(usize) -> String>) = match &mut layer.mlp {
-        FeedForward::Moe(moe) => {
-            set(&mut moe.gate, |shape| load(&named("mlp.gate"), shape))?;
-            let prefix = named("mlp.experts");
-            (
-                &mut moe.gate_up,
-                &mut moe.down,
-                Box::new(move |e| format!("{prefix}.{e}")),
-            )
-        }
-        FeedForward::Dense(mlp) => {
-            let prefix = named("mlp");
-            (
-                &mut mlp.gate_up,
-                &mut mlp.down,
-                Box::new(move |_| prefix.clone()),
-            )
-        }
-    };
-    set(gate_up, |shape| {
-        stack(shape, &prefix, &["gate_proj", "up_proj"])
-    })?;
-    set(down, |shape| stack(shape, &prefix, &["down_proj"]))
 }

@@ -9,6 +9,7 @@ pub mod data;
 mod error;
 pub mod export;
 mod files;
+mod import;
 pub mod init;
 pub mod layers;
 pub mod lm;

@@ -1,10 +1,11 @@
 //! The decoder-only language model in the Qwen3-MoE layout, and its loss.
 
-use crate::architecture::{Architecture, MoeLayer};
+use crate::architecture::Architecture;
 use crate::init::Init;
 use crate::layers::attention::SelfAttention;
 use crate::layers::mlp::Mlp;
-use crate::layers::moe::{Moe, MoeWidths};
+use crate::layers::moe::Moe;
+use crate::layers::recurrent::RouterGru;
 use crate::losses;
 use crate::ops::{self, AttentionShape};
 use crate::routers::{RouteContext, Routed};
@@ -46,6 +47,8 @@ pub struct LanguageModel {
     pub norm: Param<Tensor<1>>,
     /// `[vocab, d_model]`; absent when tied to the embedding
     pub lm_head: Option<Param<Tensor<2>>>,
+    /// The recurrence of the routers, where they have one
+    pub router_gru: Option<RouterGru>,
 }
 
 /// Token ids of some sequences of equal length, and the tokens that follow each.
@@ -108,9 +111,8 @@ impl LanguageModel {
         let layers = (0..config.n_layers).map(|layer| {
             let name = |part: &str| format!("layers.{layer}.{part}");
             let mlp = if let Some(moe) = architecture.moe_layer(layer) {
-                let expert = config.moe.intermediate_size;
-                let widths = MoeWidths { d_model: d, expert };
-                FeedForward::Moe(Moe::init(widths, moe, init, &name("mlp"), residual_scale))
+                let name = name("mlp");
+                FeedForward::Moe(Moe::init(architecture, moe, init, &name, residual_scale))
             } else {
                 let width = config.intermediate_size;
                 FeedForward::Dense(Mlp::init(d, width, init, &name("mlp"), residual_scale))
@@ -128,6 +130,9 @@ impl LanguageModel {
             norm: norm(),
             lm_head: (!config.tie_word_embeddings)
                 .then(|| Param::from_tensor(init.normal("lm_head", [v, d], 1.0))),
+            router_gru: architecture
+                .recurrent_router()
+                .map(|width| RouterGru::init(width, init, "router_gru")),
         }
     }
 
@@ -155,14 +160,17 @@ impl LanguageModel {
         let mut x = ops::embedding(self.embed_tokens.val(), batch.tokens.clone());
         let mut routed = Vec::with_capacity(architecture.moe.len());
         let mut rules = architecture.moe.iter();
+        let cell = self.router_gru.as_ref();
+        let mut state = cell.map(|cell| (cell, cell.start(batch.tokens.len())));
         for (index, layer) in self.layers.iter().enumerate() {
             x = layer.attend(x, shape);
             let normed = ops::rms_norm(x.clone(), layer.post_attention_layernorm.val(), eps);
             let y = match &layer.mlp {
                 FeedForward::Moe(moe) => {
-                    let rule: &MoeLayer = rules.next().expect("a rule for every MoE layer");
+                    let rule = rules.next().expect("a rule for every MoE layer");
                     let context = pass.context(index, routed.len(), batch.seq_len);
-                    let (y, decided) = moe.forward(normed, rule, &context)?;
+                    let state = state.as_mut().map(|(cell, state)| (*cell, state));
+                    let (y, decided) = moe.forward(normed, rule, &context, state)?;
                     routed.push(decided);
                     y
                 }

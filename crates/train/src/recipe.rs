@@ -1,6 +1,6 @@
 //! Recipes: TOML files that reproduce one named run. Unknown keys are errors.
 
-use crate::architecture::Architecture;
+use crate::architecture::{Architecture, MoeParts, Residual};
 use crate::error::{Result, TrainError};
 use crate::optimizer::AdamWConfig;
 use crate::routers::{Route, RouterOptions};
@@ -55,14 +55,26 @@ pub struct Model {
     pub n_kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Experts per layer; 0 makes every layer dense.
-    pub n_experts: usize,
+    /// Experts per MoE layer, one number or one for each; 0 makes every layer dense.
+    pub n_experts: Experts,
     /// Experts per token.
     #[serde(default)]
     pub top_k: usize,
     /// Width of an expert.
     #[serde(default)]
     pub moe_intermediate_size: usize,
+    /// Total width of the experts that every token uses; absent for none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shared_intermediate_size: Option<usize>,
+    /// A dense feed-forward beside the experts, `sum` or `learned` (PR-MoE); absent for none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub residual: Option<Residual>,
+    /// Width of that feed-forward; absent for `intermediate_size`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub residual_intermediate_size: Option<usize>,
+    /// Width of the state that routers hand from layer to layer (RMoE); absent for linear routers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recurrent_router: Option<usize>,
     /// Width of a dense feed-forward.
     #[serde(default)]
     pub intermediate_size: usize,
@@ -83,6 +95,27 @@ pub struct Model {
     /// Standard deviation of initial matrices.
     #[serde(default = "two_hundredths")]
     pub initializer_range: f32,
+}
+
+/// Experts of the MoE layers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Experts {
+    /// The same number in all of them.
+    Same(usize),
+    /// One number for each, in order.
+    PerLayer(Vec<usize>),
+}
+
+impl Experts {
+    /// The most experts of any layer; 0 for a dense model.
+    #[must_use]
+    pub fn most(&self) -> usize {
+        match self {
+            Self::Same(n) => *n,
+            Self::PerLayer(all) => all.iter().copied().max().unwrap_or(0),
+        }
+    }
 }
 
 /// Text sources.
@@ -262,7 +295,8 @@ impl Recipe {
     fn check_routers(&self) -> Result<(), String> {
         let options = self.router.clone().unwrap_or_default();
         options.check()?;
-        let architecture = Architecture::new(self.model_config(), &options);
+        self.check_parts()?;
+        let architecture = self.architecture();
         let architecture = architecture.map_err(|e| format!("[router]: {e}"))?;
         let leaks = |r: &dyn Route| !(r.causal() && r.batch_invariant());
         let sorts = options
@@ -294,7 +328,63 @@ impl Recipe {
     /// Options that the router cannot work with.
     pub fn architecture(&self) -> Result<Architecture> {
         let options = self.router.clone().unwrap_or_default();
-        Ok(Architecture::new(self.model_config(), &options)?)
+        let (m, config) = (&self.model, self.model_config());
+        let counts = match &m.n_experts {
+            Experts::Same(n) => vec![*n; config.moe.layers.len()],
+            Experts::PerLayer(counts) => counts.clone(),
+        };
+        let residual_width = m
+            .residual_intermediate_size
+            .unwrap_or(config.intermediate_size);
+        let parts = MoeParts {
+            shared: m.shared_intermediate_size,
+            residual: m.residual.map(|kind| (kind, residual_width)),
+            recurrent_router: m.recurrent_router,
+        };
+        Ok(Architecture::with_parts(config, &options, &counts, parts)?)
+    }
+
+    /// Relations between the keys of `[model]` that make MoE layers.
+    fn check_parts(&self) -> Result<(), String> {
+        let m = &self.model;
+        let n_layers = self.model_config().moe.layers.len();
+        if let Experts::PerLayer(counts) = &m.n_experts {
+            if counts.len() != n_layers {
+                let n = counts.len();
+                return Err(format!(
+                    "`model.n_experts` has {n} numbers, expected one for each of the {n_layers} layers with experts, or a \
+                     single number"
+                ));
+            }
+            if counts.contains(&0) {
+                let layers = "name layers without experts in `model.mlp_only_layers`";
+                return Err(format!("`model.n_experts` has a 0; {layers}"));
+            }
+        }
+        if m.residual.is_none() && m.residual_intermediate_size.is_some() {
+            return Err(
+                "`model.residual_intermediate_size` needs `model.residual`, \"sum\" or \"learned\""
+                    .to_owned(),
+            );
+        }
+        let widths = [
+            ("shared_intermediate_size", m.shared_intermediate_size),
+            ("residual_intermediate_size", m.residual_intermediate_size),
+            ("recurrent_router", m.recurrent_router),
+        ];
+        for (key, width) in widths {
+            if width == Some(0) {
+                return Err(format!(
+                    "`model.{key}` = 0, expected at least 1; leave it out for none"
+                ));
+            }
+            if width.is_some() && n_layers == 0 {
+                return Err(format!(
+                    "`model.{key}` belongs to layers with experts, of which there are none"
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn check(&self) -> Result<(), String> {
@@ -344,7 +434,8 @@ impl Recipe {
     #[must_use]
     pub fn model_config(&self) -> ModelConfig {
         let m = &self.model;
-        let dense = m.n_experts == 0;
+        let n_experts = m.n_experts.most();
+        let dense = n_experts == 0;
         let router = self.router.clone().unwrap_or_default();
         let is_moe = |layer: &usize| !dense && !m.mlp_only_layers.contains(layer);
         ModelConfig {
@@ -382,9 +473,10 @@ impl Recipe {
             activation: Activation::Silu,
             moe: MoeConfig {
                 layers: (0..m.n_layers).filter(is_moe).collect(),
-                n_experts: if dense { 1 } else { m.n_experts },
+                n_experts: if dense { 1 } else { n_experts },
                 top_k: if dense { 1 } else { router.top_k(m.top_k) },
                 intermediate_size: m.moe_intermediate_size.max(usize::from(dense)),
+                n_null: router.null_experts(n_experts),
                 router: RouterConfig::TopK {
                     norm: m.norm_topk_prob,
                 },
@@ -528,6 +620,29 @@ mod tests {
         assert!(refused("capacity = { factor = 0 }").contains("capacity.factor"));
         let switch = TINY.replace("top_k = 2", "");
         assert!(parse(&format!("{switch}\n[router]\nname = 'switch'")).is_ok());
+    }
+
+    #[test]
+    fn parts_beside_the_experts_are_checked() {
+        let with = |keys: &str| parse(&TINY.replace("n_experts = 4", keys));
+        let refused = |keys: &str| with(keys).unwrap_err().to_string();
+        let recipe = with("n_experts = [4, 8]\nshared_intermediate_size = 8").unwrap();
+        let architecture = recipe.architecture().unwrap();
+        let counts: Vec<usize> = architecture
+            .moe
+            .iter()
+            .map(|m| m.router.n_experts())
+            .collect();
+        assert_eq!((counts, architecture.parts.shared), (vec![4, 8], Some(8)));
+        assert!(refused("n_experts = [4]").contains("each of the 2 layers"));
+        assert!(refused("n_experts = [4, 0]").contains("mlp_only_layers"));
+        assert!(refused("n_experts = [4, 1]").contains("top_k = 2"));
+        assert!(
+            refused("n_experts = 4\nresidual_intermediate_size = 3").contains("model.residual")
+        );
+        assert!(refused("n_experts = 4\nrecurrent_router = 0").contains("recurrent_router"));
+        assert!(refused("n_experts = 4\nresidual = 'product'").contains("product"));
+        assert!(refused("n_experts = 0\nrecurrent_router = 4").contains("none"));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use crate::architecture::Architecture;
 use crate::collapse::CollapseWatch;
 use crate::data::{self, Corpus};
 use crate::error::{LargestGradient, Result, TrainError};
-use crate::export::export;
+use crate::export::{Exported, export};
 use crate::files;
 use crate::init::Init;
 use crate::lm::{Batch, LanguageModel, Pass};
@@ -124,13 +124,13 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
     log.write(&eval)?;
     progress.evaluated(&eval);
     let model = folder.join("model");
-    export(
-        run.model(),
-        &run.architecture.config,
-        &corpus.tokenizer_json,
-        Dtype::Bf16,
-        &model,
-    )?;
+    let exported = Exported {
+        architecture: &run.architecture,
+        biases: &[],
+        step: run.optimizer.step,
+    };
+    let tokenizer = &corpus.tokenizer_json;
+    export(run.model(), exported, tokenizer, Dtype::Bf16, &model)?;
     Ok(Outcome::Finished { model, eval })
 }
 
@@ -158,12 +158,11 @@ pub fn bench(recipe: &Recipe, steps: u64) -> Result<Vec<StepRecord>> {
 }
 
 /// Number of parameters of a recipe's model.
-#[must_use]
-pub fn n_parameters(recipe: &Recipe) -> usize {
-    cadre_checkpoint::tensor_specs(&recipe.model_config())
-        .iter()
-        .map(|(_, shape)| shape.iter().product::<usize>())
-        .sum()
+///
+/// # Errors
+/// Router options that cannot work, which reading a recipe has already refused.
+pub fn n_parameters(recipe: &Recipe) -> Result<usize> {
+    Ok(recipe.architecture()?.n_parameters())
 }
 
 /// A run in memory.

@@ -77,7 +77,7 @@ fn batch(rows: &[Vec<u32>]) -> Batch {
 
 /// The model's values under checkpoint names.
 fn by_name(model: &LanguageModel) -> BTreeMap<String, Vec<f32>> {
-    let tensors = export::tensors(model).into_iter();
+    let tensors = export::tensors(model, &[]).into_iter();
     tensors.map(|t| (t.name, t.values.into_owned())).collect()
 }
 

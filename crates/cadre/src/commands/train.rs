@@ -150,7 +150,7 @@ fn bench(recipe: &Recipe, args: &TrainArgs) -> Result<()> {
     samples.sort_by(f64::total_cmp);
     let median = samples[samples.len() / 2];
     let loss = |record: Option<&StepRecord>| record.map(|r| r.cross_entropy);
-    let n_parameters = trainer::n_parameters(recipe);
+    let n_parameters = trainer::n_parameters(recipe)?;
     let mut out = Out::new();
     match args.output {
         Format::Json => out.json(&json!({

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use cadre_kernels::{Compute, MatmulScratch, Matrix};
-use cadre_routing::policies::UniformDraws;
+use cadre_routing::policies::Uniform;
 
 use super::{Linear, Step};
 
@@ -202,7 +202,7 @@ impl Random {
                 let position = span.position_of(row);
                 let row = &mut logits[row * self.n_experts..][..self.n_experts];
                 for (expert, value) in row.iter_mut().enumerate() {
-                    *value = UniformDraws::draw(self.seed, self.layer, position, expert);
+                    *value = Uniform::draw(self.seed, self.layer, position, expert);
                 }
             }
         }
@@ -363,7 +363,7 @@ mod tests {
         };
         let mut logits = [0.0; 6];
         random.fill(step, &mut logits);
-        let draw = |expert| UniformDraws::draw(3, 1, 7, expert);
+        let draw = |expert| Uniform::draw(3, 1, 7, expert);
         assert_eq!(logits[..2], [draw(0), draw(1)]);
         assert_eq!(logits[2..4], logits[4..], "position 8 of two sequences");
     }

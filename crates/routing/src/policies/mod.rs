@@ -11,6 +11,7 @@ mod top_2;
 mod top_k;
 mod top_p;
 mod uniform;
+mod union;
 
 pub use dense_to_sparse::{DenseToSparse, Stage};
 pub use expert_choice::ExpertChoice;
@@ -21,4 +22,5 @@ pub use switch::Switch;
 pub use top_2::{Top2, keep_seconds};
 pub use top_k::TopK;
 pub use top_p::TopP;
-pub use uniform::{Uniform, UniformDraws};
+pub use uniform::Uniform;
+pub use union::Union;

@@ -3,3 +3,5 @@
 pub mod attention;
 pub mod mlp;
 pub mod moe;
+pub mod recurrent;
+pub mod residual;

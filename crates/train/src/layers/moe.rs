@@ -1,6 +1,9 @@
-//! The MoE layer, cut at its four seams: router, dispatch, experts, combine.
+//! The MoE layer, cut at its four seams: router, dispatch, experts, combine; and what stands beside the experts.
 
-use crate::architecture::MoeLayer;
+use super::mlp::Mlp;
+use super::recurrent::RouterGru;
+use super::residual::ResidualMlp;
+use crate::architecture::{Architecture, MoeLayer};
 use crate::init::Init;
 use crate::ops::{self, Dispatch};
 use crate::routers::{Order, RouteContext, Routed};
@@ -14,52 +17,57 @@ use std::sync::Arc;
 /// Parameters; experts are stacked.
 #[derive(Module, Debug)]
 pub struct Moe {
-    /// Router, `[n_experts, d_model]`, null experts included
-    pub gate: Param<Tensor<2>>,
+    /// Router, `[n_experts, d_model]` or `[n_experts, p]`, null experts included; absent for rules without logits
+    pub gate: Option<Param<Tensor<2>>>,
     /// `[n_real_experts, 2 I, d_model]`, gate rows first
     pub gate_up: Param<Tensor<3>>,
     /// `[n_real_experts, d_model, I]`
     pub down: Param<Tensor<3>>,
-}
-
-/// Width of the model and of one expert.
-#[derive(Clone, Copy, Debug)]
-pub struct MoeWidths {
-    /// Width of the residual stream.
-    pub d_model: usize,
-    /// Width of one expert.
-    pub expert: usize,
+    /// `[p, d_model]`, what the recurrent router reads
+    pub router_in: Option<Param<Tensor<2>>>,
+    /// Experts that every token uses, as one
+    pub shared: Option<Mlp>,
+    /// A feed-forward beside the experts
+    pub residual: Option<ResidualMlp>,
 }
 
 impl Moe {
-    /// Random parameters; `name` is the tensors' prefix, `residual_scale` shrinks the experts' output.
+    /// Random parameters; `name` is the tensors' prefix, `residual_scale` shrinks what joins the residual stream.
     #[must_use]
     pub fn init(
-        widths: MoeWidths,
+        architecture: &Architecture,
         layer: &MoeLayer,
         init: &Init,
         name: &str,
         residual_scale: f32,
     ) -> Self {
-        let (d, width) = (widths.d_model, widths.expert);
+        let (config, parts) = (&architecture.config, architecture.parts);
+        let (d, width) = (config.hidden_size, config.moe.intermediate_size);
         let (n, n_real) = (layer.router.n_experts(), layer.router.n_real_experts());
         let named = |part: &str| format!("{name}.{part}");
+        let matrix = |part: &str, shape| Param::from_tensor(init.normal(&named(part), shape, 1.0));
+        let recurrent = parts.recurrent_router.filter(|_| layer.router.has_gate());
+        let gate_up = init.normal(&named("gate_up"), [n_real, 2 * width, d], 1.0);
+        let down = init.normal(&named("down"), [n_real, d, width], residual_scale);
         Self {
-            gate: Param::from_tensor(init.normal(&named("gate"), [n, d], 1.0)),
-            gate_up: Param::from_tensor(init.normal(
-                &named("gate_up"),
-                [n_real, 2 * width, d],
-                1.0,
-            )),
-            down: Param::from_tensor(init.normal(
-                &named("down"),
-                [n_real, d, width],
-                residual_scale,
-            )),
+            gate: layer
+                .router
+                .has_gate()
+                .then(|| matrix("gate", [n, recurrent.unwrap_or(d)])),
+            gate_up: Param::from_tensor(gate_up),
+            down: Param::from_tensor(down),
+            router_in: recurrent.map(|p| matrix("router_in", [p, d])),
+            shared: parts
+                .shared
+                .map(|width| Mlp::init(d, width, init, &named("shared"), residual_scale)),
+            residual: parts.residual.map(|(kind, width)| {
+                ResidualMlp::init([d, width], kind, init, &named("residual"), residual_scale)
+            }),
         }
     }
 
-    /// `x [T, d_model]` -> `[T, d_model]` and what the router decided.
+    /// `x [T, d_model]` -> `[T, d_model]` and what the router decided. With a recurrent router, `state` is its cell and
+    /// the state `[T, p]` of the tokens, which is moved on.
     ///
     /// # Errors
     /// Router logits that are not finite.
@@ -68,13 +76,38 @@ impl Moe {
         x: Tensor<2>,
         layer: &MoeLayer,
         context: &RouteContext<'_>,
+        state: Option<(&RouterGru, &mut Tensor<2>)>,
     ) -> Result<(Tensor<2>, Routed), RoutingError> {
-        let logits = ops::linear(x.clone(), self.gate.val());
+        let logits = self.logits(&x, layer, state);
         let mut routed = layer.router.route(logits, context)?;
         let dispatch = Arc::new(dispatch(&mut routed, layer, context));
         let (gate_up, down) = (self.gate_up.val(), self.down.val());
-        let y = ops::experts(x, gate_up, down, routed.weights.clone(), dispatch);
+        let mut y = ops::experts(x.clone(), gate_up, down, routed.weights.clone(), dispatch);
+        if let Some(shared) = &self.shared {
+            y = y + shared.forward(x.clone());
+        }
+        if let Some(residual) = &self.residual {
+            y = residual.forward(x, y);
+        }
         Ok((y, routed))
+    }
+
+    /// Router logits `[T, n_experts]`; zeros for rules that do not look at them.
+    fn logits(
+        &self,
+        x: &Tensor<2>,
+        layer: &MoeLayer,
+        state: Option<(&RouterGru, &mut Tensor<2>)>,
+    ) -> Tensor<2> {
+        match (&self.gate, &self.router_in, state) {
+            (Some(gate), Some(router_in), Some((gru, state))) => {
+                let u = ops::linear(x.clone(), router_in.val());
+                *state = gru.forward(u, state.clone());
+                ops::linear(state.clone(), gate.val())
+            }
+            (Some(gate), ..) => ops::linear(x.clone(), gate.val()),
+            (None, ..) => Tensor::zeros([x.dims()[0], layer.router.n_experts()], &x.device()),
+        }
     }
 }
 

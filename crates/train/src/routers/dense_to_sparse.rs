@@ -50,6 +50,28 @@ pub struct DenseToSparseOptions {
     pub dense_eval: bool,
 }
 
+impl DenseToSparseOptions {
+    /// Temperature and stage of step `step` (from 1).
+    #[must_use]
+    pub fn at(&self, step: u64) -> (f32, Stage) {
+        let stage = match self.hard_from {
+            Some(from) if step >= from => Stage::Hard,
+            _ => Stage::Soft,
+        };
+        if self.decay_steps == 0 {
+            return (self.temperature, stage);
+        }
+        let done = step.saturating_sub(1) as f32 / self.decay_steps as f32;
+        let now = match self.decay {
+            Decay::Exponential => {
+                self.temperature * (self.min_temperature / self.temperature).powf(done)
+            }
+            Decay::Linear => self.temperature - done * (self.temperature - self.min_temperature),
+        };
+        (now.max(self.min_temperature), stage)
+    }
+}
+
 /// The gate and its schedule.
 #[derive(Clone, Debug)]
 pub struct DenseToSparse {
@@ -78,30 +100,6 @@ impl DenseToSparse {
         }
         Ok(Self { n_experts, options })
     }
-
-    /// Temperature of step `step` (from 1).
-    #[must_use]
-    pub fn temperature(&self, step: u64) -> f32 {
-        let o = &self.options;
-        if o.decay_steps == 0 {
-            return o.temperature;
-        }
-        let done = step.saturating_sub(1) as f32 / o.decay_steps as f32;
-        let now = match o.decay {
-            Decay::Exponential => o.temperature * (o.min_temperature / o.temperature).powf(done),
-            Decay::Linear => o.temperature - done * (o.temperature - o.min_temperature),
-        };
-        now.max(o.min_temperature)
-    }
-
-    /// Stage of step `step`.
-    #[must_use]
-    pub fn stage(&self, step: u64) -> Stage {
-        match self.options.hard_from {
-            Some(from) if step >= from => Stage::Hard,
-            _ => Stage::Soft,
-        }
-    }
 }
 
 impl Route for DenseToSparse {
@@ -124,7 +122,7 @@ impl Route for DenseToSparse {
     fn route(&self, logits: Tensor<2>, context: &RouteContext<'_>) -> Result<Routed, RoutingError> {
         let gate = context.training || self.options.dense_eval;
         let (tau, stage) = if gate {
-            (self.temperature(context.step), self.stage(context.step))
+            self.options.at(context.step)
         } else {
             (1.0, Stage::Hard)
         };
@@ -189,21 +187,18 @@ mod tests {
 
     #[test]
     fn the_temperature_falls_and_stays() {
-        let exponential = DenseToSparse::new(4, options()).unwrap();
-        assert_eq!(exponential.temperature(1), 2.0);
+        let exponential = options();
+        assert_eq!(exponential.at(1).0, 2.0);
         assert!(
-            (exponential.temperature(51) - 1.0).abs() < 1e-6,
+            (exponential.at(51).0 - 1.0).abs() < 1e-6,
             "half way: the geometric mean"
         );
-        assert_eq!(exponential.temperature(500), 0.5);
+        assert_eq!(exponential.at(500).0, 0.5);
         let decay = Decay::Linear;
-        let linear = DenseToSparse::new(4, DenseToSparseOptions { decay, ..options() }).unwrap();
-        assert!(
-            (linear.temperature(51) - 1.25).abs() < 1e-6,
-            "half way: the mean"
-        );
+        let linear = DenseToSparseOptions { decay, ..options() };
+        assert!((linear.at(51).0 - 1.25).abs() < 1e-6, "half way: the mean");
         assert_eq!(
-            (linear.stage(59), linear.stage(60)),
+            (linear.at(59).1, linear.at(60).1),
             (Stage::Soft, Stage::Hard)
         );
     }

@@ -15,6 +15,7 @@ mod top_2;
 mod top_k;
 mod top_p;
 mod uniform;
+mod union;
 
 pub use dense_to_sparse::{Decay, DenseToSparse, DenseToSparseOptions};
 pub use expert_choice::ExpertChoice;
@@ -27,6 +28,7 @@ pub use top_2::{Second, Top2};
 pub use top_k::TopK;
 pub use top_p::TopP;
 pub use uniform::{Per, Uniform};
+pub use union::Union;
 
 use crate::init::stream;
 use crate::losses;
@@ -57,6 +59,11 @@ pub trait Route: Send + Sync + std::fmt::Debug {
     /// Whether the rule has a selection-only bias, which [`RouteContext::bias`] gives it.
     fn takes_bias(&self) -> bool {
         false
+    }
+
+    /// Whether the rule looks at its logits; a layer of one that does not has no router matrix and gives zeros.
+    fn has_gate(&self) -> bool {
+        true
     }
 
     /// Routes `logits` `[T, n_experts]`. The same logits and context give the same result.
@@ -232,6 +239,10 @@ const ROUTERS: &[(&str, &[&str], Build)] = &[
             )?))
         },
     ),
+    ("union", &["keep", "eps"], |s, o| {
+        let (keep, eps) = (o.keep.unwrap_or(1.0), o.eps.unwrap_or(1.0));
+        Ok(Box::new(Union::new(s.n_experts, s.top_k, keep, eps)?))
+    }),
     ("uniform", &["per", "seed"], |s, o| {
         Ok(Box::new(Uniform::new(
             s.n_experts,

@@ -1,0 +1,180 @@
+//! From a checkpoint folder to a training model, whose experts are stacked.
+
+use crate::architecture::Architecture;
+use crate::error::{Result, TrainError};
+use crate::init::Init;
+use crate::layers::moe::Moe;
+use crate::lm::{FeedForward, LanguageModel, Layer};
+use burn::module::Param;
+use burn::tensor::{Device, Tensor, TensorData as Data};
+use cadre_checkpoint::{Checkpoint, ModelConfig, QkNorm, RopeScaling};
+
+/// A training model with the weights of a checkpoint; [`Architecture::of`] its configuration says what else it is.
+///
+/// # Errors
+/// An architecture that the trainer does not compute; a missing, unexpected or misshapen tensor.
+pub fn import(checkpoint: &Checkpoint, device: &Device) -> Result<LanguageModel> {
+    let config = checkpoint.config();
+    check_trainable(config)?;
+    checkpoint.expect_exactly(&cadre_checkpoint::tensor_specs(config))?;
+    let init = Init {
+        seed: 0,
+        std: 0.0,
+        device: device.clone(),
+    };
+    let architecture = Architecture::of(config)?;
+    let mut model = LanguageModel::init(&architecture, &init);
+    let load = |name: &str, shape: &[usize]| checkpoint.tensor_f32(name, shape);
+    set(&mut model.embed_tokens, |shape| {
+        load("model.embed_tokens.weight", shape)
+    })?;
+    for (i, layer) in model.layers.iter_mut().enumerate() {
+        import_layer(layer, &format!("model.layers.{i}"), &load)?;
+    }
+    if let Some(gru) = &mut model.router_gru {
+        set(&mut gru.weight_ih, |s| {
+            load("model.router_gru.weight_ih", s)
+        })?;
+        set(&mut gru.weight_hh, |s| {
+            load("model.router_gru.weight_hh", s)
+        })?;
+        set(&mut gru.bias_ih, |s| load("model.router_gru.bias_ih", s))?;
+        set(&mut gru.bias_hh, |s| load("model.router_gru.bias_hh", s))?;
+    }
+    set(&mut model.norm, |shape| load("model.norm.weight", shape))?;
+    if let Some(head) = &mut model.lm_head {
+        set(head, |shape| load("lm_head.weight", shape))?;
+    }
+    Ok(model)
+}
+
+/// The selection-only biases of a checkpoint's MoE layers; empty when it has none.
+///
+/// # Errors
+/// A missing or misshapen tensor.
+pub fn import_biases(checkpoint: &Checkpoint) -> Result<Vec<Vec<f32>>> {
+    let config = checkpoint.config();
+    let specs = cadre_checkpoint::tensor_specs(config);
+    let biases = specs
+        .iter()
+        .filter(|(name, _)| name.ends_with(".mlp.gate.e_score_correction_bias"))
+        .map(|(name, shape)| Ok(checkpoint.tensor_f32(name, shape)?));
+    biases.collect()
+}
+
+/// Refuses what the training model would compute otherwise than the checkpoint asks for.
+fn check_trainable(config: &ModelConfig) -> Result<()> {
+    let attention = &config.attention;
+    let known = ["qwen3", "qwen3_moe", "glm4_moe", "cadre_moe"];
+    let plain = known.contains(&config.model_type.as_str())
+        && !attention.qkv_bias
+        && attention.qk_norm == QkNorm::PerHead
+        && attention.windows.iter().all(Option::is_none)
+        && config.rope.scaling == RopeScaling::None
+        && config.rope.dim == config.head_dim;
+    if plain {
+        return Ok(());
+    }
+    Err(TrainError::Untrainable {
+        model_type: config.model_type.clone(),
+    })
+}
+
+type Loaded = cadre_checkpoint::Result<Vec<f32>>;
+
+fn set<const D: usize>(
+    param: &mut Param<Tensor<D>>,
+    load: impl FnOnce(&[usize]) -> Loaded,
+) -> Result<()> {
+    let old = param.val();
+    let values = load(&old.dims())?;
+    let new = Tensor::from_data(Data::new(values, old.dims()), &old.device());
+    *param = Param::from_tensor(new);
+    Ok(())
+}
+
+fn import_layer(
+    layer: &mut Layer,
+    name: &str,
+    load: &impl Fn(&str, &[usize]) -> Loaded,
+) -> Result<()> {
+    let named = |part: &str| format!("{name}.{part}.weight");
+    let attention = &mut layer.self_attn;
+    for (part, param) in [
+        ("self_attn.q_proj", &mut attention.q_proj),
+        ("self_attn.k_proj", &mut attention.k_proj),
+        ("self_attn.v_proj", &mut attention.v_proj),
+        ("self_attn.o_proj", &mut attention.o_proj),
+    ] {
+        set(param, |shape| load(&named(part), shape))?;
+    }
+    for (part, param) in [
+        ("input_layernorm", &mut layer.input_layernorm),
+        ("self_attn.q_norm", &mut attention.q_norm),
+        ("self_attn.k_norm", &mut attention.k_norm),
+        (
+            "post_attention_layernorm",
+            &mut layer.post_attention_layernorm,
+        ),
+    ] {
+        set(param, |shape| load(&named(part), shape))?;
+    }
+    let prefix = format!("{name}.mlp");
+    match &mut layer.mlp {
+        FeedForward::Moe(moe) => import_moe(moe, &prefix, load),
+        FeedForward::Dense(mlp) => {
+            import_experts([&mut mlp.gate_up, &mut mlp.down], |_| prefix.clone(), load)
+        }
+    }
+}
+
+fn import_moe(moe: &mut Moe, name: &str, load: &impl Fn(&str, &[usize]) -> Loaded) -> Result<()> {
+    if let Some(gate) = &mut moe.gate {
+        set(gate, |shape| load(&format!("{name}.gate.weight"), shape))?;
+    }
+    if let Some(router_in) = &mut moe.router_in {
+        let part = format!("{name}.router_in.weight");
+        set(router_in, |shape| load(&part, shape))?;
+    }
+    let prefix = |e: usize| format!("{name}.experts.{e}");
+    import_experts([&mut moe.gate_up, &mut moe.down], prefix, load)?;
+    if let Some(shared) = &mut moe.shared {
+        let prefix = |_| format!("{name}.shared_experts");
+        import_experts([&mut shared.gate_up, &mut shared.down], prefix, load)?;
+    }
+    let Some(residual) = &mut moe.residual else {
+        return Ok(());
+    };
+    let mlp = &mut residual.mlp;
+    let prefix = |_| format!("{name}.residual_mlp");
+    import_experts([&mut mlp.gate_up, &mut mlp.down], prefix, load)?;
+    if let Some(coefficient) = &mut residual.coefficient {
+        let part = |part: &str| format!("{name}.residual_coefficient.{part}");
+        set(&mut coefficient.weight, |shape| {
+            load(&part("weight"), shape)
+        })?;
+        set(&mut coefficient.bias, |shape| load(&part("bias"), shape))?;
+    }
+    Ok(())
+}
+
+/// Stacks `gate_up [E, 2 I, D]` and `down [E, D, I]` from the three matrices of each expert.
+fn import_experts(
+    [gate_up, down]: [&mut Param<Tensor<3>>; 2],
+    prefix: impl Fn(usize) -> String,
+    load: &impl Fn(&str, &[usize]) -> Loaded,
+) -> Result<()> {
+    let stack = |shape: &[usize], parts: &[&str]| {
+        let rows = shape[1] / parts.len();
+        let mut values = Vec::with_capacity(shape.iter().product());
+        for e in 0..shape[0] {
+            for part in parts {
+                let name = format!("{}.{part}.weight", prefix(e));
+                values.extend(load(&name, &[rows, shape[2]])?);
+            }
+        }
+        Ok(values)
+    };
+    set(gate_up, |shape| stack(shape, &["gate_proj", "up_proj"]))?;
+    set(down, |shape| stack(shape, &["down_proj"]))
+}

@@ -1,0 +1,243 @@
+//! What is trained is what is written: every kind of model goes into a checkpoint folder and comes back with the same
+//! losses, bit for bit, in the layout of a published architecture where one holds it.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use burn::tensor::Device;
+use cadre_checkpoint::{Checkpoint, Dtype};
+use cadre_train::architecture::Architecture;
+use cadre_train::export::{self, Exported};
+use cadre_train::init::Init;
+use cadre_train::lm::{Batch, LanguageModel, Pass};
+use cadre_train::recipe::Recipe;
+use std::path::Path;
+use std::sync::Arc;
+
+fn recipe(model: &str, router: &str) -> Recipe {
+    let mut text = String::from(
+        r#"
+        name = "tiny"
+        [model]
+        vocab_size = 40
+        hidden_size = 8
+        n_layers = 3
+        n_heads = 2
+        n_kv_heads = 1
+        head_dim = 4
+        mlp_only_layers = [0]
+        intermediate_size = 12
+        moe_intermediate_size = 6
+        max_position_embeddings = 16
+        "#,
+    );
+    text.push_str(model);
+    text.push_str("\n[train]\nsteps = 4\nbatch_size = 2\nseq_len = 5\nlr = 1e-3\n");
+    text.push_str("[output]\ndir = \"runs/tiny\"\n");
+    if !router.is_empty() {
+        text.push_str("[router]\n");
+        text.push_str(router);
+    }
+    Recipe::parse(Path::new("tiny.toml"), &text).unwrap()
+}
+
+fn losses(model: &LanguageModel, architecture: &Architecture, biases: &[Vec<f32>]) -> [f32; 2] {
+    let ids = |a: u32| Arc::new((0..10).map(|i| (i * i * 7 + a) % 40).collect::<Vec<u32>>());
+    let batch = Batch {
+        tokens: ids(3),
+        targets: ids(11),
+        seq_len: 5,
+    };
+    let pass = Pass {
+        step: 9,
+        biases,
+        ..Pass::default()
+    };
+    let losses = model.losses(architecture, &batch, &pass).unwrap();
+    [losses.cross_entropy, losses.z].map(|loss| loss.into_scalar::<f32>())
+}
+
+/// Model keys, router table, whether there are biases, and the layout that is expected.
+const KINDS: &[(&str, &str, bool, &str)] = &[
+    ("n_experts = 0", "", false, "qwen3"),
+    ("n_experts = 4\ntop_k = 2", "", false, "qwen3_moe"),
+    (
+        "n_experts = 4\ntop_k = 2\nnorm_topk_prob = false",
+        "",
+        false,
+        "qwen3_moe",
+    ),
+    ("n_experts = 4", "name = 'switch'", false, "qwen3_moe"),
+    (
+        "n_experts = 4",
+        "name = 'top_2'\nsecond = 'gumbel'",
+        false,
+        "qwen3_moe",
+    ),
+    (
+        "n_experts = 4",
+        "name = 'dense_to_sparse'",
+        false,
+        "qwen3_moe",
+    ),
+    (
+        "n_experts = 4",
+        "name = 'dense_to_sparse'\ndense_eval = true\ntemperature = 1.5\nmin_temperature = 0.4\ndecay_steps = 12",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = 4",
+        "name = 'dense_to_sparse'\ndense_eval = true\nhard_from = 3",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = 4",
+        "name = 'top_p'\ntop_p = 0.6",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = 4\ntop_k = 5",
+        "name = 'null_experts'\nn_null = 3",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = 4\ntop_k = 2",
+        "name = 'uniform'\nseed = 3",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = 4\ntop_k = 2\nnorm_topk_prob = false",
+        "name = 'group_limited'",
+        false,
+        "qwen3_moe",
+    ),
+    (
+        "n_experts = 4\ntop_k = 2\nnorm_topk_prob = false",
+        "name = 'group_limited'\nn_groups = 2\nkeep_groups = 1\nscale = 16.0",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = 4\ntop_k = 2\nshared_intermediate_size = 12",
+        "name = 'group_limited'\nscore = 'sigmoid'\nscale = 2.5",
+        true,
+        "glm4_moe",
+    ),
+    (
+        "n_experts = 4\ntop_k = 2",
+        "name = 'group_limited'\nscore = 'sigmoid'",
+        true,
+        "cadre_moe",
+    ),
+    ("n_experts = [2, 5]\ntop_k = 2", "", false, "cadre_moe"),
+    (
+        "n_experts = 4\ntop_k = 2\nshared_intermediate_size = 5",
+        "",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = 4\nresidual = 'sum'",
+        "name = 'switch'",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = [2, 4]\nresidual = 'learned'\nresidual_intermediate_size = 7",
+        "name = 'switch'",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = 4\ntop_k = 2\nrecurrent_router = 3",
+        "",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = 4\nrecurrent_router = 3\nresidual = 'sum'\nshared_intermediate_size = 4",
+        "name = 'top_p'",
+        false,
+        "cadre_moe",
+    ),
+];
+
+/// Says nothing of interest here.
+const TOKENIZER: &str = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+    "pre_tokenizer":null,"post_processor":null,
+    "decoder":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":false,"use_regex":false},
+    "model":{"type":"WordLevel","vocab":{"a":0},"unk_token":"a"}}"#;
+
+#[test]
+fn every_kind_of_model_comes_back_from_its_folder() {
+    let device = Device::flex();
+    for (model, router, biased, layout) in KINDS {
+        let what = format!("{model}; {router}");
+        let architecture = recipe(model, router).architecture().unwrap();
+        let init = Init {
+            seed: 5,
+            std: 0.3,
+            device: device.clone(),
+        };
+        let trained = LanguageModel::init(&architecture, &init);
+        let bias = |moe: usize| (0..4).map(|e| ((moe + e) as f32).sin() / 3.0).collect();
+        let biases: Vec<Vec<f32>> = match biased {
+            true => (0..architecture.moe.len()).map(bias).collect(),
+            false => Vec::new(),
+        };
+        let exported = Exported {
+            architecture: &architecture,
+            biases: &biases,
+            step: 9,
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path().join("model");
+        export::export(&trained, exported, TOKENIZER, Dtype::F32, &folder).unwrap();
+
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        assert_eq!(checkpoint.config().model_type, *layout, "{what}");
+        let specs = cadre_checkpoint::tensor_specs(checkpoint.config());
+        let n: usize = specs
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum();
+        let n_biases: usize = biases.iter().map(Vec::len).sum();
+        assert_eq!(n - n_biases, architecture.n_parameters(), "{what}");
+
+        let again = Architecture::of(checkpoint.config()).unwrap();
+        let read = export::import(&checkpoint, &device).unwrap();
+        let read_biases = export::import_biases(&checkpoint).unwrap();
+        assert_eq!(read_biases, biases, "{what}");
+        assert_eq!(
+            losses(&read, &again, &read_biases),
+            losses(&trained, &architecture, &biases),
+            "{what}"
+        );
+    }
+}
+
+#[test]
+fn what_nothing_can_generate_with_is_refused() {
+    for (router, name) in [
+        (
+            "name = 'expert_choice'\nallow_non_causal = true",
+            "expert_choice",
+        ),
+        ("name = 'union'", "union"),
+        ("name = 'sparse_mixer'", "sparse_mixer"),
+    ] {
+        let architecture = recipe("n_experts = 4\ntop_k = 2", router)
+            .architecture()
+            .unwrap();
+        let exported = Exported {
+            architecture: &architecture,
+            biases: &[],
+            step: 1,
+        };
+        let text = export::stored_config(exported).unwrap_err().to_string();
+        assert!(text.contains(name), "{text}");
+    }
+}
