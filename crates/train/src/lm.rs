@@ -16,6 +16,10 @@ use std::sync::Arc;
 
 /// Feed-forward part of a layer.
 #[derive(Module, Debug)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one per layer, and the derive knows no boxes"
+)]
 pub enum FeedForward {
     /// Routed experts.
     Moe(Moe),
