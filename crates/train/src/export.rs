@@ -173,6 +173,10 @@ fn stored_router(exported: Exported<'_>, sizes: RouterSizes) -> Result<(usize, R
             (if hard { 1 } else { all }, router)
         }
         "group_limited" => (top_k, stored_groups(exported, sizes)),
+        "sparse_mixer" => {
+            let eps = f64::from(options.eps());
+            (2, RouterConfig::SparseMixer { eps })
+        }
         name => {
             let what = format!("router `{name}`");
             return Err(TrainError::Unexportable { what });

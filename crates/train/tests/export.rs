@@ -132,6 +132,12 @@ const KINDS: &[(&str, &str, bool, &str)] = &[
         true,
         "cadre_moe",
     ),
+    (
+        "n_experts = 4",
+        "name = 'sparse_mixer'\neps = 0.2",
+        false,
+        "cadre_moe",
+    ),
     ("n_experts = [2, 5]\ntop_k = 2", "", false, "cadre_moe"),
     (
         "n_experts = 4\ntop_k = 2\nshared_intermediate_size = 5",
@@ -227,7 +233,6 @@ fn what_nothing_can_generate_with_is_refused() {
             "expert_choice",
         ),
         ("name = 'union'", "union"),
-        ("name = 'sparse_mixer'", "sparse_mixer"),
     ] {
         let architecture = recipe("n_experts = 4\ntop_k = 2", router)
             .architecture()

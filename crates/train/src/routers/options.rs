@@ -259,7 +259,7 @@ impl RouterOptions {
         }
     }
 
-    pub(super) fn eps(&self) -> f32 {
+    pub(crate) fn eps(&self) -> f32 {
         self.eps.unwrap_or(0.01)
     }
 
