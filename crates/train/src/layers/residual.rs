@@ -3,7 +3,7 @@
 //! Paper: DeepSpeed-MoE: Advancing Mixture-of-Experts Inference and Training, Rajbhandari et al., 2022, arXiv 2201.05596.
 //! Rule: `sum`: `y = MoE(x) + MLP(x)` (paper); `learned`: `c = softmax(Wc x + bc)`, `y = c_0 MoE(x) + c_1 MLP(x)`
 //! (DeepSpeed's code).
-//! Shapes: x and y [T, d], Wc [2, d], bc [2].
+//! Shapes: x and y [T, d], Wc `[2, d]`, bc `[2]`.
 //! Differs from paper: the feed-forward and the experts start from different values.
 //! Check: tests/layers.rs.
 

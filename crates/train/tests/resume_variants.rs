@@ -1,0 +1,55 @@
+//! Stopped and resumed is never stopped, for every kind of MoE layer: what is random or scheduled follows from the step.
+
+mod runs;
+
+use cadre_train::trainer;
+use runs::{Watch, recipe_with, trajectory};
+
+/// Model keys instead of the tiny recipe's, and its router table.
+const VARIANTS: &[(&str, &str)] = &[
+    (
+        "n_experts = 4",
+        "name = 'top_2'\nsecond = 'random'\ncapacity = { factor = 1.0, min = 0 }\ndrop_order = 'random'\nallow_non_causal = true",
+    ),
+    (
+        "n_experts = 4\nresidual = 'learned'\nintermediate_size = 8",
+        "name = 'dense_to_sparse'\ntemperature = 0.6\ndecay_steps = 6\nhard_from = 7",
+    ),
+    ("n_experts = 4", "name = 'uniform'"),
+    (
+        "n_experts = [4, 3]\ntop_k = 3\nrecurrent_router = 3\nshared_intermediate_size = 4",
+        "name = 'null_experts'\nn_null = 3",
+    ),
+];
+
+#[test]
+fn every_variant_resumes_exactly() {
+    let folder = tempfile::tempdir().unwrap();
+    for (i, (model, router)) in VARIANTS.iter().enumerate() {
+        let output = format!("[router]\n{router}\n        [output]");
+        let changes = [
+            ("n_experts = 4\n        top_k = 2", *model),
+            ("[output]", output.as_str()),
+            ("eval_every = 4", "eval_every = 8"),
+        ];
+        let whole = recipe_with(folder.path(), &format!("whole-{i}"), &changes);
+        trainer::train(&whole, &mut Watch::default()).unwrap();
+        let parts = recipe_with(folder.path(), &format!("parts-{i}"), &changes);
+        for stop_after in [Some(3), None] {
+            let mut watch = Watch {
+                stop_after,
+                ..Watch::default()
+            };
+            trainer::train(&parts, &mut watch).unwrap();
+        }
+        assert_eq!(trajectory(&whole), trajectory(&parts), "{router}");
+        let bytes = |recipe: &cadre_train::recipe::Recipe| {
+            std::fs::read(recipe.output.dir.join("model/model.safetensors")).unwrap()
+        };
+        assert!(bytes(&whole) == bytes(&parts), "{router}");
+        let last = trajectory(&whole).remove(7);
+        assert!(last["layers"][0]["picks"].as_f64().unwrap() > 0.0);
+        let dropped = last["layers"][0]["dropped"].as_f64().unwrap_or_default();
+        assert_eq!(dropped > 0.0, i == 0, "{router}: {dropped} dropped");
+    }
+}
