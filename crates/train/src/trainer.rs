@@ -40,10 +40,10 @@ pub trait Progress {
 /// How a run ended.
 #[derive(Debug)]
 pub enum Outcome {
-    /// All steps are done; the model lies in this folder.
+    /// All steps are done.
     Finished {
-        /// Hugging Face folder.
-        model: PathBuf,
+        /// Hugging Face folder with the model, or why no layout holds it ([`TrainError::Unexportable`]).
+        model: Result<PathBuf, TrainError>,
         /// Held-out quality at the end.
         eval: EvalRecord,
     },
@@ -130,7 +130,11 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
         step: run.optimizer.step,
     };
     let tokenizer = &corpus.tokenizer_json;
-    export(run.model(), exported, tokenizer, Dtype::Bf16, &model)?;
+    let model = match export(run.model(), exported, tokenizer, Dtype::Bf16, &model) {
+        Ok(()) => Ok(model),
+        Err(error @ TrainError::Unexportable { .. }) => Err(error),
+        Err(error) => return Err(error),
+    };
     Ok(Outcome::Finished { model, eval })
 }
 

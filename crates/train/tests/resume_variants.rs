@@ -2,7 +2,7 @@
 
 mod runs;
 
-use cadre_train::trainer;
+use cadre_train::trainer::{self, Outcome};
 use runs::{Watch, recipe_with, trajectory};
 
 /// Model keys instead of the tiny recipe's, and its router table.
@@ -21,6 +21,21 @@ const VARIANTS: &[(&str, &str)] = &[
         "name = 'null_experts'\nn_null = 3",
     ),
 ];
+
+/// What nothing can generate with is trained and scored all the same; the reason is part of the outcome.
+#[test]
+fn experts_that_choose_their_tokens_train_and_are_not_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let router = "[router]\nname = 'expert_choice'\nallow_non_causal = true\n[output]";
+    let recipe = recipe_with(folder.path(), "run", &[("[output]", router)]);
+    let outcome = trainer::train(&recipe, &mut Watch::default()).unwrap();
+    let Outcome::Finished { model, eval } = outcome else {
+        panic!("not stopped");
+    };
+    assert!(model.unwrap_err().to_string().contains("expert_choice"));
+    assert_eq!(eval.eval.len(), 2);
+    assert!(!recipe.output.dir.join("model").exists());
+}
 
 #[test]
 fn every_variant_resumes_exactly() {

@@ -110,7 +110,7 @@ fn train(app: &App, args: &TrainArgs) -> Result<()> {
     let outcome = trainer::train(recipe, &mut watch)?;
     watch.bar.finish_and_clear();
     match outcome {
-        Outcome::Finished { model, eval } => finished(&model, &eval, args.output),
+        Outcome::Finished { model, eval } => finished(model.as_deref(), &eval, args.output),
         Outcome::Stopped { step } => {
             watch.say(&format!(
                 "stopped after step {step}; the same command goes on from there"
@@ -120,10 +120,21 @@ fn train(app: &App, args: &TrainArgs) -> Result<()> {
     }
 }
 
-fn finished(model: &std::path::Path, eval: &EvalRecord, form: Format) -> Result<()> {
+/// Prints what came of a run; `model` is its folder, or why there is none.
+fn finished(
+    model: Result<&std::path::Path, &TrainError>,
+    eval: &EvalRecord,
+    form: Format,
+) -> Result<()> {
     let mut out = Out::new();
     match form {
-        Format::Json => out.json(&json!({"model": model, "step": eval.step, "eval": eval.eval}))?,
+        Format::Json => {
+            let mut value = json!({"model": model.ok(), "step": eval.step, "eval": eval.eval});
+            if let Err(reason) = model {
+                value["not_written"] = json!(reason.to_string());
+            }
+            out.json(&value)?;
+        }
         Format::Text => {
             let mut text = format!(
                 "{:<12} {:>8} {:>8} {:>11}\n",
@@ -137,7 +148,10 @@ fn finished(model: &std::path::Path, eval: &EvalRecord, form: Format) -> Result<
                 );
             }
             out.write(&text)?;
-            out.write(&format!("{}\n", model.display()))?;
+            match model {
+                Ok(folder) => out.write(&format!("{}\n", folder.display()))?,
+                Err(reason) => out.write(&format!("{reason}\n"))?,
+            }
         }
     }
     out.finish()
