@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use crate::common::{arg, output, stdout};
+use crate::common::{arg, failure, stdout};
 
 const DOMAINS: [&str; 4] = ["arithmetic", "brackets", "words", "recall"];
 /// Long enough for warm-up, both phases of those recipes that have phases, and a snapshot before the end.
@@ -98,8 +98,15 @@ impl Bed {
     }
 }
 
-fn run(args: &[String]) {
-    stdout(&args.iter().map(String::as_str).collect::<Vec<_>>());
+/// Trains to the end. What only makes sense with later tokens at hand is trained and measured, but not written.
+fn run(args: &[String], written: bool) {
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    if written {
+        stdout(&args);
+    } else {
+        let (_, error) = failure(&args);
+        assert!(error.contains("cannot be written"), "{error}");
+    }
 }
 
 /// Names of all recipes, teachers before students.
@@ -129,7 +136,8 @@ fn every_recipe_of_the_claims_trains_resumes_exactly_and_runs() {
     for name in names {
         let start = Instant::now();
         let train = bed.train(&name, STEPS);
-        run(&train);
+        let written = !is_non_causal(&name);
+        run(&train, written);
         let losses = bed.losses(&name);
         assert_eq!(losses.len(), STEPS, "{name}");
         assert!(
@@ -138,33 +146,20 @@ fn every_recipe_of_the_claims_trains_resumes_exactly_and_runs() {
         );
         let folder = bed.run_folder(&name);
         let model = folder.join("model");
-        let weights = fs::read(model.join("model.safetensors")).unwrap();
+        let weights = fs::read(model.join("model.safetensors")).ok();
+        assert_eq!(weights.is_some(), written, "{name}");
 
         // As if it had been killed after the snapshot before the last.
         fs::remove_dir_all(folder.join(format!("snapshots/step-{STEPS:08}"))).unwrap();
-        fs::remove_dir_all(&model).unwrap();
-        run(&train);
+        let _ = fs::remove_dir_all(&model);
+        run(&train, written);
         assert_eq!(bed.losses(&name), losses, "{name}");
-        let again = fs::read(model.join("model.safetensors")).unwrap();
+        let again = fs::read(model.join("model.safetensors")).ok();
         assert!(again == weights, "{name}: the resumed run ends elsewhere");
-
-        let ran = output(&[
-            "run",
-            "-m",
-            arg(&model),
-            "-p",
-            "12+7=",
-            "-n",
-            "3",
-            "--temp",
-            "0",
-        ]);
-        let errors = String::from_utf8_lossy(&ran.stderr);
-        assert_eq!(
-            ran.status.success(),
-            !is_non_causal(&name),
-            "{name}: {errors}"
-        );
+        if written {
+            let prompt = ["-p", "12+7=", "-n", "3", "--temp", "0"];
+            stdout(&[&["run", "-m", arg(&model)], &prompt[..]].concat());
+        }
         println!("{name}: {:.1} s", start.elapsed().as_secs_f64());
     }
 }
