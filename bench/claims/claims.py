@@ -86,7 +86,7 @@ _ARMS = (
     Arm("capacity-2", "capacity"),
     Arm("capacity-1", "capacity", ("router.capacity.factor=1.0",)),
     Arm("capacity-half", "capacity", ("router.capacity.factor=0.5",)),
-    Arm("capacity-half-priority", "capacity", ("router.capacity.factor=0.5", "router.drop_order='priority'")),
+    Arm("capacity-half-priority", "capacity", ("router.capacity.factor=0.5", "router.drop_order='priority'", "router.allow_non_causal=true")),
     Arm("z-loss", "z-loss"),
     Arm("deepseek", "deepseek", probes=("ablation",)),
     Arm("deepseek-no-shared", "deepseek-no-shared"),
@@ -314,6 +314,15 @@ def compared(claim):
 def recipe_of(arm):
     """The file that an arm trains."""
     return RECIPES / f"{arm.recipe}.toml"
+
+
+def steps_of(arm):
+    """`train.steps` of an arm."""
+    given = dict(change.split("=", 1) for change in arm.set)
+    if "train.steps" in given:
+        return int(given["train.steps"])
+    lines = (line.partition("=") for line in recipe_of(arm).read_text(encoding="utf-8").splitlines())
+    return next(int(value) for key, _, value in lines if key.strip() == "steps")
 
 
 def waits_for(claim):

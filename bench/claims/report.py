@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import stats  # noqa: E402
-from claims import CLAIMS, LESS, NO_WORSE, arms_of, other_side, waits_for  # noqa: E402
+from claims import CLAIMS, LESS, NO_WORSE, arms_of, other_side, steps_of, waits_for  # noqa: E402
 from common import ROOT  # noqa: E402
 
 OUT = ROOT / "docs" / "claims.md"
@@ -98,9 +98,19 @@ def verdict_of(claim, found):
         return "not testable at this size"
     if waits_for(claim):
         return "no recipe yet"
-    if not found:
+    results = [judged(check, found) for check in claim.checks]
+    if not any(result["differences"] for result in results):
         return "not measured yet"
-    return stats.whole(judged(check, found)["verdict"] for check in claim.checks)
+    return stats.whole(result["verdict"] for result in results)
+
+
+def command_of(claim, steps):
+    """What trains a claim again as its records were."""
+    arms = arms_of(claim)
+    if not arms:
+        return "-"
+    own = steps is None or steps == steps_of(arms[0])
+    return f"`{RUN} {claim.name}`" if own else f"`{RUN} {claim.name} --steps {steps}`"
 
 
 def baselines(claim, found):
@@ -126,10 +136,11 @@ def section(claim, records):
     if used:
         commits = ", ".join(sorted({record["commit"] for record in used}))
         minutes = sum(record["step_seconds"] * record["steps"] for record in used) / 60
-        lines.append(f"{steps} steps a run, {len(used)} runs, {minutes:.0f} minutes of training steps; commits {commits}.")
+        short = "" if steps >= steps_of(arms_of(claim)[0]) else f" (a first look; the recipe has {steps_of(arms_of(claim)[0])})"
+        lines.append(f"{steps} steps a run{short}, {len(used)} runs, {minutes:.0f} minutes of training steps; commits {commits}.")
         missing = sorted({f"{name}: {why}" for record in used for name, why in record["missing"].items()})
         lines += [f"Not measured: {text}." for text in missing]
-    return lines + [f"Again: `{RUN} {claim.name}`", ""]
+    return lines + [f"Again: {command_of(claim, steps)}", ""]
 
 
 def measured(claim, found):
@@ -151,8 +162,8 @@ def document(records):
     """The whole file."""
     lines = [INTRO, "| claim | what the papers say | measured here (first check) | verdict | command |", "|---|---|---|---|---|"]
     for claim in CLAIMS:
-        found, _, _ = by_arm(records, claim)
-        command = f"`{RUN} {claim.name}`" if arms_of(claim) else "-"
+        found, steps, _ = by_arm(records, claim)
+        command = command_of(claim, steps)
         lines.append(f"| [{claim.name}](#{claim.name}) | {claim.says} | {measured(claim, found)} | **{verdict_of(claim, found)}** | {command} |")
     lines.append("")
     for claim in CLAIMS:

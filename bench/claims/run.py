@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import probes  # noqa: E402
 import values  # noqa: E402
-from claims import ARMS, CLAIMS, arms_of, claim_named, recipe_of, waits_for  # noqa: E402
+from claims import ARMS, CLAIMS, arms_of, claim_named, recipe_of, steps_of, waits_for  # noqa: E402
 from common import ROOT, append_record, fail, machine, now, pin, read_records, revision, say  # noqa: E402
 
 RECORD = "claims"
@@ -66,7 +66,7 @@ class Job:
     def __init__(self, arm, seed, args):
         self.arm, self.seed, self.args = arm, seed, args
         self.recipe = recipe_of(arm)
-        self.steps = args.steps or steps_of(self.recipe, arm)
+        self.steps = args.steps or steps_of(arm)
         # A recipe that was changed gets another folder, because snapshots of the old one are refused there.
         digest = sha256(self.recipe.read_bytes() + json.dumps(arm.set).encode())[:8]
         self.folder = RUNS / args.data / arm.name / f"{seed}-{self.steps}-{digest}"
@@ -132,18 +132,6 @@ class Job:
         for part in ("snapshots", "tokens"):
             shutil.rmtree(self.folder / part, ignore_errors=True)
         return record
-
-
-def steps_of(recipe, arm):
-    """`train.steps` of an arm."""
-    given = dict(change.split("=", 1) for change in arm.set)
-    if "train.steps" in given:
-        return int(given["train.steps"])
-    for line in recipe.read_text(encoding="utf-8").splitlines():
-        key, _, value = line.partition("=")
-        if key.strip() == "steps":
-            return int(value)
-    fail(f"{recipe.name}: no line `steps = N`")
 
 
 def predicted(job, speeds):
