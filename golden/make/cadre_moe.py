@@ -136,6 +136,11 @@ VARIANTS = {
         {"router": SOFT | {"stage": "hard"}, "top_k": 1},
         {"temperature": {"router": SOFT | {"stage": "hard", "temperature": 1.0}}},
     ),
+    "union": (
+        "UoE's feed-forward: experts summed, with a scalar per token",
+        {"router": {"name": "union", "eps": 0.5}, "top_k": 3},
+        {"scalar": {"router": {"name": "union", "eps": 0.0}}},
+    ),
     "sparse_mixer": (
         "PhiMoE's router",
         {"router": {"name": "sparse_mixer", "eps": 0.2}},
@@ -247,6 +252,10 @@ def pick(router, top_k, logits, n_real, bias):
             return [(ids[0], y[ids[0]])], gap(y, 1)
         ids = [i for i in ids if y[i] > router["threshold"]] or ids[:1]
         return [(i, y[i]) for i in ids], min(margin, gap(y, len(ids)))
+    if name == "union":
+        ids = ranked(logits)[:top_k]
+        mass = p[ids].sum()
+        return [(i, mass / (mass + router["eps"])) for i in ids], gap(logits, top_k)
     if name == "sparse_mixer":
         left, picked, margin = logits.clone(), [], gap(logits, 2)
         for _ in range(2):

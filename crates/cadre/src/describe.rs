@@ -126,6 +126,7 @@ impl Router {
         };
         Some(match moe.router {
             RouterConfig::TopK { .. }
+            | RouterConfig::Union { .. }
             | RouterConfig::Switch
             | RouterConfig::Top2
             | RouterConfig::NullExperts

@@ -108,6 +108,12 @@ pub enum RouterConfig {
         /// What the draws follow from, with layer and position.
         seed: u64,
     },
+    /// The `top_k` best experts are summed, not averaged: each has the weight `M / (M + eps)`, where `M` is what they have
+    /// of the softmax together (Union of Experts).
+    Union {
+        /// Added to `M`.
+        eps: f64,
+    },
     /// DeepSeek's: the best experts of the best groups.
     GroupLimited {
         /// How logits become scores.
@@ -153,6 +159,7 @@ impl RouterConfig {
             Self::NullExperts => "null_experts",
             Self::DenseToSparse { .. } => "dense_to_sparse",
             Self::Uniform { .. } => "uniform",
+            Self::Union { .. } => "union",
             Self::GroupLimited { .. } => "group_limited",
             Self::SparseMixer { .. } => "sparse_mixer",
         }
@@ -249,6 +256,7 @@ impl MoeConfig {
                 | RouterConfig::NullExperts
                 | RouterConfig::DenseToSparse { .. }
                 | RouterConfig::Uniform { .. }
+                | RouterConfig::Union { .. }
         );
         say(is_ours, format!("picks by the rule `{name}`"));
         let residual = self.residual.map_or("", |residual| match residual.learned {

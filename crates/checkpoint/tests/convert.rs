@@ -158,6 +158,7 @@ const OURS: &[(&str, &str)] = &[
     ("dense_to_sparse_soft", "`dense_to_sparse`"),
     ("dense_to_sparse_hard", "`dense_to_sparse`"),
     ("uniform", "`uniform`"),
+    ("union", "`union`"),
     ("sparse_mixer", "GGUF is written for"),
 ];
 

@@ -91,6 +91,7 @@ impl Lossy {
             moe.router,
             RouterConfig::NullExperts
                 | RouterConfig::Uniform { .. }
+                | RouterConfig::Union { .. }
                 | RouterConfig::DenseToSparse { .. }
         ) {
             let expected = format!("none, for the router `{}`", moe.router.name());
@@ -192,12 +193,13 @@ impl Weighing {
                 has_fixed_sum: true,
                 score: Score::Softmax,
             },
-            // Of these, the last three have no lossy rules.
+            // Of these, the last four have no lossy rules.
             RouterConfig::SparseMixer { .. }
             | RouterConfig::Switch
             | RouterConfig::TopP { .. }
             | RouterConfig::DenseToSparse { .. }
             | RouterConfig::NullExperts
+            | RouterConfig::Union { .. }
             | RouterConfig::Uniform { .. } => Self {
                 has_fixed_sum: false,
                 score: Score::Softmax,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cadre_checkpoint::{RouterConfig, Score};
 use cadre_routing::policies::{
     DenseToSparse, GroupLimited, GroupLimitedOptions, GroupScore, NullExperts, ScoreFn,
-    SparseMixer, Stage, Switch, Top2, TopK, TopP, Uniform,
+    SparseMixer, Stage, Switch, Top2, TopK, TopP, Uniform, Union,
 };
 use cadre_routing::{Policy, RoutingError};
 
@@ -102,6 +102,7 @@ impl Builder<'_> {
                     .map(boxed)
             }
             RouterConfig::Uniform { .. } => Uniform::new(n_experts, top_k).map(boxed),
+            RouterConfig::Union { eps } => Union::new(n_experts, top_k, 1.0, eps as f32).map(boxed),
             RouterConfig::SparseMixer { eps } => SparseMixer::new(n_experts, eps as f32).map(boxed),
             RouterConfig::GroupLimited {
                 correction_bias, ..

@@ -192,7 +192,9 @@ fn router_of(moe: &MoeConfig) -> RouterOptions {
             options.dense_eval = Some(true);
         }
         RouterConfig::Uniform { seed } => options.seed = Some(seed),
-        RouterConfig::SparseMixer { eps } => options.eps = Some(eps as f32),
+        RouterConfig::SparseMixer { eps } | RouterConfig::Union { eps } => {
+            options.eps = Some(eps as f32)
+        }
         RouterConfig::GroupLimited {
             score,
             n_groups,

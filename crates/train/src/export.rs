@@ -177,6 +177,11 @@ fn stored_router(exported: Exported<'_>, sizes: RouterSizes) -> Result<(usize, R
             let eps = f64::from(options.eps());
             (2, RouterConfig::SparseMixer { eps })
         }
+        // Where experts keep a share of a sequence, no text can be generated token by token.
+        "union" if options.keep.unwrap_or(1.0) >= 1.0 => {
+            let eps = f64::from(options.eps.unwrap_or(1.0));
+            (top_k, RouterConfig::Union { eps })
+        }
         name => {
             let what = format!("router `{name}`");
             return Err(TrainError::Unexportable { what });

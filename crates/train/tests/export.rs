@@ -138,6 +138,12 @@ const KINDS: &[(&str, &str, bool, &str)] = &[
         false,
         "cadre_moe",
     ),
+    (
+        "n_experts = 4\ntop_k = 2",
+        "name = 'union'\neps = 0.5",
+        false,
+        "cadre_moe",
+    ),
     ("n_experts = [2, 5]\ntop_k = 2", "", false, "cadre_moe"),
     (
         "n_experts = 4\ntop_k = 2\nshared_intermediate_size = 5",
@@ -232,7 +238,10 @@ fn what_nothing_can_generate_with_is_refused() {
             "name = 'expert_choice'\nallow_non_causal = true",
             "expert_choice",
         ),
-        ("name = 'union'", "union"),
+        (
+            "name = 'union'\nkeep = 0.5\nallow_non_causal = true",
+            "union",
+        ),
     ] {
         let architecture = recipe("n_experts = 4\ntop_k = 2", router)
             .architecture()

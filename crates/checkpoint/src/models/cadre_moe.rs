@@ -46,6 +46,7 @@ const ROUTERS: &[(&str, &[&str])] = &[
     ("null_experts", &[]),
     ("dense_to_sparse", &["temperature", "threshold", "stage"]),
     ("uniform", &["seed"]),
+    ("union", &["eps"]),
     ("sparse_mixer", &["eps"]),
     (
         "group_limited",
@@ -175,6 +176,9 @@ fn router(keys: &Keys) -> Result<RouterConfig> {
         },
         "uniform" => RouterConfig::Uniform {
             seed: keys.whole("seed")?,
+        },
+        "union" => RouterConfig::Union {
+            eps: within(keys, "eps", 0.0..=f64::from(f32::MAX))?,
         },
         "sparse_mixer" => RouterConfig::SparseMixer {
             eps: within(keys, "eps", 0.0..=1.0)?,
@@ -308,7 +312,7 @@ fn router_json(router: &RouterConfig) -> Value {
             "stage": if hard { "hard" } else { "soft" },
         }),
         RouterConfig::Uniform { seed } => json!({"name": name, "seed": seed}),
-        RouterConfig::SparseMixer { eps } => {
+        RouterConfig::Union { eps } | RouterConfig::SparseMixer { eps } => {
             json!({"name": name, "eps": eps})
         }
         RouterConfig::GroupLimited {
@@ -374,6 +378,7 @@ mod tests {
             json!({"router": {"name": "null_experts"}, "n_null": 3, "top_k": 5}),
             json!({"router": soft, "top_k": null}),
             json!({"router": {"name": "uniform", "seed": u64::MAX}}),
+            json!({"router": {"name": "union", "eps": 1.0}}),
             json!({"router": {"name": "sparse_mixer", "eps": 0.01}, "top_k": null}),
             json!({"router": groups, "shared_intermediate_size": 10}),
             json!({"residual": "sum", "residual_intermediate_size": 7}),
