@@ -10,7 +10,7 @@ const DOMAINS: [&str; 4] = ["arithmetic", "brackets", "words", "recall"];
 /// Long enough for warm-up, both phases of those recipes that have phases, and a snapshot before the end.
 const STEPS: usize = 4;
 /// Recipes whose routers no checkpoint can name.
-const NOT_WRITTEN: [&str; 2] = ["expert-choice", "uoe"];
+const NOT_WRITTEN: [&str; 1] = ["expert-choice"];
 /// The recipe that reads another one's model, and that one.
 const STUDENT: (&str, &str) = ("mos", "mos-teacher");
 
