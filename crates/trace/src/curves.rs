@@ -13,7 +13,7 @@ const PAGE: &str = include_str!("html/curves.html");
 const SCRIPT: &str = include_str!("html/curves.js");
 /// Room around the plot: labels of the y axis, the right end, the top, labels of the x axis.
 const LEFT: f64 = 52.0;
-const RIGHT: f64 = 12.0;
+const RIGHT: f64 = 20.0;
 const TOP: f64 = 8.0;
 const BOTTOM: f64 = 24.0;
 /// A second sign beside the colour.

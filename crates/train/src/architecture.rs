@@ -1,11 +1,11 @@
 //! What is trained besides parameters: the model's description, the routing rule of every MoE layer, and what stands
 //! beside the experts.
 
-use crate::routers::{Order, Route, RouterOptions, RouterSizes};
+use crate::routers::{Order, Route, Routed, RouterOptions, RouterSizes};
 use cadre_checkpoint::{ModelConfig, MoeConfig, RouterConfig, Score};
-use cadre_routing::RoutingError;
 use cadre_routing::filters::Capacity;
 use cadre_routing::policies::{GroupScore, ScoreFn};
+use cadre_routing::{Loads, RoutingError};
 use serde::{Deserialize, Serialize};
 
 /// A model without its parameters.
@@ -123,6 +123,15 @@ impl Architecture {
             parts,
             config,
         })
+    }
+
+    /// The picks that the balance loss of each MoE layer counts.
+    #[must_use]
+    pub fn balance_loads(&self, routed: &[Routed]) -> Vec<Loads> {
+        let layers = self.moe.iter().zip(routed);
+        layers
+            .map(|(layer, decided)| layer.router.balance_loads(decided))
+            .collect()
     }
 
     /// The MoE part of decoder layer `layer`; `None` for dense layers.

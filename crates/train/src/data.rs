@@ -6,7 +6,7 @@ use crate::files;
 use crate::init::stream;
 use crate::lm::Batch;
 use crate::recipe::{Data, Recipe, Source};
-use cadre_checkpoint::{Tokenizer, train_bpe};
+use cadre_checkpoint::{Checkpoint, Tokenizer, train_bpe};
 use rand::Rng;
 use serde::Deserialize;
 use std::path::Path;
@@ -66,20 +66,84 @@ fn read_documents(path: &Path) -> Result<Vec<String>> {
         .collect()
 }
 
+/// The vocabulary of the checkpoint that a run starts from or follows.
+struct Given {
+    tokenizer_json: String,
+    /// The token that ends a text.
+    end: Option<u32>,
+}
+
+impl Given {
+    /// `None` when the run trains a tokenizer of its own.
+    fn of(recipe: &Recipe) -> Result<Option<Self>> {
+        let from = recipe
+            .start
+            .as_ref()
+            .and_then(|start| start.from.as_deref());
+        let teacher = recipe.distill.as_ref().map(|d| d.teacher.as_path());
+        let Some(folder) = from.or(teacher) else {
+            return Ok(None);
+        };
+        let given = Self::read(folder)?;
+        if let (Some(_), Some(teacher)) = (from, teacher)
+            && !same_vocabulary(&given.tokenizer_json, &Self::read(teacher)?.tokenizer_json)
+        {
+            return Err(TrainError::DoesNotFit {
+                path: teacher.to_owned(),
+                differences: vec![format!(
+                    "its tokenizer is not that of {}, and a teacher has to read the same tokens",
+                    folder.display()
+                )],
+            });
+        }
+        Ok(Some(given))
+    }
+
+    fn read(folder: &Path) -> Result<Self> {
+        let checkpoint = Checkpoint::open(folder)?;
+        let json = files::read(&folder.join("tokenizer.json"))?;
+        Ok(Self {
+            tokenizer_json: String::from_utf8_lossy(&json).into_owned(),
+            end: checkpoint.config().eos_token_ids.first().copied(),
+        })
+    }
+}
+
+/// Whether two `tokenizer.json` give every text the same tokens: equal models and added tokens.
+fn same_vocabulary(a: &str, b: &str) -> bool {
+    let parts = |text: &str| {
+        let json: serde_json::Value = serde_json::from_str(text).ok()?;
+        Some([
+            json.get("model")?.clone(),
+            json.get("added_tokens")?.clone(),
+        ])
+    };
+    parts(a).is_some_and(|a| Some(a) == parts(b))
+}
+
 impl Corpus {
-    /// Reads the sources, trains the tokenizer (or takes the one of an earlier start of this run), and encodes.
+    /// Reads the sources, trains the tokenizer (or takes the one of an earlier start of this run, or that of the checkpoint
+    /// that the run starts from or follows), and encodes.
     /// `folder` is the run's own and keeps `tokenizer.json` and the tokens.
     ///
     /// # Errors
     /// Unreadable or malformed data, less text than one sequence in a domain, or less than one step in all.
     pub fn prepare(recipe: &Recipe, data: &Data, folder: &Path) -> Result<Self> {
         let tokenizer_file = folder.join("tokenizer.json");
-        let tokenizer_json = if tokenizer_file.exists() {
-            String::from_utf8_lossy(&files::read(&tokenizer_file)?).into_owned()
-        } else {
-            let json = train_tokenizer(data, recipe.model.vocab_size)?;
-            files::write_atomic(&tokenizer_file, json.as_bytes())?;
-            json
+        let given = Given::of(recipe)?;
+        let tokenizer_json = match &given {
+            Some(given) => {
+                files::write_atomic(&tokenizer_file, given.tokenizer_json.as_bytes())?;
+                given.tokenizer_json.clone()
+            }
+            None if tokenizer_file.exists() => {
+                String::from_utf8_lossy(&files::read(&tokenizer_file)?).into_owned()
+            }
+            None => {
+                let json = train_tokenizer(data, recipe.model.vocab_size)?;
+                files::write_atomic(&tokenizer_file, json.as_bytes())?;
+                json
+            }
         };
         let origin = tokenizer_file.display().to_string();
         let tokenizer = Tokenizer::from_json(&origin, &tokenizer_json)?;
@@ -87,7 +151,15 @@ impl Corpus {
         files::create_dir(&cache)?;
         let encode = |source: &Source, path: &Path, split: &str| {
             let name = format!("{}.{split}.u32", source.domain);
-            let tokens = encode_cached(&tokenizer, path, &cache.join(name))?;
+            let end = given.as_ref().and_then(|given| given.end);
+            let end = end.or_else(|| tokenizer.token_id(END_OF_TEXT));
+            let reader = Reader {
+                tokenizer: &tokenizer,
+                end: end.unwrap_or(0),
+                // Tokens of another tokenizer are not these tokens.
+                crc: crc32fast::hash(tokenizer_json.as_bytes()),
+            };
+            let tokens = reader.encode_cached(path, &cache.join(name))?;
             if tokens.len() <= recipe.train.seq_len {
                 return Err(TrainError::TooLittleData {
                     path: path.to_owned(),
@@ -196,33 +268,48 @@ fn train_tokenizer(data: &Data, vocab_size: usize) -> Result<String> {
     Ok(train_bpe(texts, vocab_size, &[END_OF_TEXT])?)
 }
 
-/// Tokens of all documents. The cache is used when it was made from the same tokenizer and the same bytes.
-fn encode_cached(tokenizer: &Tokenizer, path: &Path, cache: &Path) -> Result<Vec<u32>> {
-    let source = std::fs::metadata(path).map_err(|e| TrainError::io("read", path, e))?;
-    let key = crc32fast::hash(&files::read(path)?);
-    let key = [key, source.len() as u32, tokenizer.vocab_size() as u32];
-    if let Ok(bytes) = std::fs::read(cache) {
-        let (words, rest) = bytes.as_chunks::<4>();
-        let words: Vec<u32> = words.iter().map(|w| u32::from_le_bytes(*w)).collect();
-        let (head, tokens) = words.split_at(words.len().min(4));
-        let whole = head.len() == 4 && rest.is_empty() && head[3] as usize == tokens.len();
-        if whole && head[..3] == key {
-            return Ok(tokens.to_vec());
+/// Makes tokens of text.
+struct Reader<'a> {
+    tokenizer: &'a Tokenizer,
+    /// Ends every document.
+    end: u32,
+    /// Of `tokenizer.json`.
+    crc: u32,
+}
+
+impl Reader<'_> {
+    /// Tokens of all documents. The cache is used when it was made from the same tokenizer and the same bytes.
+    fn encode_cached(&self, path: &Path, cache: &Path) -> Result<Vec<u32>> {
+        let Self {
+            tokenizer,
+            end,
+            crc,
+        } = *self;
+        let source = std::fs::metadata(path).map_err(|e| TrainError::io("read", path, e))?;
+        let key = crc32fast::hash(&files::read(path)?);
+        let key = [key, source.len() as u32, crc ^ end];
+        if let Ok(bytes) = std::fs::read(cache) {
+            let (words, rest) = bytes.as_chunks::<4>();
+            let words: Vec<u32> = words.iter().map(|w| u32::from_le_bytes(*w)).collect();
+            let (head, tokens) = words.split_at(words.len().min(4));
+            let whole = head.len() == 4 && rest.is_empty() && head[3] as usize == tokens.len();
+            if whole && head[..3] == key {
+                return Ok(tokens.to_vec());
+            }
         }
+        let documents = read_documents(path)?;
+        let texts: Vec<&str> = documents.iter().map(String::as_str).collect();
+        let mut tokens = Vec::new();
+        for ids in tokenizer.encode_batch(&texts)? {
+            tokens.extend(ids);
+            tokens.push(end);
+        }
+        let head = key.iter().copied().chain([tokens.len() as u32]);
+        let bytes: Vec<u8> = head
+            .chain(tokens.iter().copied())
+            .flat_map(u32::to_le_bytes)
+            .collect();
+        files::write_atomic(cache, &bytes)?;
+        Ok(tokens)
     }
-    let end = tokenizer.token_id(END_OF_TEXT).unwrap_or(0);
-    let documents = read_documents(path)?;
-    let texts: Vec<&str> = documents.iter().map(String::as_str).collect();
-    let mut tokens = Vec::new();
-    for ids in tokenizer.encode_batch(&texts)? {
-        tokens.extend(ids);
-        tokens.push(end);
-    }
-    let head = key.iter().copied().chain([tokens.len() as u32]);
-    let bytes: Vec<u8> = head
-        .chain(tokens.iter().copied())
-        .flat_map(u32::to_le_bytes)
-        .collect();
-    files::write_atomic(cache, &bytes)?;
-    Ok(tokens)
 }

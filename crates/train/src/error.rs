@@ -81,6 +81,14 @@ pub enum TrainError {
         /// Tokens of a step.
         n_wanted: usize,
     },
+    /// A checkpoint that a run starts from or follows is not what the recipe describes.
+    #[error("{} does not fit the recipe: {}", path.display(), differences.join("; "))]
+    DoesNotFit {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What differs, with both values.
+        differences: Vec<String>,
+    },
     /// The output folder belongs to another recipe.
     #[error("{} holds a run of a different recipe:{}\nset another [output] dir, or pass --fresh to delete that run and start over", path.display(), listed(differences))]
     OtherRun {

@@ -16,7 +16,7 @@ use cadre_routing::policies::{GroupScore, ScoreFn, Stage};
 use std::borrow::Cow;
 use std::path::Path;
 
-pub use crate::import::{import, import_biases};
+pub use crate::import::{Opened, import, import_biases, open};
 
 /// What a checkpoint says beside the parameters.
 #[derive(Clone, Copy, Debug)]

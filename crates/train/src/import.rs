@@ -8,6 +8,7 @@ use crate::lm::{FeedForward, LanguageModel, Layer};
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData as Data};
 use cadre_checkpoint::{Checkpoint, ModelConfig, QkNorm, RopeScaling};
+use std::path::Path;
 
 /// A training model with the weights of a checkpoint; [`Architecture::of`] its configuration says what else it is.
 ///
@@ -46,6 +47,30 @@ pub fn import(checkpoint: &Checkpoint, device: &Device) -> Result<LanguageModel>
         set(head, |shape| load("lm_head.weight", shape))?;
     }
     Ok(model)
+}
+
+/// A checkpoint folder as the trainer has models.
+#[derive(Debug)]
+pub struct Opened {
+    /// The model without its parameters.
+    pub architecture: Architecture,
+    /// The parameters.
+    pub model: LanguageModel,
+    /// Selection-only biases, one per MoE layer; empty when there are none.
+    pub biases: Vec<Vec<f32>>,
+}
+
+/// Opens a Hugging Face folder as a training model.
+///
+/// # Errors
+/// A folder that is no checkpoint, and as [`import`].
+pub fn open(folder: &Path, device: &Device) -> Result<Opened> {
+    let checkpoint = Checkpoint::open(folder)?;
+    Ok(Opened {
+        architecture: Architecture::of(checkpoint.config())?,
+        model: import(&checkpoint, device)?,
+        biases: import_biases(&checkpoint)?,
+    })
 }
 
 /// The selection-only biases of a checkpoint's MoE layers; empty when it has none.

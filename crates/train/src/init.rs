@@ -51,7 +51,7 @@ pub(crate) fn stream(seed: u64, name: &str) -> ChaCha8Rng {
 }
 
 /// Two independent standard normal values (Box and Muller 1958).
-fn normal_pair(rng: &mut ChaCha8Rng) -> [f32; 2] {
+pub(crate) fn normal_pair(rng: &mut ChaCha8Rng) -> [f32; 2] {
     let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
     let angle = std::f64::consts::TAU * rng.random::<f64>();
     [(radius * angle.cos()) as f32, (radius * angle.sin()) as f32]

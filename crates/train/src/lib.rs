@@ -1,6 +1,6 @@
 //! Training on Burn: routers, losses, the language model, the loop.
 //!
-//! The way of a step: [`trainer`] -> [`lm`] -> [`layers::moe`] -> routers, [`ops`] -> [`optimizer`].
+//! The way of a step: [`trainer`] -> `run` -> `objective` -> [`lm`] -> [`layers::moe`] -> routers, [`ops`] -> [`optimizer`].
 #![forbid(unsafe_code)]
 
 pub mod architecture;
@@ -15,12 +15,15 @@ pub mod layers;
 pub mod lm;
 pub mod log;
 pub mod losses;
+pub mod methods;
+mod objective;
 pub mod ops;
 pub mod optimizer;
 pub mod params;
 pub mod plot;
 pub mod recipe;
 pub mod routers;
+mod run;
 mod snapshot;
 pub mod trainer;
 pub mod weight_heads;

@@ -11,7 +11,7 @@ use crate::ops::{self, AttentionShape};
 use crate::routers::{RouteContext, Routed};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use cadre_routing::RoutingError;
+use cadre_routing::{Loads, RoutingError};
 use std::sync::Arc;
 
 /// Feed-forward part of a layer.
@@ -204,23 +204,37 @@ impl LanguageModel {
         batch: &Batch,
         pass: &Pass<'_>,
     ) -> Result<Losses, RoutingError> {
-        let Forward { hidden, routed } = self.forward(architecture, batch, pass)?;
+        let forward = self.forward(architecture, batch, pass)?;
+        let loads = architecture.balance_loads(&forward.routed);
+        Ok(self.score(architecture, forward, batch, &loads))
+    }
+
+    /// The loss parts of a forward pass over `batch`, with the balance of `loads`: those of
+    /// [`Architecture::balance_loads`], perhaps counted over more than the batch.
+    #[must_use]
+    pub fn score(
+        &self,
+        architecture: &Architecture,
+        forward: Forward,
+        batch: &Batch,
+        loads: &[Loads],
+    ) -> Losses {
+        let Forward { hidden, routed } = forward;
         let cross_entropy = ops::cross_entropy(hidden, self.head(), batch.targets.clone());
         let n = routed.len().max(1) as f32;
         let zero = Tensor::zeros([1], &cross_entropy.device());
         let (mut balance, mut z) = (zero.clone(), zero);
-        for (decided, layer) in routed.iter().zip(&architecture.moe) {
-            let counted = layer.router.balance_loads(decided);
-            let even = layer.router.balance(decided, &counted, false);
+        for ((decided, layer), loads) in routed.iter().zip(&architecture.moe).zip(loads) {
+            let even = layer.router.balance(decided, loads, false);
             balance = balance + even / n;
             z = z + losses::z_loss(decided.logits.clone()) / n;
         }
-        Ok(Losses {
+        Losses {
             cross_entropy,
             balance,
             z,
             routed,
-        })
+        }
     }
 }
 

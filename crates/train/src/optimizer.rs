@@ -74,6 +74,11 @@ impl GradientSum {
         });
     }
 
+    /// Drops the gradients of all paths that `keep` refuses: those parameters do not move.
+    pub fn retain(&mut self, keep: impl Fn(&str) -> bool) {
+        self.sums.retain(|path, _| keep(path));
+    }
+
     /// Euclidean norm over all parameters.
     #[must_use]
     pub fn norm(&self) -> f64 {

@@ -2,6 +2,11 @@
 
 use crate::architecture::{Architecture, MoeParts, Residual};
 use crate::error::{Result, TrainError};
+use crate::methods::balance_bias::BalanceBias;
+use crate::methods::balance_scope::Scope;
+use crate::methods::distill::Distill;
+use crate::methods::evolve::Evolve;
+use crate::methods::start::Start;
 use crate::optimizer::AdamWConfig;
 use crate::routers::{Route, RouterOptions};
 use cadre_checkpoint::{
@@ -32,6 +37,18 @@ pub struct Recipe {
     /// Router losses.
     #[serde(default)]
     pub losses: LossWeights,
+    /// Balance by a bias on the selection.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balance_bias: Option<BalanceBias>,
+    /// A teacher to follow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distill: Option<Distill>,
+    /// One expert that becomes many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evolve: Option<Evolve>,
+    /// A checkpoint to start from, and what of it does not move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<Start>,
     /// Constants of AdamW.
     #[serde(default)]
     pub optimizer: AdamWConfig,
@@ -178,6 +195,10 @@ pub struct LossWeights {
     pub balance: f32,
     /// Router z-loss.
     pub z: f32,
+    /// Over which tokens the balance loss counts loads.
+    pub scope: Scope,
+    /// Agreement of two passes; 0 runs one.
+    pub consistency: f32,
 }
 
 impl Default for LossWeights {
@@ -185,6 +206,8 @@ impl Default for LossWeights {
         Self {
             balance: 0.01,
             z: 0.001,
+            scope: Scope::Micro,
+            consistency: 0.0,
         }
     }
 }
@@ -319,7 +342,7 @@ impl Recipe {
                 options.name
             ));
         }
-        Ok(())
+        crate::methods::check(self, &architecture)
     }
 
     /// The model without its parameters: its configuration and routing rules.
@@ -341,7 +364,11 @@ impl Recipe {
             residual: m.residual.map(|kind| (kind, residual_width)),
             recurrent_router: m.recurrent_router,
         };
-        Ok(Architecture::with_parts(config, &options, &counts, parts)?)
+        let architecture = Architecture::with_parts(config, &options, &counts, parts)?;
+        Ok(match &self.evolve {
+            Some(evolve) => evolve.wrap(architecture),
+            None => architecture,
+        })
     }
 
     /// Relations between the keys of `[model]` that make MoE layers.

@@ -1,6 +1,7 @@
 //! Snapshots: everything that changes during a run, written atomically, refused when damaged.
 //!
-//! A snapshot is a folder `step-00000200/` with `state.safetensors` (parameters `p.*`, moments `m.*` and `v.*`)
+//! A snapshot is a folder `step-00000200/` with `state.safetensors` (parameters `p.*`, moments `m.*` and `v.*`,
+//! selection biases `b.*`)
 //! and `manifest.json` (step, length and CRC-32 of the state, the recipe). It is made under another name, synced,
 //! and renamed, so that a kill at any moment leaves the previous one in place.
 
@@ -31,27 +32,26 @@ struct Manifest {
 /// # Errors
 /// Failures of the file system, and parameters that are not finite; nothing half-written keeps a snapshot's name, and the
 /// snapshots before it stay.
-pub(crate) fn save(
-    folder: &Path,
-    recipe: &Recipe,
-    model: &LanguageModel,
-    optimizer: &AdamW,
-) -> Result<PathBuf> {
-    save_with(folder, recipe, model, optimizer, &files::write_synced)
+pub(crate) fn save(folder: &Path, recipe: &Recipe, state: &State<'_>) -> Result<PathBuf> {
+    save_with(folder, recipe, state, &files::write_synced)
+}
+
+/// Everything that changes during a run.
+#[derive(Clone, Copy)]
+pub(crate) struct State<'a> {
+    pub(crate) model: &'a LanguageModel,
+    pub(crate) optimizer: &'a AdamW,
+    /// Selection-only biases by MoE layer.
+    pub(crate) biases: &'a [Vec<f32>],
 }
 
 /// Writes a file completely or fails.
 type Write = dyn Fn(&Path, &[u8]) -> Result<()>;
 
 /// As [`save`], with the writing of files left to `write`.
-fn save_with(
-    folder: &Path,
-    recipe: &Recipe,
-    model: &LanguageModel,
-    optimizer: &AdamW,
-    write: &Write,
-) -> Result<PathBuf> {
-    let state = encode(model, optimizer).map_err(|what| TrainError::Diverged {
+fn save_with(folder: &Path, recipe: &Recipe, state: &State<'_>, write: &Write) -> Result<PathBuf> {
+    let optimizer = state.optimizer;
+    let state = encode(state).map_err(|what| TrainError::Diverged {
         step: optimizer.step,
         what,
         largest: None,
@@ -89,8 +89,8 @@ pub(crate) fn newest(folder: &Path) -> Option<PathBuf> {
 }
 
 /// The state as safetensors, or the name of what is not finite.
-fn encode(model: &LanguageModel, optimizer: &AdamW) -> Result<Vec<u8>, String> {
-    let params = params::collect(model);
+fn encode(state: &State<'_>) -> Result<Vec<u8>, String> {
+    let params = params::collect(state.model);
     let finite = |values: &[f32]| values.iter().all(|x| x.is_finite());
     if let Some((path, _)) = params.iter().find(|(_, (_, values))| !finite(values)) {
         return Err(format!("the parameter {path}"));
@@ -100,10 +100,13 @@ fn encode(model: &LanguageModel, optimizer: &AdamW) -> Result<Vec<u8>, String> {
     for (path, (shape, values)) in &params {
         tensors.push((format!("p.{path}"), shape.clone(), bytes(values)));
     }
-    for (path, moments) in &optimizer.moments {
+    for (path, moments) in &state.optimizer.moments {
         let shape = vec![moments.first.len()];
         tensors.push((format!("m.{path}"), shape.clone(), bytes(&moments.first)));
         tensors.push((format!("v.{path}"), shape, bytes(&moments.second)));
+    }
+    for (nth, bias) in state.biases.iter().enumerate() {
+        tensors.push((bias_name(nth), vec![bias.len()], bytes(bias)));
     }
     let views = tensors.iter().map(|(name, shape, data)| {
         let view = TensorView::new(Dtype::F32, shape.clone(), data);
@@ -112,7 +115,12 @@ fn encode(model: &LanguageModel, optimizer: &AdamW) -> Result<Vec<u8>, String> {
     Ok(safetensors::serialize(views, None).expect("views are whole tensors"))
 }
 
-/// The newest snapshot that is whole, restored into `model` and `optimizer`; `None` without any.
+/// Name of the bias of the `nth` MoE layer.
+fn bias_name(nth: usize) -> String {
+    format!("b.{nth}")
+}
+
+/// The newest snapshot that is whole, restored into `model`, `optimizer` and `biases`.
 ///
 /// Damaged ones are passed over and returned by path with the reason.
 ///
@@ -123,13 +131,14 @@ pub(crate) fn restore(
     recipe: &Recipe,
     mut model: LanguageModel,
     optimizer: &mut AdamW,
+    biases: &mut [Vec<f32>],
 ) -> Result<(LanguageModel, Vec<TrainError>)> {
     let mut refused = Vec::new();
     for path in list(folder)? {
         match open(&path) {
             Ok((manifest, state)) => {
                 check_recipe(folder, recipe, &manifest.recipe)?;
-                model = decode(&path, &state, model, optimizer)?;
+                model = decode(&path, &state, model, optimizer, biases)?;
                 optimizer.step = manifest.step;
                 break;
             }
@@ -240,6 +249,7 @@ fn decode(
     state: &[u8],
     model: LanguageModel,
     optimizer: &mut AdamW,
+    biases: &mut [Vec<f32>],
 ) -> Result<LanguageModel> {
     let damaged = |problem: String| TrainError::Snapshot {
         path: path.to_owned(),
@@ -277,6 +287,9 @@ fn decode(
         }
         read(&format!("p.{path}"), len)
     })?;
+    for (nth, bias) in biases.iter_mut().enumerate() {
+        *bias = read(&bias_name(nth), bias.len())?;
+    }
     optimizer.moments = moments;
     Ok(model)
 }
@@ -303,6 +316,14 @@ mod tests {
             device: Device::flex().autodiff(),
         };
         LanguageModel::init(&recipe.architecture().unwrap(), &init)
+    }
+
+    fn parts<'a>(model: &'a LanguageModel, optimizer: &'a AdamW) -> State<'a> {
+        State {
+            model,
+            optimizer,
+            biases: &[],
+        }
     }
 
     fn names(folder: &Path) -> Vec<String> {
@@ -332,7 +353,7 @@ mod tests {
         let model = model(&recipe);
         let mut optimizer = AdamW::new(recipe.optimizer);
         optimizer.step = 3;
-        save(folder.path(), &recipe, &model, &optimizer).unwrap();
+        save(folder.path(), &recipe, &parts(&model, &optimizer)).unwrap();
         optimizer.step = 4;
         // In the middle of the state, and between state and manifest.
         for (state, manifest) in [(100, usize::MAX), (usize::MAX, 10)] {
@@ -344,7 +365,7 @@ mod tests {
                 };
                 full_after(room, path, bytes)
             };
-            let error = save_with(folder.path(), &recipe, &model, &optimizer, &write)
+            let error = save_with(folder.path(), &recipe, &parts(&model, &optimizer), &write)
                 .unwrap_err()
                 .to_string();
             assert!(
@@ -354,9 +375,16 @@ mod tests {
             assert_eq!(names(folder.path()), ["step-00000003"]);
         }
         let mut restored = AdamW::new(recipe.optimizer);
-        let (_, refused) = restore(folder.path(), &recipe, model.clone(), &mut restored).unwrap();
+        let (_, refused) = restore(
+            folder.path(),
+            &recipe,
+            model.clone(),
+            &mut restored,
+            &mut [],
+        )
+        .unwrap();
         assert_eq!((restored.step, refused.len()), (3, 0));
-        save(folder.path(), &recipe, &model, &optimizer).unwrap();
+        save(folder.path(), &recipe, &parts(&model, &optimizer)).unwrap();
         assert_eq!(names(folder.path()), ["step-00000003", "step-00000004"]);
     }
 

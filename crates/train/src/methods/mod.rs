@@ -1,0 +1,43 @@
+//! Training methods: what a run does beyond minimising the losses of one batch; one small file per paper.
+//!
+//! Each has a table or key in the recipe, keeps what it has to remember in snapshots, and is a function of seed and step
+//! otherwise, so that an interrupted run goes on as if it had not been.
+
+pub mod balance_bias;
+pub mod balance_scope;
+pub mod consistency;
+pub mod distill;
+pub mod evolve;
+pub mod start;
+
+use crate::architecture::Architecture;
+use crate::recipe::{LossWeights, Recipe};
+
+/// Refuses methods that cannot work, in one sentence that names the key.
+pub(crate) fn check(recipe: &Recipe, architecture: &Architecture) -> Result<(), String> {
+    let LossWeights { balance, z, .. } = recipe.losses;
+    for (key, weight) in [("balance", balance), ("z", z)] {
+        if !weight.is_finite() {
+            return Err(format!(
+                "`losses.{key}` = {weight}, expected a finite number"
+            ));
+        }
+    }
+    let consistency = recipe.losses.consistency;
+    if !(0.0..f32::INFINITY).contains(&consistency) {
+        return Err(format!(
+            "`losses.consistency` = {consistency}, expected at least 0"
+        ));
+    }
+    if let Some(rule) = &recipe.balance_bias {
+        rule.check(architecture)?;
+    }
+    if let Some(evolve) = &recipe.evolve {
+        evolve.check(recipe.train.steps, architecture)?;
+    }
+    recipe
+        .distill
+        .as_ref()
+        .map_or(Ok(()), distill::Distill::check)?;
+    recipe.start.as_ref().map_or(Ok(()), start::Start::check)
+}

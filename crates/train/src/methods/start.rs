@@ -1,0 +1,164 @@
+//! Where a run starts and what of it moves: from a checkpoint, with parts held still.
+//!
+//! Paper: none; what continued pre-training, router-only and experts-only tuning need (for example AdaMoE, Zeng et al.,
+//! 2024, arXiv 2406.13233, which trains routers and experts of a trained model).
+//! Rule: parameters come from the checkpoint, AdamW's moments start at zero; frozen parts get no gradient, no weight decay
+//! and no moments, and do not move by a bit.
+//! Recipe: `[start] from = FOLDER, freeze = ["router", "experts", "dense"]`; either key may be left out. The tokens are
+//! those of the checkpoint's tokenizer.
+//! State: none; a resumed run takes everything from its snapshot.
+//! Check: methods::start::tests, tests/methods.rs.
+
+use crate::architecture::Architecture;
+use crate::error::{Result, TrainError};
+use crate::export::{self, Opened};
+use crate::lm::LanguageModel;
+use crate::params;
+use burn::tensor::Device;
+use cadre_checkpoint::ModelConfig;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// `[start]` of a recipe.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Start {
+    /// Hugging Face folder with the first parameters; random ones without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<PathBuf>,
+    /// What does not move.
+    pub freeze: Vec<Part>,
+}
+
+/// A part of a model; every parameter is in one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// What makes the routers' logits.
+    Router,
+    /// Routed experts.
+    Experts,
+    /// Everything that all tokens pass: attention, norms, embeddings, dense and shared feed-forward.
+    Dense,
+}
+
+impl Part {
+    /// The part that a parameter of the training model belongs to.
+    #[must_use]
+    pub fn of(path: &str) -> Self {
+        let name = path.rsplit('.').next().unwrap_or_default();
+        if path.starts_with("router_gru") {
+            return Self::Router;
+        }
+        match name {
+            "gate" | "router_in" if path.contains(".Moe.") => Self::Router,
+            "gate_up" | "down" if path.ends_with(&format!(".Moe.{name}")) => Self::Experts,
+            _ => Self::Dense,
+        }
+    }
+}
+
+impl Start {
+    /// Refuses to hold everything still.
+    ///
+    /// # Errors
+    /// One sentence that names the key.
+    pub fn check(&self) -> Result<(), String> {
+        let all = [Part::Router, Part::Experts, Part::Dense];
+        if all.iter().all(|part| self.freeze.contains(part)) {
+            return Err("`start.freeze` names every part, nothing would be trained".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Whether a parameter does not move.
+    #[must_use]
+    pub fn is_frozen(&self, path: &str) -> bool {
+        self.freeze.contains(&Part::of(path))
+    }
+}
+
+/// The checkpoint in `folder`, for a run of `architecture` whose random parameters are `fresh`.
+///
+/// # Errors
+/// A folder that is no checkpoint, a layout that the trainer does not know, or sizes other than the recipe's, all of which
+/// are named.
+pub fn load(
+    folder: &Path,
+    architecture: &Architecture,
+    fresh: &LanguageModel,
+    device: &Device,
+) -> Result<Opened> {
+    let opened = export::open(folder, device)?;
+    let mut differences = compare(&opened.architecture.config, &architecture.config);
+    let (found, wanted) = (params::collect(&opened.model), params::collect(fresh));
+    let shape = |shape: Option<&params::Values>| {
+        shape.map_or_else(|| "absent".to_owned(), |(shape, _)| format!("{shape:?}"))
+    };
+    for path in wanted
+        .keys()
+        .chain(found.keys().filter(|k| !wanted.contains_key(*k)))
+    {
+        let (a, b) = (shape(found.get(path)), shape(wanted.get(path)));
+        // Many tensors have a wrong size for the same reason; a few of them say it.
+        if a != b && differences.len() < 8 {
+            differences.push(format!("parameter {path} is {a} there, {b} by the recipe"));
+        }
+    }
+    if differences.is_empty() {
+        return Ok(opened);
+    }
+    Err(TrainError::DoesNotFit {
+        path: folder.to_owned(),
+        differences,
+    })
+}
+
+/// What parameters do not show: numbers by which the same values would compute something else.
+fn compare(theirs: &ModelConfig, ours: &ModelConfig) -> Vec<String> {
+    let numbers = |c: &ModelConfig| {
+        [
+            ("num_attention_heads", c.n_heads as f64),
+            ("num_key_value_heads", c.n_kv_heads as f64),
+            ("head_dim", c.head_dim as f64),
+            ("num_hidden_layers", c.n_layers as f64),
+            ("rope_theta", c.rope.theta),
+            ("rms_norm_eps", c.norm_eps),
+        ]
+    };
+    let pairs = numbers(theirs).into_iter().zip(numbers(ours));
+    pairs
+        .filter(|((_, a), (_, b))| a != b)
+        .map(|((key, a), (_, b))| format!("{key} is {a} there, {b} by the recipe"))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_parameter_is_in_one_part() {
+        for (path, part) in [
+            ("layers.0.mlp.Moe.gate", Part::Router),
+            ("layers.3.mlp.Moe.router_in", Part::Router),
+            ("router_gru.weight_ih", Part::Router),
+            ("layers.0.mlp.Moe.gate_up", Part::Experts),
+            ("layers.0.mlp.Moe.down", Part::Experts),
+            ("layers.0.mlp.Moe.shared.gate_up", Part::Dense),
+            ("layers.0.mlp.Dense.gate_up", Part::Dense),
+            ("layers.0.self_attn.q_proj", Part::Dense),
+            ("embed_tokens", Part::Dense),
+        ] {
+            assert_eq!(Part::of(path), part, "{path}");
+        }
+    }
+
+    #[test]
+    fn nothing_left_to_train_is_refused() {
+        let start = |freeze: Vec<Part>| Start { from: None, freeze };
+        assert!(start(vec![Part::Router, Part::Dense]).check().is_ok());
+        let all = vec![Part::Router, Part::Dense, Part::Experts];
+        assert!(start(all).check().unwrap_err().contains("start.freeze"));
+    }
+}

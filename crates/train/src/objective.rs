@@ -1,0 +1,135 @@
+//! What one micro-batch is trained on: its text, the routers' losses, and what training methods add.
+
+use crate::architecture::Architecture;
+use crate::lm::{Batch, Forward, LanguageModel, Losses, Pass};
+use crate::methods::balance_scope::{ScopedLoads, merge};
+use crate::methods::consistency::consistency;
+use crate::methods::distill::Teacher;
+use crate::recipe::LossWeights;
+use burn::tensor::Tensor;
+use cadre_routing::{Loads, RoutingError};
+use std::collections::BTreeMap;
+
+/// The losses of a run and their coefficients.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Objective<'a> {
+    pub(crate) architecture: &'a Architecture,
+    pub(crate) weights: LossWeights,
+    pub(crate) teacher: Option<&'a Teacher>,
+}
+
+/// The loss of a micro-batch and its parts without their coefficients.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    /// The sum with coefficients, to go backward from.
+    pub(crate) loss: Tensor<1>,
+    pub(crate) cross_entropy: f64,
+    pub(crate) balance: f64,
+    pub(crate) z: f64,
+    /// Parts that only some recipes have, by name.
+    pub(crate) further: BTreeMap<String, f64>,
+    /// Picks of each MoE layer, over all passes.
+    pub(crate) loads: Vec<Loads>,
+}
+
+impl Objective<'_> {
+    /// Forward passes over one micro-batch that its loss takes.
+    pub(crate) fn n_passes(&self) -> usize {
+        if self.weights.consistency > 0.0 { 2 } else { 1 }
+    }
+
+    /// The loss of `batch`, the micro-batch of `pass.index`.
+    pub(crate) fn of(
+        &self,
+        model: &LanguageModel,
+        batch: &Batch,
+        pass: &Pass<'_>,
+        scoped: &mut ScopedLoads,
+    ) -> Result<Parts, RoutingError> {
+        let n_passes = self.n_passes();
+        let nth = |i: usize| Pass {
+            index: pass.index * n_passes + i,
+            ..*pass
+        };
+        let (hidden, mut parts) = self.one_pass(model, batch, &nth(0), scoped)?;
+        if n_passes == 2 {
+            let (second, other) = self.one_pass(model, batch, &nth(1), scoped)?;
+            let disagreement = consistency(hidden.clone(), second, model.head());
+            parts.loss = parts.loss + other.loss + disagreement.clone() * self.weights.consistency;
+            parts.cross_entropy = 0.5 * (parts.cross_entropy + other.cross_entropy);
+            parts.balance = 0.5 * (parts.balance + other.balance);
+            parts.z = 0.5 * (parts.z + other.z);
+            merge(&mut parts.loads, other.loads.iter())?;
+            parts.insert("consistency", disagreement);
+        }
+        if let Some(teacher) = self.teacher {
+            let followed = teacher.loss(hidden, model.head(), batch, pass.step)?;
+            if let Some(loss) = followed {
+                parts.loss = parts.loss + loss.clone() * teacher.beta();
+                parts.insert("distillation", loss);
+            }
+        }
+        Ok(parts)
+    }
+
+    fn one_pass(
+        &self,
+        model: &LanguageModel,
+        batch: &Batch,
+        pass: &Pass<'_>,
+        scoped: &mut ScopedLoads,
+    ) -> Result<(Tensor<2>, Parts), RoutingError> {
+        let forward = model.forward(self.architecture, batch, pass)?;
+        let loads = scoped.of(self.architecture.balance_loads(&forward.routed))?;
+        let hidden = forward.hidden.clone();
+        let losses = model.score(self.architecture, forward, batch, &loads);
+        let weights = self.weights;
+        let loss = losses.cross_entropy.clone()
+            + losses.balance.clone() * weights.balance
+            + losses.z.clone() * weights.z;
+        let Losses {
+            cross_entropy,
+            balance,
+            z,
+            routed,
+        } = losses;
+        let parts = Parts {
+            loss,
+            cross_entropy: value(cross_entropy),
+            balance: value(balance),
+            z: value(z),
+            further: BTreeMap::new(),
+            loads: routed.into_iter().map(|r| r.loads).collect(),
+        };
+        Ok((hidden, parts))
+    }
+
+    /// Counts the picks of a micro-batch without gradient, with the random draws that its training pass will make.
+    pub(crate) fn count(
+        &self,
+        valid: &LanguageModel,
+        batch: &Batch,
+        pass: &Pass<'_>,
+        scoped: &mut ScopedLoads,
+    ) -> Result<(), RoutingError> {
+        let n_passes = self.n_passes();
+        for i in 0..n_passes {
+            let index = pass.index * n_passes + i;
+            let pass = Pass { index, ..*pass };
+            let Forward { routed, .. } = valid.forward(self.architecture, batch, &pass)?;
+            scoped.count(&self.architecture.balance_loads(&routed))?;
+        }
+        Ok(())
+    }
+}
+
+impl Parts {
+    fn insert(&mut self, name: &str, part: Tensor<1>) {
+        self.further.insert(name.to_owned(), value(part));
+    }
+}
+
+/// The value of a loss.
+pub(crate) fn value(tensor: Tensor<1>) -> f64 {
+    f64::from(tensor.into_scalar::<f32>())
+}

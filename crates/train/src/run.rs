@@ -1,0 +1,334 @@
+//! A run in memory: one optimizer step, one evaluation, and what a snapshot has to hold.
+
+use crate::architecture::Architecture;
+use crate::data::{self, Corpus};
+use crate::error::{LargestGradient, Result, TrainError};
+use crate::init::Init;
+use crate::lm::{Batch, LanguageModel, Pass};
+use crate::log::{EvalRecord, LayerRecord, Score, StepRecord};
+use crate::methods::balance_bias;
+use crate::methods::balance_scope::{Scope, ScopedLoads, merge};
+use crate::methods::distill::Teacher;
+use crate::methods::start;
+use crate::objective::{Objective, value};
+use crate::optimizer::{AdamW, GradientSum};
+use crate::recipe::Recipe;
+use crate::snapshot;
+use burn::module::Module;
+use burn::tensor::Device;
+use cadre_routing::{Loads, RoutingError};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// A run in memory.
+pub(crate) struct Run<'a> {
+    recipe: &'a Recipe,
+    pub(crate) architecture: Architecture,
+    /// Absent only while the optimizer has it.
+    model: Option<LanguageModel>,
+    optimizer: AdamW,
+    /// Selection-only biases by MoE layer; empty without `[balance_bias]` and without any where the run starts from.
+    biases: Vec<Vec<f32>>,
+    teacher: Option<Teacher>,
+    /// Of the newest step, to say where a divergence began.
+    largest: Option<LargestGradient>,
+}
+
+/// Sums over the micro-batches of a step.
+#[derive(Default)]
+struct Totals {
+    loss: f64,
+    cross_entropy: f64,
+    balance: f64,
+    z: f64,
+    further: BTreeMap<String, f64>,
+    loads: Vec<Loads>,
+}
+
+impl<'a> Run<'a> {
+    /// The first step of `recipe` is next.
+    pub(crate) fn new(recipe: &'a Recipe) -> Result<Self> {
+        let architecture = recipe.architecture()?;
+        let device = Device::flex().autodiff();
+        let init = Init {
+            seed: recipe.seed,
+            std: recipe.model.initializer_range,
+            device: device.clone(),
+        };
+        let mut model = LanguageModel::init(&architecture, &init);
+        let mut biases = Vec::new();
+        if let Some(folder) = recipe.start.as_ref().and_then(|s| s.from.as_ref()) {
+            let opened = start::load(folder, &architecture, &model, &device)?;
+            (model, biases) = (opened.model, opened.biases);
+        }
+        if biases.is_empty() && recipe.balance_bias.is_some() {
+            biases = balance_bias::zeros(&architecture);
+        }
+        let teacher = recipe.distill.as_ref();
+        let teacher = teacher.map(|options| Teacher::open(options, recipe.model.vocab_size));
+        Ok(Self {
+            model: Some(model),
+            optimizer: AdamW::new(recipe.optimizer),
+            biases,
+            teacher: teacher.transpose()?,
+            largest: None,
+            recipe,
+            architecture,
+        })
+    }
+
+    /// Steps taken.
+    pub(crate) fn steps(&self) -> u64 {
+        self.optimizer.step
+    }
+
+    pub(crate) fn model(&self) -> &LanguageModel {
+        self.model.as_ref().expect("a model between steps")
+    }
+
+    /// Selection-only biases by MoE layer; empty when there are none.
+    pub(crate) fn biases(&self) -> &[Vec<f32>] {
+        &self.biases
+    }
+
+    /// Saves a snapshot into `folder`.
+    pub(crate) fn save(&self, folder: &Path) -> Result<PathBuf> {
+        let state = snapshot::State {
+            model: self.model(),
+            optimizer: &self.optimizer,
+            biases: &self.biases,
+        };
+        snapshot::save(folder, self.recipe, &state)
+    }
+
+    /// Restores the newest whole snapshot; returns the damaged ones.
+    pub(crate) fn resume(&mut self, snapshots: &Path) -> Result<Vec<TrainError>> {
+        let (model, refused) = snapshot::restore(
+            snapshots,
+            self.recipe,
+            self.model().clone(),
+            &mut self.optimizer,
+            &mut self.biases,
+        )?;
+        self.model = Some(model);
+        Ok(refused)
+    }
+
+    /// One optimizer step; `batch` gives micro-batches by step and index.
+    pub(crate) fn step(&mut self, batch: impl Fn(u64, usize) -> Batch) -> Result<StepRecord> {
+        let start = Instant::now();
+        let step = self.optimizer.step + 1;
+        if let Some(evolve) = self.recipe.evolve {
+            let model = self.model.take().expect("a model between steps");
+            let moments = &mut self.optimizer.moments;
+            self.model = Some(evolve.spawn(step, self.recipe.seed, model, moments));
+        }
+        let (mut gradients, totals) = self.gradients(step, &batch)?;
+        if let Some(start) = &self.recipe.start {
+            gradients.retain(|path| !start.is_frozen(path));
+        }
+        let (norm, parts) = gradients.norms();
+        self.largest = largest(step, parts).or(self.largest.take());
+        if !norm.is_finite() {
+            return Err(self.diverged(step, "the gradient"));
+        }
+        let lr = self.recipe.learning_rate(step);
+        let clip = self.recipe.train.grad_clip;
+        let scale = if clip > 0.0 {
+            (clip / (norm + 1e-6)).min(1.0)
+        } else {
+            1.0
+        };
+        // The optimizer updates in place, which needs the only handle to each tensor: so the model moves.
+        let model = self.model.take().expect("a model between steps");
+        self.model = Some(self.optimizer.step(model, gradients, lr, scale));
+        if let Some(rule) = self.recipe.balance_bias {
+            rule.update(step, &mut self.biases, &totals.loads);
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        let tokens = self.recipe.tokens_per_step();
+        Ok(StepRecord {
+            step,
+            tokens: step * tokens as u64,
+            loss: totals.loss,
+            cross_entropy: totals.cross_entropy,
+            balance: totals.balance,
+            z: totals.z,
+            parts: totals.further,
+            lr,
+            grad_norm: norm,
+            tokens_per_second: tokens as f64 / seconds,
+            seconds,
+            layers: self.layer_records(&totals.loads),
+        })
+    }
+
+    fn pass(&self, step: u64, index: usize) -> Pass<'_> {
+        Pass {
+            seed: self.recipe.seed,
+            step,
+            index,
+            training: true,
+            biases: &self.biases,
+        }
+    }
+
+    /// Sums over the micro-batches of a step.
+    fn gradients(
+        &self,
+        step: u64,
+        batch: &impl Fn(u64, usize) -> Batch,
+    ) -> Result<(GradientSum, Totals)> {
+        let n_micro = self.recipe.train.accumulate;
+        let share = 1.0 / n_micro as f32;
+        let objective = Objective {
+            architecture: &self.architecture,
+            weights: self.recipe.losses,
+            teacher: self.teacher.as_ref(),
+        };
+        // Over a single pass there is nothing to gather.
+        let scope = match n_micro * objective.n_passes() {
+            1 => Scope::Micro,
+            _ => self.recipe.losses.scope,
+        };
+        let mut scoped = ScopedLoads::new(scope);
+        if scope == Scope::Global {
+            let valid = self.model().valid();
+            for micro in 0..n_micro {
+                let pass = self.pass(step, micro);
+                let counted = objective.count(&valid, &batch(step, micro), &pass, &mut scoped);
+                counted.map_err(|e| self.routing_error(step, e))?;
+            }
+        }
+        let mut gradients = GradientSum::default();
+        let mut totals = Totals::default();
+        for micro in 0..n_micro {
+            let (batch, pass) = (batch(step, micro), self.pass(step, micro));
+            let parts = objective.of(self.model(), &batch, &pass, &mut scoped);
+            let parts = parts.map_err(|e| self.routing_error(step, e))?;
+            let loss = value(parts.loss.clone());
+            if !loss.is_finite() {
+                return Err(self.diverged(step, "the loss"));
+            }
+            let share_of = |x: f64| x * f64::from(share);
+            totals.loss += share_of(loss);
+            totals.cross_entropy += share_of(parts.cross_entropy);
+            totals.balance += share_of(parts.balance);
+            totals.z += share_of(parts.z);
+            for (name, x) in parts.further {
+                *totals.further.entry(name).or_default() += share_of(x);
+            }
+            merge(&mut totals.loads, parts.loads.iter())?;
+            gradients.add(self.model(), &mut parts.loss.backward(), share);
+        }
+        Ok((gradients, totals))
+    }
+
+    fn diverged(&self, step: u64, what: &str) -> TrainError {
+        TrainError::Diverged {
+            step,
+            what: what.to_owned(),
+            largest: self.largest.clone(),
+            kept: None,
+        }
+    }
+
+    fn routing_error(&self, step: u64, error: RoutingError) -> TrainError {
+        match error {
+            RoutingError::NonFinite { token, expert, .. } => self.diverged(
+                step,
+                &format!("the router logit of token {token} and expert {expert}"),
+            ),
+            other => other.into(),
+        }
+    }
+
+    fn layer_records(&self, loads: &[Loads]) -> Vec<LayerRecord> {
+        let layers = self.architecture.moe.iter();
+        layers
+            .zip(loads)
+            .filter_map(|(moe, loads)| {
+                let summary = loads.summary()?;
+                let counts = loads.counts();
+                let real: u64 = counts[..moe.router.n_real_experts()].iter().sum();
+                let most = (0..counts.len()).rev().max_by_key(|&e| counts[e]);
+                Some(LayerRecord {
+                    layer: moe.layer,
+                    cv: summary.cv,
+                    max_vio: summary.max_vio,
+                    dead: summary.n_dead,
+                    entropy: summary.mean_entropy.unwrap_or_default(),
+                    picks: real as f64 / summary.n_tokens as f64,
+                    dropped: summary.dropped,
+                    experts: counts.len(),
+                    slots: summary.mean_picks,
+                    fullest: most.unwrap_or_default(),
+                })
+            })
+            .collect()
+    }
+
+    /// Scores at most `max_tokens` held-out tokens of every domain, without gradients.
+    pub(crate) fn evaluate(&self, corpus: &Corpus, max_tokens: usize) -> Result<EvalRecord> {
+        let model = self.model().valid();
+        let pass = Pass {
+            training: false,
+            ..self.pass(self.steps(), 0)
+        };
+        let seq_len = self.recipe.train.seq_len;
+        let mut record = EvalRecord {
+            step: self.steps(),
+            eval: BTreeMap::new(),
+        };
+        for domain in &corpus.domains {
+            let Some(all) = data::windows(&domain.heldout, seq_len, max_tokens) else {
+                continue;
+            };
+            let size = self.recipe.train.batch_size * seq_len;
+            let (mut sum, mut n) = (0.0, 0);
+            for (tokens, targets) in all.tokens.chunks(size).zip(all.targets.chunks(size)) {
+                let batch = Batch {
+                    tokens: std::sync::Arc::new(tokens.to_vec()),
+                    targets: std::sync::Arc::new(targets.to_vec()),
+                    seq_len,
+                };
+                let losses = model.losses(&self.architecture, &batch, &pass);
+                let losses = losses.map_err(|e| self.routing_error(record.step, e))?;
+                sum += value(losses.cross_entropy) * tokens.len() as f64;
+                n += tokens.len();
+            }
+            let nll = sum / n as f64;
+            if !nll.is_finite() {
+                let what = format!("the held-out loss of {}", domain.name);
+                return Err(self.diverged(record.step, &what));
+            }
+            let score = Score {
+                tokens: n,
+                nll,
+                perplexity: nll.exp(),
+            };
+            record.eval.insert(domain.name.clone(), score);
+        }
+        Ok(record)
+    }
+}
+
+/// The part with the largest gradient. Not finite beats finite, and there the last part in the order of the forward
+/// pass: gradients flow downwards from it, and what is not finite spreads with them.
+fn largest(step: u64, parts: Vec<(String, f64)>) -> Option<LargestGradient> {
+    let all = parts.iter().all(|(_, norm)| !norm.is_finite());
+    let worst = if all {
+        // Says nothing about where it began.
+        None
+    } else if let Some(bad) = parts.iter().rev().find(|(_, norm)| !norm.is_finite()) {
+        Some(bad)
+    } else {
+        parts.iter().max_by(|a, b| a.1.total_cmp(&b.1))
+    };
+    worst.map(|(part, norm)| LargestGradient {
+        step,
+        part: part.clone(),
+        norm: *norm,
+    })
+}
