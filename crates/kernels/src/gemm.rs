@@ -9,11 +9,11 @@ use ::gemm::Parallelism;
 /// A read-only `rows x cols` view of f32 with arbitrary non-negative strides (in elements).
 #[derive(Clone, Copy, Debug)]
 pub struct Mat<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+    pub(crate) data: &'a [f32],
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) row_stride: usize,
+    pub(crate) col_stride: usize,
 }
 
 impl<'a> Mat<'a> {
@@ -43,6 +43,22 @@ impl<'a> Mat<'a> {
         }
     }
 
+    /// Rows and columns.
+    #[must_use]
+    pub fn dims(&self) -> [usize; 2] {
+        [self.rows, self.cols]
+    }
+
+    /// The first `rows` rows.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    #[must_use]
+    pub fn top(self, rows: usize) -> Self {
+        assert!(rows <= self.rows, "the first {rows} of {} rows", self.rows);
+        Self { rows, ..self }
+    }
+
     /// The transpose, without moving anything.
     #[must_use]
     pub fn t(self) -> Self {
@@ -59,10 +75,10 @@ impl<'a> Mat<'a> {
 /// A mutable `rows x cols` view of f32 whose rows are contiguous.
 #[derive(Debug)]
 pub struct MatMut<'a> {
-    data: &'a mut [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
+    pub(crate) data: &'a mut [f32],
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) row_stride: usize,
 }
 
 impl<'a> MatMut<'a> {

@@ -1,8 +1,10 @@
 //! Memory for weights: pages as large as the system has, many matrices in one piece.
 
+use std::mem::MaybeUninit;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::MmapMut;
+use rayon::prelude::*;
 
 /// Bytes asked of the system at once. Large pages need pieces much larger than they are.
 const PIECE: usize = 64 << 20;
@@ -102,9 +104,92 @@ impl AsMut<[u8]> for Part {
     }
 }
 
+/// Values that more than one thread clears.
+const MANY: usize = 1 << 18;
+/// Values that one thread clears at a time.
+const SOME: usize = 1 << 16;
+
+/// `n` zeros; of many, every thread of the current rayon pool clears its share.
+///
+/// `vec![0.0; n]` clears memory that was used before on the calling thread, while the others wait.
+#[must_use]
+pub fn zeros(n: usize) -> Vec<f32> {
+    let mut zeros = Vec::new();
+    extend(&mut zeros, n, 0.0);
+    zeros
+}
+
+/// Makes `values` `n` long; new ones are `value`. What was there may be lost when there is no room for `n`.
+pub(crate) fn resize<T: Copy + Send + Sync>(values: &mut Vec<T>, n: usize, value: T) {
+    if n > values.capacity() {
+        // Nothing to copy: who packs writes everything anew.
+        *values = Vec::new();
+    }
+    match n <= values.len() {
+        true => values.truncate(n),
+        false => extend(values, n, value),
+    }
+}
+
+fn extend<T: Copy + Send + Sync>(values: &mut Vec<T>, n: usize, value: T) {
+    let more = n - values.len();
+    if more * size_of::<T>() < MANY * size_of::<f32>() {
+        values.resize(n, value);
+        return;
+    }
+    values.reserve_exact(more);
+    let per_task = SOME * size_of::<f32>() / size_of::<T>().max(1);
+    let room = &mut values.spare_capacity_mut()[..more];
+    let clear = |room: &mut [MaybeUninit<T>]| {
+        room.fill(MaybeUninit::new(value));
+    };
+    room.par_chunks_mut(per_task.max(1)).for_each(clear);
+    // SAFETY: `more` values after the last were just written.
+    unsafe { values.set_len(n) };
+}
+
+/// Tells the C library to keep freed memory instead of giving it back to the system.
+///
+/// For a program that frees and takes the same large pieces over and over, as training does: pages that the system
+/// hands out anew have to be cleared and entered in tables, 4 KiB at a time. Its memory stays at its peak until it ends.
+/// Nothing happens elsewhere than on Linux with glibc.
+pub fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        /// The largest that glibc takes.
+        const LARGEST_PIECE: libc::c_int = 32 << 20;
+        // SAFETY: sets numbers that the allocator reads; any values are allowed.
+        unsafe {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, LARGEST_PIECE);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+            libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn zeros_and_longer_vectors_are_what_was_asked_for() {
+        for n in [0, 1, SOME, MANY - 1, MANY, MANY + 3 * SOME + 7] {
+            let zeros = zeros(n);
+            assert!(zeros.len() == n && zeros.iter().all(|x| *x == 0.0));
+        }
+        let mut values = vec![7u64; 5];
+        values.reserve(2 * MANY);
+        resize(&mut values, MANY, 1);
+        assert_eq!(
+            (values.len(), values[4], values[5], values[MANY - 1]),
+            (MANY, 7, 1, 1)
+        );
+        resize(&mut values, 3, 2);
+        assert_eq!(values, [7; 3]);
+        let room = values.capacity();
+        resize(&mut values, room + MANY, 2);
+        assert!(values.len() == room + MANY && values.iter().all(|x| *x == 2));
+    }
 
     #[test]
     fn parts_are_apart_and_outlive_the_arena() {

@@ -25,6 +25,7 @@ pub(super) static TABLE: Table = Table {
     interleave: Shape::interleave,
     peak_int8: None,
     peak_bf16: None,
+    bf16: &super::scalar_bf16::TABLE,
     attention: &super::attention::avx2::TABLE,
     add_weighted_rows,
     max,

@@ -10,11 +10,13 @@ mod avx2;
 mod avx2_quants;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod bf16_gemm;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod interleave;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
+mod scalar_bf16;
 mod scalar_panel;
 
 use half::{bf16, f16};
@@ -61,6 +63,8 @@ pub(crate) struct Table {
     /// return how many operations they were.
     pub(crate) peak_int8: Option<unsafe fn(n: u64) -> u64>,
     pub(crate) peak_bf16: Option<unsafe fn(n: u64) -> u64>,
+    /// Products of bf16 with f32 sums, for training.
+    pub(crate) bf16: &'static bf16_gemm::Bf16,
     pub(crate) attention: &'static attention::AttentionTable,
     /// `y += sum over j of weights[j] * rows[j]`, with `rows: [weights.len(), y.len()]`.
     pub(crate) add_weighted_rows: unsafe fn(weights: &[f32], rows: &[f32], y: &mut [f32]),

@@ -8,6 +8,7 @@
     reason = "tiles are indexed by row and token, which unrolls into registers"
 )]
 
+mod bf16_gemm;
 mod few;
 mod floats;
 mod interleave;
@@ -22,6 +23,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
+use super::bf16_gemm::Bf16;
 use super::{Few, Kernel, PanelKernels, Products, Table, avx2_quants, rows_by_tiles};
 use crate::blocks::{
     ActQ8, ActScale, BlockIq4Nl, BlockIq4Xs, BlockMxfp4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1,
@@ -35,12 +37,13 @@ use source::Wide;
 use unpack_32::Unpack32;
 use unpack_256::Unpack256;
 
-pub(super) static TABLE: Table = table(panels, None);
-pub(super) static TABLE_BF16: Table = table(panels_bf16, Some(peak::bf16));
+pub(super) static TABLE: Table = table(panels, None, &super::scalar_bf16::TABLE);
+pub(super) static TABLE_BF16: Table = table(panels_bf16, Some(peak::bf16), &bf16_gemm::TABLE);
 
 const fn table(
     panels: fn(Format, bool) -> PanelKernels,
     peak_bf16: Option<unsafe fn(u64) -> u64>,
+    bf16: &'static Bf16,
 ) -> Table {
     Table {
         rows_f32,
@@ -50,6 +53,7 @@ const fn table(
         interleave: interleave::interleave,
         peak_int8: Some(peak::int8),
         peak_bf16,
+        bf16,
         attention: &super::attention::avx512::TABLE,
         add_weighted_rows,
         max,

@@ -41,6 +41,7 @@ const fn table(
         interleave: interleave::interleave,
         peak_int8,
         peak_bf16: None,
+        bf16: &super::scalar_bf16::TABLE,
         attention: &super::attention::neon::TABLE,
         add_weighted_rows: floats::add_weighted_rows,
         max: floats::max,
