@@ -2,11 +2,13 @@
 
     bash bench/peers/train.sh                         # builds nothing: needs target/release/cadre
     bash bench/peers/train.sh --sides torch-grouped_mm,torch-eager --rounds 3
+    bash bench/peers/train.sh --sides cadre,cadre-bf16,torch-grouped_mm,torch-eager,torch-grouped_mm-bf16,torch-eager-bf16
     bash bench/peers/train.sh --table                 # the table of the latest record, measuring nothing
 
 The work, the same on every side: a 65 M-parameter Qwen3-MoE from random weights (CONFIG below, untied head), batches of
 8 x 256 random tokens, a new one each step; forward, cross entropy, balance loss (coefficient 0.01), backward, clipping to
-norm 1, AdamW (0.9, 0.95, 1e-8, weight decay 0.1, lr 3e-4), all in float32. No checkpointing of activations, no data
+norm 1, AdamW (0.9, 0.95, 1e-8, weight decay 0.1, lr 3e-4), all in float32; the sides that end in `-bf16` multiply in
+bf16 (Cadre's `train.precision = "bf16"`, PyTorch's autocast) and keep weights and optimizer in float32. No checkpointing of activations, no data
 loading. transformers counts the balance loss as top_k at uniform routing and Cadre as 1: the same work, another scale.
 
 Every sample is one step. A round runs each side once, in its own process, in an order that turns by one each round; the first
@@ -53,7 +55,7 @@ BATCH, LENGTH = 8, 256
 BALANCE_COEF = 0.01
 CLIP_NORM = 1.0
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-SIDES = ["cadre", "torch-grouped_mm", "torch-eager", "torch-grouped_mm-bf16", "torch-eager-bf16"]
+SIDES = ["cadre", "cadre-bf16", "torch-grouped_mm", "torch-eager", "torch-grouped_mm-bf16", "torch-eager-bf16"]
 DEFAULT_SIDES = "cadre,torch-grouped_mm,torch-eager"
 
 
@@ -106,8 +108,10 @@ def torch_worker(side, steps, threads):
 
 def command_of(side, args):
     steps = str(args.warmup + args.steps)
-    if side == "cadre":
-        return [str(args.cadre), "train", "--bench", str(args.recipe), "--steps", steps, "-o", "json"]
+    if side.startswith("cadre"):
+        precision = "bf16" if side.endswith("bf16") else "f32"
+        command = [str(args.cadre), "train", "--bench", str(args.recipe), "--steps", steps, "-o", "json"]
+        return [*command, "--set", f"train.precision={precision}"]
     return [sys.executable, __file__, "--worker", side, "--steps", steps, "--threads", str(args.threads)]
 
 
@@ -179,15 +183,21 @@ def summarise(rounds):
 
 
 def ratios(sides):
-    """Cadre over the best PyTorch side in float32, and round by round; None when one of them was not measured."""
-    peers = [side for side in sides if side.startswith("torch") and not side.endswith("bf16")]
-    if "cadre" not in sides or not peers:
+    """Cadre over the best PyTorch side, and round by round; None when one of them was not measured.
+
+    Cadre's products of bf16 are held against everything that PyTorch offers, those of float32 against float32.
+    """
+    ours = "cadre-bf16" if "cadre-bf16" in sides else "cadre"
+    all_of_them = ours == "cadre-bf16"
+    peers = [side for side in sides if side.startswith("torch") and (all_of_them or not side.endswith("bf16"))]
+    if ours not in sides or not peers:
         return None
     best = max(peers, key=lambda side: sides[side]["median"])
-    by_round = [a / b for a, b in zip(sides["cadre"]["round_medians"], sides[best]["round_medians"], strict=True)]
+    by_round = [a / b for a, b in zip(sides[ours]["round_medians"], sides[best]["round_medians"], strict=True)]
     return {
+        "of": ours,
         "over": best,
-        "ratio": round(sides["cadre"]["median"] / sides[best]["median"], 3),
+        "ratio": round(sides[ours]["median"] / sides[best]["median"], 3),
         "by_round": [round(value, 3) for value in by_round],
     }
 
@@ -210,7 +220,7 @@ def table(record):
     if record["ratio"]:
         found = record["ratio"]
         spread = f"{min(found['by_round']):.2f} to {max(found['by_round']):.2f} by round"
-        lines += ["", f"Cadre / best PyTorch in f32 ({found['over']}): **{found['ratio']:.2f}** ({spread})."]
+        lines += ["", f"{found.get('of', 'cadre')} / best PyTorch ({found['over']}): **{found['ratio']:.2f}** ({spread})."]
     peers = record["versions"]
     lines += ["", f"PyTorch {peers['torch']}, transformers {peers['transformers']}; load before the run {host['load_before']}."]
     return "\n".join(lines)
@@ -256,7 +266,7 @@ def arguments():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-record", action="store_true", help="print, but append nothing to bench/record/")
     parser.add_argument("--table", action="store_true", help="print the table of the latest record and stop")
-    parser.add_argument("--worker", choices=SIDES[1:], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=SIDES[2:], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker or args.table:
         return args
@@ -265,7 +275,7 @@ def arguments():
         parser.error(f"unknown side {unknown[0]!r}; known: {', '.join(SIDES)}")
     if args.rounds < 1 or args.steps < 1 or args.warmup < 0:
         parser.error("--rounds and --steps must be at least 1, --warmup at least 0")
-    if "cadre" in args.sides:
+    if any(side.startswith("cadre") for side in args.sides):
         for path, hint in [(args.cadre, "build it with `cargo build --release`"), (args.recipe, "it is part of the repository")]:
             if not path.is_file():
                 parser.error(f"{path} does not exist; {hint}, or leave cadre out of --sides")

@@ -7,7 +7,7 @@ use crate::layers::mlp::Mlp;
 use crate::layers::moe::Moe;
 use crate::layers::recurrent::RouterGru;
 use crate::losses;
-use crate::ops::{self, AttentionShape};
+use crate::ops::{self, AttentionShape, Numerics, Precision};
 use crate::routers::{RouteContext, Routed};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
@@ -79,6 +79,8 @@ pub struct Pass<'a> {
     pub training: bool,
     /// Selection-only biases, one `[n_experts]` per MoE layer; empty when there are none.
     pub biases: &'a [Vec<f32>],
+    /// What the large products are made of, and what is computed again.
+    pub numerics: Numerics,
 }
 
 /// What a forward pass leaves behind.
@@ -88,6 +90,8 @@ pub struct Forward {
     pub hidden: Tensor<2>,
     /// What the router of each MoE layer decided, in order.
     pub routed: Vec<Routed>,
+    /// What the large products were made of.
+    pub precision: Precision,
 }
 
 /// Loss parts of one batch; the router losses are means over the MoE layers (zero without any).
@@ -160,6 +164,7 @@ impl LanguageModel {
             head_dim: config.head_dim,
             rope_theta: config.rope.theta,
             eps,
+            precision: pass.numerics.precision,
         };
         let mut x = ops::embedding(self.embed_tokens.val(), batch.tokens.clone());
         let mut routed = Vec::with_capacity(architecture.moe.len());
@@ -174,17 +179,18 @@ impl LanguageModel {
                     let rule = rules.next().expect("a rule for every MoE layer");
                     let context = pass.context(index, routed.len(), batch.seq_len);
                     let state = state.as_mut().map(|(cell, state)| (*cell, state));
-                    let (y, decided) = moe.forward(normed, rule, &context, state)?;
+                    let (y, decided) = moe.forward(normed, rule, &context, state, pass.numerics)?;
                     routed.push(decided);
                     y
                 }
-                FeedForward::Dense(mlp) => mlp.forward(normed),
+                FeedForward::Dense(mlp) => mlp.forward(normed, pass.numerics),
             };
             x = x + y;
         }
         Ok(Forward {
             hidden: ops::rms_norm(x, self.norm.val(), eps),
             routed,
+            precision: pass.numerics.precision,
         })
     }
 
@@ -219,8 +225,12 @@ impl LanguageModel {
         batch: &Batch,
         loads: &[Loads],
     ) -> Losses {
-        let Forward { hidden, routed } = forward;
-        let cross_entropy = ops::cross_entropy(hidden, self.head(), batch.targets.clone());
+        let Forward {
+            hidden,
+            routed,
+            precision,
+        } = forward;
+        let cross_entropy = precision.cross_entropy(hidden, self.head(), batch.targets.clone());
         let n = routed.len().max(1) as f32;
         let zero = Tensor::zeros([1], &cross_entropy.device());
         let (mut balance, mut z) = (zero.clone(), zero);

@@ -7,6 +7,7 @@ use crate::methods::balance_scope::Scope;
 use crate::methods::distill::Distill;
 use crate::methods::evolve::Evolve;
 use crate::methods::start::Start;
+use crate::ops::{Numerics, Precision, Recompute};
 use crate::optimizer::AdamWConfig;
 use crate::routers::{Route, RouterOptions};
 use cadre_checkpoint::{
@@ -185,6 +186,23 @@ pub struct Train {
     /// Largest global gradient norm; 0 turns clipping off.
     #[serde(default = "one")]
     pub grad_clip: f64,
+    /// What the large products are made of: `"f32"`, or `"bf16"` where the CPU multiplies that (elsewhere f32).
+    #[serde(default)]
+    pub precision: Precision,
+    /// What the backward pass computes again so that it need not be kept: `"none"` or `"experts"`.
+    #[serde(default)]
+    pub recompute: Recompute,
+}
+
+impl Train {
+    /// How products are computed.
+    #[must_use]
+    pub fn numerics(&self) -> Numerics {
+        Numerics {
+            precision: self.precision,
+            recompute: self.recompute,
+        }
+    }
 }
 
 /// Coefficients of the router losses (means over layers).

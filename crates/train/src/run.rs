@@ -50,6 +50,14 @@ impl<'a> Run<'a> {
     /// The first step of `recipe` is next.
     pub(crate) fn new(recipe: &'a Recipe) -> Result<Self> {
         let architecture = recipe.architecture()?;
+        let asked = recipe.train.precision;
+        if asked.here() != asked {
+            tracing::warn!(
+                "this CPU does not multiply {}; training in {}",
+                asked.name(),
+                asked.here().name()
+            );
+        }
         let device = Device::flex().autodiff();
         let init = Init {
             seed: recipe.seed,
@@ -98,6 +106,7 @@ impl<'a> Run<'a> {
             model: self.model(),
             optimizer: &self.optimizer,
             biases: &self.biases,
+            numerics: self.recipe.train.numerics(),
         };
         snapshot::save(folder, self.recipe, &state)
     }

@@ -9,7 +9,7 @@ mod naive;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use cadre_routing::Routing;
-use cadre_train::ops::{self, AttentionShape, Dispatch};
+use cadre_train::ops::{self, AttentionShape, Dispatch, Precision};
 use naive::AttentionSizes;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -266,6 +266,7 @@ fn attention_shape(s: AttentionSizes) -> AttentionShape {
         head_dim: s.head_dim,
         rope_theta: s.rope_theta,
         eps: s.eps as f32,
+        precision: Precision::F32,
     }
 }
 

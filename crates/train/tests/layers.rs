@@ -7,7 +7,7 @@ use cadre_train::architecture::Architecture;
 use cadre_train::init::Init;
 use cadre_train::layers::mlp::Mlp;
 use cadre_train::lm::{Batch, LanguageModel, Pass};
-use cadre_train::ops::{self, Dispatch};
+use cadre_train::ops::{self, Dispatch, Numerics};
 use cadre_train::params;
 use cadre_train::recipe::Recipe;
 use std::path::Path;
@@ -371,7 +371,10 @@ fn identical_experts_and_fused_shared_experts() {
         gate_up: burn::module::Param::from_tensor(three(fused, [1, 4 * width, d])),
         down: burn::module::Param::from_tensor(three(fused_down, [1, d, 2 * width])),
     };
-    assert_close(both(0) + both(1), whole.forward(x.clone()));
+    assert_close(
+        both(0) + both(1),
+        whole.forward(x.clone(), Numerics::default()),
+    );
 }
 
 /// A coefficient whose bias leaves everything to the feed-forward is the dense block, and the other way round.
@@ -391,7 +394,7 @@ fn a_learned_residual_of_one_is_the_dense_block() {
         let coefficient = residual.coefficient.as_mut().unwrap();
         let bias = Tensor::from_floats(bias, &Device::flex());
         coefficient.bias = burn::module::Param::from_tensor(bias);
-        residual.forward(x.clone(), experts.clone())
+        residual.forward(x.clone(), experts.clone(), Numerics::default())
     };
     let (dense, routed, sum) = (
         with_bias([-90.0, 90.0]),
@@ -399,12 +402,18 @@ fn a_learned_residual_of_one_is_the_dense_block() {
         with_bias([0.0, 0.0]),
     );
     assert_close(routed, experts.clone());
-    assert_close(dense.clone(), residual.mlp.forward(x.clone()));
+    assert_close(
+        dense.clone(),
+        residual.mlp.forward(x.clone(), Numerics::default()),
+    );
     let plain = ResidualMlp {
         coefficient: None,
         ..residual
     };
-    assert_close(plain.forward(x.clone(), experts.clone()), dense + experts);
+    assert_close(
+        plain.forward(x.clone(), experts.clone(), Numerics::default()),
+        dense + experts,
+    );
     assert_eq!(sum.dims(), [5, 6]);
 }
 

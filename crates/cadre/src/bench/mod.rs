@@ -7,5 +7,5 @@ mod record;
 pub(crate) use measure::{Runner, Setting};
 pub(crate) use plan::{Lists, Test};
 pub(crate) use record::{
-    Around, Machine, Record, Streaming, csv, markdown, median, most_used, rss_bytes,
+    Around, Machine, Record, Streaming, csv, markdown, median, most_used, rss_bytes, status_bytes,
 };

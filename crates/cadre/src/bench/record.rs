@@ -360,7 +360,8 @@ pub(crate) fn rss_bytes() -> Option<u64> {
 }
 
 /// A line of this process's status that counts memory.
-fn status_bytes(label: &str) -> Option<u64> {
+/// A figure of `/proc/self/status`, such as `VmHWM:`; `None` elsewhere than on Linux.
+pub(crate) fn status_bytes(label: &str) -> Option<u64> {
     let text = fs::read_to_string("/proc/self/status").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(label))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;

@@ -13,10 +13,11 @@ use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
+use crate::bench::status_bytes;
 use crate::cli::App;
 use crate::commands::train_compare;
 use crate::failure::Failure;
-use crate::output::{Format, Out, bar, count};
+use crate::output::{Format, Out, bar, bytes, count};
 
 /// A line this often where there is no terminal for a bar.
 const QUIET: Duration = Duration::from_secs(10);
@@ -99,6 +100,7 @@ fn train(app: &App, args: &TrainArgs) -> Result<()> {
         .num_threads(args.threads)
         .build_global()
         .context("cannot start the threads")?;
+    cadre_kernels::keep_freed_memory();
     if args.bench {
         return bench(recipe, args);
     }
@@ -165,6 +167,8 @@ fn bench(recipe: &Recipe, args: &TrainArgs) -> Result<()> {
     let median = samples[samples.len() / 2];
     let loss = |record: Option<&StepRecord>| record.map(|r| r.cross_entropy);
     let n_parameters = trainer::n_parameters(recipe)?;
+    let precision = recipe.train.precision.here();
+    let peak = status_bytes("VmHWM:");
     let mut out = Out::new();
     match args.output {
         Format::Json => out.json(&json!({
@@ -174,13 +178,17 @@ fn bench(recipe: &Recipe, args: &TrainArgs) -> Result<()> {
             "loss_last": loss(records.last()),
             "parameters": n_parameters,
             "threads": rayon::current_num_threads(),
+            "precision": precision,
+            "peak_rss_bytes": peak,
         }))?,
         Format::Text => out.write(&format!(
-            "{}: {median:.0} tokens/s (median of {} steps), {} parameters, {} threads\n",
+            "{}: {median:.0} tokens/s (median of {} steps), {} parameters, {} threads, products of {}{}\n",
             recipe.name,
             records.len(),
             count(n_parameters as u64),
             rayon::current_num_threads(),
+            precision.name(),
+            peak.map_or_else(String::new, |n| format!(", at most {} resident", bytes(n))),
         ))?,
     }
     out.finish()

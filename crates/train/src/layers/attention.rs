@@ -47,10 +47,11 @@ impl SelfAttention {
     /// `x [T, d_model]` -> `[T, d_model]`.
     #[must_use]
     pub fn forward(&self, x: Tensor<2>, shape: AttentionShape) -> Tensor<2> {
-        let q = ops::linear(x.clone(), self.q_proj.val());
-        let k = ops::linear(x.clone(), self.k_proj.val());
-        let v = ops::linear(x, self.v_proj.val());
+        let precision = shape.precision;
+        let q = precision.linear(x.clone(), self.q_proj.val());
+        let k = precision.linear(x.clone(), self.k_proj.val());
+        let v = precision.linear(x, self.v_proj.val());
         let norms = [self.q_norm.val(), self.k_norm.val()];
-        ops::linear(ops::attention([q, k, v], norms, shape), self.o_proj.val())
+        precision.linear(ops::attention([q, k, v], norms, shape), self.o_proj.val())
     }
 }

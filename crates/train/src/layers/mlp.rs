@@ -1,7 +1,7 @@
 //! The dense SwiGLU feed-forward: one expert that every token uses.
 
 use crate::init::Init;
-use crate::ops::{self, Dispatch};
+use crate::ops::{Dispatch, Numerics};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use std::sync::Arc;
@@ -36,10 +36,10 @@ impl Mlp {
 
     /// `x [T, d_model]` -> `[T, d_model]`.
     #[must_use]
-    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+    pub fn forward(&self, x: Tensor<2>, numerics: Numerics) -> Tensor<2> {
         let [n_tokens, _] = x.dims();
         let weights = Tensor::ones([n_tokens], &x.device());
         let dispatch = Arc::new(Dispatch::dense(n_tokens));
-        ops::experts(x, self.gate_up.val(), self.down.val(), weights, dispatch)
+        numerics.experts(x, self.gate_up.val(), self.down.val(), weights, dispatch)
     }
 }

@@ -5,7 +5,7 @@ use super::recurrent::RouterGru;
 use super::residual::ResidualMlp;
 use crate::architecture::{Architecture, MoeLayer};
 use crate::init::Init;
-use crate::ops::{self, Dispatch};
+use crate::ops::{self, Dispatch, Numerics};
 use crate::routers::{Order, RouteContext, Routed};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
@@ -67,7 +67,8 @@ impl Moe {
     }
 
     /// `x [T, d_model]` -> `[T, d_model]` and what the router decided. With a recurrent router, `state` is its cell and
-    /// the state `[T, p]` of the tokens, which is moved on.
+    /// the state `[T, p]` of the tokens, which is moved on. The router is f32 whatever `numerics`
+    /// says.
     ///
     /// # Errors
     /// Router logits that are not finite.
@@ -77,17 +78,18 @@ impl Moe {
         layer: &MoeLayer,
         context: &RouteContext<'_>,
         state: Option<(&RouterGru, &mut Tensor<2>)>,
+        numerics: Numerics,
     ) -> Result<(Tensor<2>, Routed), RoutingError> {
         let logits = self.logits(&x, layer, state);
         let mut routed = layer.router.route(logits, context)?;
         let dispatch = Arc::new(dispatch(&mut routed, layer, context));
         let (gate_up, down) = (self.gate_up.val(), self.down.val());
-        let mut y = ops::experts(x.clone(), gate_up, down, routed.weights.clone(), dispatch);
+        let mut y = numerics.experts(x.clone(), gate_up, down, routed.weights.clone(), dispatch);
         if let Some(shared) = &self.shared {
-            y = y + shared.forward(x.clone());
+            y = y + shared.forward(x.clone(), numerics);
         }
         if let Some(residual) = &self.residual {
-            y = residual.forward(x, y);
+            y = residual.forward(x, y, numerics);
         }
         Ok((y, routed))
     }

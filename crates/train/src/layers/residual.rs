@@ -10,7 +10,7 @@
 use super::mlp::Mlp;
 use crate::architecture::Residual;
 use crate::init::Init;
-use crate::ops;
+use crate::ops::{self, Numerics};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use burn::tensor::activation::softmax;
@@ -55,8 +55,8 @@ impl ResidualMlp {
 
     /// Joins the experts' output `[T, d_model]` with the feed-forward of `x [T, d_model]`.
     #[must_use]
-    pub fn forward(&self, x: Tensor<2>, experts: Tensor<2>) -> Tensor<2> {
-        let dense = self.mlp.forward(x.clone());
+    pub fn forward(&self, x: Tensor<2>, experts: Tensor<2>, numerics: Numerics) -> Tensor<2> {
+        let dense = self.mlp.forward(x.clone(), numerics);
         let Some(coefficient) = &self.coefficient else {
             return experts + dense;
         };

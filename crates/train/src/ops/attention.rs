@@ -3,11 +3,14 @@
 //! Scores live in blocks of query rows that stop at the diagonal. The backward pass rebuilds the
 //! probabilities from the saved log-sum-exp (FlashAttention, Dao et al. 2022, arXiv 2205.14135).
 
+use super::Precision;
+use super::attention_products::KeyValues;
 use super::flex::{Dense, tensor};
 use super::math::{dot, exp, exp_sum, max, sum_in_order, vectorised};
 use super::rms_norm;
 use burn_flex::FlexTensor;
-use cadre_kernels::gemm::{Mat, MatMut, Write, gemm};
+use cadre_kernels::gemm::{Mat, MatMut};
+use cadre_kernels::zeros;
 use rayon::prelude::*;
 
 /// Query rows per block of scores.
@@ -30,6 +33,8 @@ pub struct AttentionShape {
     pub rope_theta: f64,
     /// Epsilon of the q and k norms.
     pub eps: f32,
+    /// What products are made of.
+    pub precision: Precision,
 }
 
 impl AttentionShape {
@@ -168,7 +173,7 @@ pub(super) fn forward(inputs: &[Dense; 5], shape: AttentionShape) -> [FlexTensor
     let (seq, dim) = (shape.seq_len, shape.head_dim);
     let (qw, kvw) = (shape.q_width(), shape.kv_width());
     let rope = Rope::new(&shape);
-    let mut y = vec![0.0; shape.batch * seq * qw];
+    let mut y = zeros(shape.batch * seq * qw);
     let mut lse = vec![0.0; shape.batch * shape.n_heads * seq];
     y.par_chunks_mut(seq * qw)
         .zip(lse.par_chunks_mut(shape.n_heads * seq))
@@ -178,13 +183,15 @@ pub(super) fn forward(inputs: &[Dense; 5], shape: AttentionShape) -> [FlexTensor
             for kv in 0..shape.n_kv_heads {
                 let of = |x, stride, head| head_of(x, b, seq, stride, head, dim);
                 let k_hat = of(k, kvw, kv).prepared(k_norm, &rope, shape.eps, 1.0);
-                let v = of(v, kvw, kv);
+                let v = of(v, kvw, kv).mat(0, seq);
+                let keys = KeyValues::new(shape.precision, &k_hat, v, false);
                 for head in kv * shape.group()..(kv + 1) * shape.group() {
                     let q_hat = of(q, qw, head).prepared(q_norm, &rope, shape.eps, shape.scale());
                     for from in (0..seq).step_by(BLOCK) {
                         let to = (from + BLOCK).min(seq);
                         let p = &mut scores[..(to - from) * to];
-                        multiply_scores(p, &q_hat, &k_hat, (from, to), dim);
+                        let q = Mat::new(&q_hat[from * dim..to * dim], to - from, dim);
+                        keys.scores(p, q, to);
                         let lse = &mut lse[head * seq + from..head * seq + to];
                         vectorised(
                             #[inline(always)]
@@ -192,8 +199,7 @@ pub(super) fn forward(inputs: &[Dense; 5], shape: AttentionShape) -> [FlexTensor
                         );
                         let into = &mut y[from * qw + head * dim..];
                         let into = MatMut::strided(into, to - from, dim, qw);
-                        let p = Mat::new(p, to - from, to);
-                        gemm(into, Write::Set, 1.0, p, v.mat(0, to), 1);
+                        keys.values(into, Mat::new(p, to - from, to));
                     }
                 }
             }
@@ -211,26 +217,6 @@ fn head_of(x: &[f32], b: usize, seq: usize, stride: usize, head: usize, dim: usi
         offset: head * dim,
         dim,
     }
-}
-
-/// `scores [to - from, to] = q_hat[from..to] k_hat[..to]^T`.
-fn multiply_scores(
-    scores: &mut [f32],
-    q_hat: &[f32],
-    k_hat: &[f32],
-    (from, to): (usize, usize),
-    dim: usize,
-) {
-    let q = Mat::new(&q_hat[from * dim..to * dim], to - from, dim);
-    let k = Mat::new(&k_hat[..to * dim], to, dim);
-    gemm(
-        MatMut::new(scores, to - from, to),
-        Write::Set,
-        1.0,
-        q,
-        k.t(),
-        1,
-    );
 }
 
 /// Row `i` attends to keys `0..=from + i`; the rest becomes zero.
@@ -258,9 +244,9 @@ pub(super) fn backward(
     let (qw, kvw, dim) = (shape.q_width(), shape.kv_width(), shape.head_dim);
     let n_tokens = shape.batch * seq;
     let rope = Rope::new(&shape);
-    let mut dq = vec![0.0; n_tokens * qw];
-    let mut dk = vec![0.0; n_tokens * kvw];
-    let mut dv = vec![0.0; n_tokens * kvw];
+    let mut dq = zeros(n_tokens * qw);
+    let mut dk = zeros(n_tokens * kvw);
+    let mut dv = zeros(n_tokens * kvw);
     let (dq_norms, dk_norms): (Vec<_>, Vec<_>) = dq
         .par_chunks_mut(seq * qw)
         .zip(dk.par_chunks_mut(seq * kvw))
@@ -325,12 +311,14 @@ impl<'a> Sequence<'a> {
         for kv in 0..self.shape.n_kv_heads {
             let k = self.head(k, self.shape.kv_width(), kv);
             let k_hat = k.prepared(k_norm, self.rope, eps, 1.0);
+            let v = self.head(self.inputs[2], self.shape.kv_width(), kv);
+            let keys = KeyValues::new(self.shape.precision, &k_hat, v.mat(0, seq_len), true);
             let mut dk_hat = vec![0.0; seq_len * head_dim];
             for head in kv * self.shape.group()..(kv + 1) * self.shape.group() {
                 let q = self.head(q, self.shape.q_width(), head);
                 let scale = self.shape.scale();
                 let q_hat = q.prepared(q_norm, self.rope, eps, scale);
-                let dq_hat = self.head_backward(head, [&q_hat, &k_hat], &mut dk_hat, dv);
+                let dq_hat = self.head_backward(head, &q_hat, &keys, (&mut dk_hat, dv));
                 q.prepared_backward(dq, &mut dq_norm, dq_hat, (q_norm, self.rope, eps, scale));
             }
             k.prepared_backward(dk, &mut dk_norm, dk_hat, (k_norm, self.rope, eps, 1.0));
@@ -342,9 +330,9 @@ impl<'a> Sequence<'a> {
     fn head_backward(
         &self,
         head: usize,
-        [q_hat, k_hat]: [&[f32]; 2],
-        dk_hat: &mut [f32],
-        dv: &mut [f32],
+        q_hat: &[f32],
+        keys: &KeyValues<'_>,
+        (dk_hat, dv): (&mut [f32], &mut [f32]),
     ) -> Vec<f32> {
         let AttentionShape {
             seq_len: seq,
@@ -353,7 +341,6 @@ impl<'a> Sequence<'a> {
         } = self.shape;
         let (qw, kvw) = (self.shape.q_width(), self.shape.kv_width());
         let kv = head / self.shape.group();
-        let v = self.head(self.inputs[2], kvw, kv);
         let (y, dy) = (self.head(self.y, qw, head), self.head(self.dy, qw, head));
         let mut dq_hat = vec![0.0; seq * dim];
         let mut probs = vec![0.0; BLOCK * seq];
@@ -363,16 +350,10 @@ impl<'a> Sequence<'a> {
             let n = to - from;
             let p = &mut probs[..n * to];
             let ds = &mut dscores[..n * to];
-            multiply_scores(p, q_hat, k_hat, (from, to), dim);
+            let q_rows = Mat::new(&q_hat[from * dim..to * dim], n, dim);
+            keys.scores(p, q_rows, to);
             let dy_rows = dy.mat(from, to);
-            gemm(
-                MatMut::new(ds, n, to),
-                Write::Set,
-                1.0,
-                dy_rows,
-                v.mat(0, to).t(),
-                1,
-            );
+            keys.dprobs(ds, dy_rows, to);
             vectorised(
                 #[inline(always)]
                 || {
@@ -386,13 +367,10 @@ impl<'a> Sequence<'a> {
             );
             let (p, ds) = (Mat::new(p, n, to), Mat::new(ds, n, to));
             let into = MatMut::strided(&mut dv[kv * dim..], to, dim, kvw);
-            gemm(into, Write::Add, 1.0, p.t(), dy_rows, 1);
-            let q_rows = Mat::new(&q_hat[from * dim..to * dim], n, dim);
+            keys.add_transposed(into, p, dy_rows);
             let into = MatMut::new(&mut dk_hat[..to * dim], to, dim);
-            gemm(into, Write::Add, 1.0, ds.t(), q_rows, 1);
-            let into = MatMut::new(&mut dq_hat[from * dim..to * dim], n, dim);
-            let k_rows = Mat::new(&k_hat[..to * dim], to, dim);
-            gemm(into, Write::Set, 1.0, ds, k_rows, 1);
+            keys.add_transposed(into, ds, q_rows);
+            keys.dq(&mut dq_hat[from * dim..to * dim], ds);
         }
         dq_hat
     }

@@ -1,6 +1,7 @@
 //! Dispatch: the picks of a batch, ragged, grouped by expert; gathering rows for experts and adding their rows up again.
 
 use super::math::{axpy, vectorised};
+use cadre_kernels::zeros;
 use cadre_routing::Routing;
 use rayon::prelude::*;
 
@@ -135,6 +136,11 @@ impl Dispatch {
         &self.pairs
     }
 
+    /// The token of each sorted position.
+    pub(super) fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
     /// Cuts `buffer`, `width` values per sorted position, into one piece per expert.
     pub(super) fn split<'a>(&self, mut buffer: &'a mut [f32], width: usize) -> Vec<&'a mut [f32]> {
         self.loads()
@@ -160,7 +166,7 @@ impl Dispatch {
     /// `y[t] = sum over the token's pairs of weight * rows[position]`; without weights, the plain sum. A token of which
     /// nothing was dispatched gets zeros.
     pub(super) fn combine(&self, rows: &[f32], weights: Option<&[f32]>, d: usize) -> Vec<f32> {
-        let mut y = vec![0.0; self.n_tokens() * d];
+        let mut y = zeros(self.n_tokens() * d);
         y.par_chunks_mut(ROWS * d)
             .enumerate()
             .for_each(|(task, y)| {

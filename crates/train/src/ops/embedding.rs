@@ -3,6 +3,7 @@
 use super::flex::{Dense, tensor};
 use super::math::axpy;
 use burn_flex::FlexTensor;
+use cadre_kernels::zeros;
 
 pub(super) fn forward(w: &Dense, ids: &[u32]) -> FlexTensor {
     let [_, d_model] = w.dims();
@@ -16,7 +17,7 @@ pub(super) fn forward(w: &Dense, ids: &[u32]) -> FlexTensor {
 }
 
 pub(super) fn backward(dy: &Dense, ids: &[u32], [rows, d_model]: [usize; 2]) -> FlexTensor {
-    let mut dw = vec![0.0; rows * d_model];
+    let mut dw = zeros(rows * d_model);
     for (&id, dy) in ids.iter().zip(dy.values().chunks_exact(d_model)) {
         let start = id as usize * d_model;
         axpy(&mut dw[start..start + d_model], 1.0, dy);

@@ -4,15 +4,18 @@
 //! expert's rows, products and gradients are touched by that task alone.
 
 use super::Dispatch;
+use super::experts_bf16::{self, Inputs};
 use super::flex::{Dense, tensor};
 use super::math::{dot, sigmoid, vectorised};
+use super::{Numerics, Precision, Recompute};
 use burn_flex::FlexTensor;
 use cadre_kernels::gemm::{Mat, MatMut, Write, gemm};
+use cadre_kernels::zeros;
 use rayon::prelude::*;
 
 /// `n` rows of `[gate | up]` become `n` rows of `silu(gate) * up`.
 #[inline(always)]
-fn activate(act: &mut [f32], gate_up: &[f32], width: usize) {
+pub(super) fn activate(act: &mut [f32], gate_up: &[f32], width: usize) {
     for (act, gu) in act
         .chunks_exact_mut(width)
         .zip(gate_up.chunks_exact(2 * width))
@@ -24,9 +27,31 @@ fn activate(act: &mut [f32], gate_up: &[f32], width: usize) {
     }
 }
 
-struct Sizes {
-    d: usize,
-    width: usize,
+/// Widths of the model and of an expert.
+#[derive(Clone, Copy)]
+pub(super) struct Sizes {
+    pub(super) d: usize,
+    pub(super) width: usize,
+}
+
+/// Where gradients go: of the matrices, and of rows and weights in sorted order.
+pub(super) struct Gradients<'a> {
+    pub(super) gate_up: &'a mut [f32],
+    pub(super) down: &'a mut [f32],
+    pub(super) x_rows: &'a mut [f32],
+    pub(super) weights_sorted: &'a mut [f32],
+}
+
+fn inputs_of<'a>(inputs: &'a [Dense; 4], dispatch: &'a Dispatch) -> Inputs<'a> {
+    let [x, gate_up, down, weights] = inputs.each_ref().map(Dense::values);
+    Inputs {
+        x,
+        gate_up,
+        down,
+        weights,
+        sizes: sizes(inputs, dispatch),
+        dispatch,
+    }
 }
 
 fn sizes([x, gate_up, down, weights]: &[Dense; 4], dispatch: &Dispatch) -> Sizes {
@@ -44,26 +69,60 @@ fn sizes([x, gate_up, down, weights]: &[Dense; 4], dispatch: &Dispatch) -> Sizes
     Sizes { d, width }
 }
 
-/// Returns the combined output `[T, D]` and the gate/up products `[pairs, 2 I]` in sorted order.
-pub(super) fn forward(inputs: &[Dense; 4], dispatch: &Dispatch) -> [FlexTensor; 2] {
-    let Sizes { d, width } = sizes(inputs, dispatch);
-    let [x, w_gate_up, w_down, weights] = inputs.each_ref().map(Dense::values);
+/// Returns the combined output `[T, D]` and the gate/up products `[pairs, 2 I]` in sorted order; of them nothing when
+/// they are to be computed again.
+pub(super) fn forward(
+    inputs: &[Dense; 4],
+    dispatch: &Dispatch,
+    numerics: Numerics,
+) -> [FlexTensor; 2] {
+    let all = inputs_of(inputs, dispatch);
+    let Sizes { d, width } = all.sizes;
     let n_pairs = dispatch.n_dispatched();
-    let mut gate_up = vec![0.0; n_pairs * 2 * width];
-    let mut out = vec![0.0; n_pairs * d];
+    let mut gate_up = zeros(n_pairs * 2 * width);
+    let mut out = zeros(n_pairs * d);
+    match numerics.precision.bf16() {
+        None => forward_f32(all, &mut gate_up, &mut out),
+        Some(bf16) => experts_bf16::forward(bf16, all, &mut gate_up, &mut out),
+    }
+    let y = dispatch.combine(&out, Some(all.weights), d);
+    let saved = match numerics.recompute {
+        Recompute::None => tensor(gate_up, [n_pairs, 2 * width]),
+        Recompute::Experts => tensor(Vec::new(), [0, 2 * width]),
+    };
+    [tensor(y, [dispatch.n_tokens(), d]), saved]
+}
+
+/// The gate/up products alone, as [`forward`] makes them.
+fn gate_up_again(inputs: Inputs<'_>, precision: Precision) -> Vec<f32> {
+    let (Sizes { d, width }, dispatch) = (inputs.sizes, inputs.dispatch);
+    let mut gate_up = zeros(dispatch.n_dispatched() * 2 * width);
+    if let Some(bf16) = precision.bf16() {
+        experts_bf16::gate_up(bf16, inputs, &mut gate_up);
+        return gate_up;
+    }
+    let experts = dispatch.split(&mut gate_up, 2 * width).into_par_iter();
+    experts.enumerate().for_each(|(e, gate_up)| {
+        let rows = dispatch.gather(inputs.x, d, e);
+        let n = rows.len() / d;
+        let into = MatMut::new(gate_up, n, 2 * width);
+        let w = inputs.gate_up(e).t();
+        gemm(into, Write::Set, 1.0, Mat::new(&rows, n, d), w, 1);
+    });
+    gate_up
+}
+
+fn forward_f32(inputs: Inputs<'_>, gate_up: &mut [f32], out: &mut [f32]) {
+    let (Sizes { d, width }, dispatch) = (inputs.sizes, inputs.dispatch);
     dispatch
-        .split(&mut gate_up, 2 * width)
+        .split(gate_up, 2 * width)
         .into_par_iter()
-        .zip(dispatch.split(&mut out, d))
+        .zip(dispatch.split(out, d))
         .enumerate()
         .for_each(|(e, (gate_up, out))| {
             let n = out.len() / d;
-            let rows = dispatch.gather(x, d, e);
-            let w = Mat::new(
-                &w_gate_up[e * 2 * width * d..(e + 1) * 2 * width * d],
-                2 * width,
-                d,
-            );
+            let rows = dispatch.gather(inputs.x, d, e);
+            let w = inputs.gate_up(e);
             let into = MatMut::new(gate_up, n, 2 * width);
             gemm(into, Write::Set, 1.0, Mat::new(&rows, n, d), w.t(), 1);
             let mut act = vec![0.0; n * width];
@@ -71,7 +130,7 @@ pub(super) fn forward(inputs: &[Dense; 4], dispatch: &Dispatch) -> [FlexTensor; 
                 #[inline(always)]
                 || activate(&mut act, gate_up, width),
             );
-            let w = Mat::new(&w_down[e * d * width..(e + 1) * d * width], d, width);
+            let w = inputs.down(e);
             gemm(
                 MatMut::new(out, n, d),
                 Write::Set,
@@ -81,11 +140,6 @@ pub(super) fn forward(inputs: &[Dense; 4], dispatch: &Dispatch) -> [FlexTensor; 
                 1,
             );
         });
-    let y = dispatch.combine(&out, Some(weights), d);
-    [
-        tensor(y, [dispatch.n_tokens(), d]),
-        tensor(gate_up, [n_pairs, 2 * width]),
-    ]
 }
 
 /// Gradients with respect to x, gate_up, down and weights.
@@ -94,22 +148,52 @@ pub(super) fn forward(inputs: &[Dense; 4], dispatch: &Dispatch) -> [FlexTensor; 
 pub(super) fn backward(
     inputs: &[Dense; 4],
     saved: &Dense,
-    dispatch: &Dispatch,
+    (dispatch, numerics): (&Dispatch, Numerics),
     dy: &Dense,
 ) -> [FlexTensor; 4] {
-    let Sizes { d, width } = sizes(inputs, dispatch);
-    let [x, w_gate_up, w_down, weights] = inputs.each_ref().map(Dense::values);
-    let (saved, dy) = (saved.values(), dy.values());
+    let all = inputs_of(inputs, dispatch);
+    let Sizes { d, width } = all.sizes;
+    let again = match numerics.recompute {
+        Recompute::None => Vec::new(),
+        Recompute::Experts => gate_up_again(all, numerics.precision),
+    };
+    let saved = match numerics.recompute {
+        Recompute::None => saved.values(),
+        Recompute::Experts => &again,
+    };
+    let dy = dy.values();
     let n_pairs = dispatch.n_dispatched();
-    let mut dw_gate_up = vec![0.0; w_gate_up.len()];
-    let mut dw_down = vec![0.0; w_down.len()];
-    let mut dx_rows = vec![0.0; n_pairs * d];
+    let mut dw_gate_up = zeros(all.gate_up.len());
+    let mut dw_down = zeros(all.down.len());
+    let mut dx_rows = zeros(n_pairs * d);
     let mut dweights_sorted = vec![0.0; n_pairs];
-    dw_gate_up
+    let into = Gradients {
+        gate_up: &mut dw_gate_up,
+        down: &mut dw_down,
+        x_rows: &mut dx_rows,
+        weights_sorted: &mut dweights_sorted,
+    };
+    match numerics.precision.bf16() {
+        None => backward_f32(all, saved, dy, into),
+        Some(bf16) => experts_bf16::backward(bf16, all, saved, dy, into),
+    }
+    let dx = dispatch.combine(&dx_rows, None, d);
+    let [n_experts, ..] = inputs[2].dims::<3>();
+    [
+        tensor(dx, [dispatch.n_tokens(), d]),
+        tensor(dw_gate_up, [n_experts, 2 * width, d]),
+        tensor(dw_down, [n_experts, d, width]),
+        tensor(dispatch.by_pair(&dweights_sorted), [dispatch.n_pairs()]),
+    ]
+}
+
+fn backward_f32(inputs: Inputs<'_>, saved: &[f32], dy: &[f32], into: Gradients<'_>) {
+    let (Sizes { d, width }, dispatch) = (inputs.sizes, inputs.dispatch);
+    into.gate_up
         .par_chunks_mut(2 * width * d)
-        .zip(dw_down.par_chunks_mut(d * width))
-        .zip(dispatch.split(&mut dx_rows, d))
-        .zip(dispatch.split(&mut dweights_sorted, 1))
+        .zip(into.down.par_chunks_mut(d * width))
+        .zip(dispatch.split(into.x_rows, d))
+        .zip(dispatch.split(into.weights_sorted, 1))
         .enumerate()
         .for_each(|(e, (((dw_gate_up, dw_down), dx), dweights))| {
             let positions = dispatch.range(e);
@@ -117,7 +201,7 @@ pub(super) fn backward(
             let gate_up = &saved[positions.start * 2 * width..positions.end * 2 * width];
             let dy_rows = dispatch.gather(dy, d, e);
             let dy_rows = Mat::new(&dy_rows, n, d);
-            let w = Mat::new(&w_down[e * d * width..(e + 1) * d * width], d, width);
+            let w = inputs.down(e);
             let mut dact = vec![0.0; n * width];
             gemm(
                 MatMut::new(&mut dact, n, width),
@@ -132,7 +216,7 @@ pub(super) fn backward(
             let mut dgate_up = vec![0.0; n * 2 * width];
             let pair_weights = dispatch.pairs()[positions]
                 .iter()
-                .map(|&p| weights[p as usize]);
+                .map(|&p| inputs.weights[p as usize]);
             vectorised(
                 #[inline(always)]
                 || {
@@ -158,7 +242,7 @@ pub(super) fn backward(
                 act,
                 1,
             );
-            let rows = dispatch.gather(x, d, e);
+            let rows = dispatch.gather(inputs.x, d, e);
             let dgate_up = Mat::new(&dgate_up, n, 2 * width);
             let into = MatMut::new(dw_gate_up, 2 * width, d);
             gemm(
@@ -169,21 +253,9 @@ pub(super) fn backward(
                 Mat::new(&rows, n, d),
                 1,
             );
-            let w = Mat::new(
-                &w_gate_up[e * 2 * width * d..(e + 1) * 2 * width * d],
-                2 * width,
-                d,
-            );
+            let w = inputs.gate_up(e);
             gemm(MatMut::new(dx, n, d), Write::Set, 1.0, dgate_up, w, 1);
         });
-    let dx = dispatch.combine(&dx_rows, None, d);
-    let [n_experts, ..] = inputs[2].dims::<3>();
-    [
-        tensor(dx, [dispatch.n_tokens(), d]),
-        tensor(dw_gate_up, [n_experts, 2 * width, d]),
-        tensor(dw_down, [n_experts, d, width]),
-        tensor(dispatch.by_pair(&dweights_sorted), [dispatch.n_pairs()]),
-    ]
 }
 
 /// One row: from `d(silu(g) u)` to `[dg | du]`, times the combine weight.

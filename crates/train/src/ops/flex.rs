@@ -1,8 +1,8 @@
 //! Between Flex tensors and f32 slices, and the kernels of the Flex backend.
 
 use super::{
-    AttentionShape, Dispatch, Fused, Kernels, attention, cross_entropy, embedding, experts, linear,
-    rms_norm,
+    AttentionShape, Dispatch, Fused, Kernels, Numerics, Precision, attention, cross_entropy,
+    embedding, experts, linear, rms_norm,
 };
 use burn::backend::Flex;
 use burn::backend::tensor::FloatTensor;
@@ -38,8 +38,12 @@ pub(crate) fn tensor<const D: usize>(values: Vec<f32>, dims: [usize; D]) -> Flex
 }
 
 impl Fused for Flex {
-    fn project(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
-        linear::forward(&Dense::of(&x), &Dense::of(&w))
+    fn project(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        linear::forward(&Dense::of(&x), &Dense::of(&w), precision)
     }
 
     fn rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
@@ -68,8 +72,9 @@ impl Fused for Flex {
         down: FloatTensor<Self>,
         weights: FloatTensor<Self>,
         dispatch: Arc<Dispatch>,
+        numerics: Numerics,
     ) -> FloatTensor<Self> {
-        let [y, _] = Self::experts_forward(&[x, gate_up, down, weights], &dispatch);
+        let [y, _] = Self::experts_forward(&[x, gate_up, down, weights], &dispatch, numerics);
         y
     }
 
@@ -77,8 +82,9 @@ impl Fused for Flex {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         targets: Arc<Vec<u32>>,
+        precision: Precision,
     ) -> FloatTensor<Self> {
-        cross_entropy::loss(&Dense::of(&x), &Dense::of(&w), &targets)
+        cross_entropy::loss(&Dense::of(&x), &Dense::of(&w), &targets, precision)
     }
 }
 
@@ -87,8 +93,9 @@ impl Kernels for Flex {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         dy: FloatTensor<Self>,
+        precision: Precision,
     ) -> [FloatTensor<Self>; 2] {
-        linear::backward(&Dense::of(&x), &Dense::of(&w), &Dense::of(&dy))
+        linear::backward(&Dense::of(&x), &Dense::of(&w), &Dense::of(&dy), precision)
     }
 
     fn rms_norm_backward(
@@ -128,29 +135,44 @@ impl Kernels for Flex {
     fn experts_forward(
         inputs: &[FloatTensor<Self>; 4],
         dispatch: &Dispatch,
+        numerics: Numerics,
     ) -> [FloatTensor<Self>; 2] {
-        experts::forward(&inputs.each_ref().map(Dense::of), dispatch)
+        experts::forward(&inputs.each_ref().map(Dense::of), dispatch, numerics)
     }
 
     fn experts_backward(
         inputs: &[FloatTensor<Self>; 4],
         saved: FloatTensor<Self>,
         dispatch: &Dispatch,
+        numerics: Numerics,
         dy: FloatTensor<Self>,
     ) -> [FloatTensor<Self>; 4] {
         experts::backward(
             &inputs.each_ref().map(Dense::of),
             &Dense::of(&saved),
-            dispatch,
+            (dispatch, numerics),
             &Dense::of(&dy),
         )
+    }
+
+    fn times(x: FloatTensor<Self>, by: FloatTensor<Self>) -> FloatTensor<Self> {
+        let by = Dense::of(&by).values()[0];
+        // The usual case; a pass over a large gradient less.
+        if by == 1.0 {
+            return x;
+        }
+        let dims: [usize; 2] = x.layout().shape().dims();
+        let mut values = Dense::of(&x).values().to_vec();
+        values.iter_mut().for_each(|x| *x *= by);
+        tensor(values, dims)
     }
 
     fn cross_entropy_with_gradients(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         targets: &[u32],
+        precision: Precision,
     ) -> [FloatTensor<Self>; 3] {
-        cross_entropy::with_gradients(&Dense::of(&x), &Dense::of(&w), targets)
+        cross_entropy::with_gradients(&Dense::of(&x), &Dense::of(&w), targets, precision)
     }
 }

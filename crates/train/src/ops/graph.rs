@@ -1,6 +1,6 @@
 //! Where each operation joins the autodiff graph: what it saves, and which backward kernel it calls.
 
-use super::{AttentionShape, Dispatch, Fused, Kernels};
+use super::{AttentionShape, Dispatch, Fused, Kernels, Numerics, Precision};
 use burn::backend::Autodiff;
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -41,9 +41,9 @@ macro_rules! backward {
 
 type F<B> = FloatTensor<B>;
 
-backward!(Linear, 2, [F<B>; 2], |state, dy| {
-    let [x, w] = state;
-    B::project_backward(x, w, dy)
+backward!(Linear, 2, ([F<B>; 2], Precision), |state, dy| {
+    let ([x, w], precision) = state;
+    B::project_backward(x, w, dy, precision)
 });
 
 backward!(RmsNorm, 2, ([F<B>; 2], f32), |state, dy| {
@@ -66,25 +66,31 @@ backward!(
     }
 );
 
-backward!(Experts, 4, ([F<B>; 4], F<B>, Arc<Dispatch>), |state, dy| {
-    let (inputs, saved, dispatch) = state;
-    B::experts_backward(&inputs, saved, &dispatch, dy)
-});
+backward!(
+    Experts,
+    4,
+    ([F<B>; 4], F<B>, Arc<Dispatch>, Numerics),
+    |state, dy| {
+        let (inputs, saved, dispatch, numerics) = state;
+        B::experts_backward(&inputs, saved, &dispatch, numerics, dy)
+    }
+);
 
 backward!(CrossEntropy, 2, [F<B>; 2], |state, dy| {
-    state.map(|gradient| {
-        let scale = B::float_reshape(dy.clone(), [1, 1].into());
-        B::float_mul(gradient, scale)
-    })
+    state.map(|gradient| B::times(gradient, dy.clone()))
 });
 
 impl<B: Kernels, C: CheckpointStrategy> Fused for Autodiff<B, C> {
-    fn project(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn project(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
         let prep = Linear.prepare::<C>([x.node(), w.node()]).compute_bound();
         let (x, w) = (x.into_primitive(), w.into_primitive());
-        let y = B::project(x.clone(), w.clone());
+        let y = B::project(x.clone(), w.clone(), precision);
         match prep.stateful() {
-            OpsKind::Tracked(prep) => prep.finish([x, w], y),
+            OpsKind::Tracked(prep) => prep.finish(([x, w], precision), y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }
@@ -135,14 +141,15 @@ impl<B: Kernels, C: CheckpointStrategy> Fused for Autodiff<B, C> {
         down: FloatTensor<Self>,
         weights: FloatTensor<Self>,
         dispatch: Arc<Dispatch>,
+        numerics: Numerics,
     ) -> FloatTensor<Self> {
         let inputs = [x, gate_up, down, weights];
         let nodes = inputs.each_ref().map(|t| t.node());
         let prep = Experts.prepare::<C>(nodes).compute_bound();
         let inputs = inputs.map(|t| t.into_primitive());
-        let [y, saved] = B::experts_forward(&inputs, &dispatch);
+        let [y, saved] = B::experts_forward(&inputs, &dispatch, numerics);
         match prep.stateful() {
-            OpsKind::Tracked(prep) => prep.finish((inputs, saved, dispatch), y),
+            OpsKind::Tracked(prep) => prep.finish((inputs, saved, dispatch, numerics), y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }
@@ -151,6 +158,7 @@ impl<B: Kernels, C: CheckpointStrategy> Fused for Autodiff<B, C> {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         targets: Arc<Vec<u32>>,
+        precision: Precision,
     ) -> FloatTensor<Self> {
         let prep = CrossEntropy
             .prepare::<C>([x.node(), w.node()])
@@ -158,10 +166,10 @@ impl<B: Kernels, C: CheckpointStrategy> Fused for Autodiff<B, C> {
         let (x, w) = (x.into_primitive(), w.into_primitive());
         match prep.stateful() {
             OpsKind::Tracked(prep) => {
-                let [loss, dx, dw] = B::cross_entropy_with_gradients(x, w, &targets);
+                let [loss, dx, dw] = B::cross_entropy_with_gradients(x, w, &targets, precision);
                 prep.finish([dx, dw], loss)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::cross_entropy(x, w, targets)),
+            OpsKind::UnTracked(prep) => prep.finish(B::cross_entropy(x, w, targets, precision)),
         }
     }
 }

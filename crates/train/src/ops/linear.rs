@@ -1,8 +1,10 @@
 //! `y = x w^T`, the weight stored `[out, in]` as checkpoints store it.
 
+use super::Precision;
 use super::flex::{Dense, tensor};
 use burn_flex::FlexTensor;
-use cadre_kernels::gemm::{Mat, MatMut, Write, gemm};
+use cadre_kernels::gemm::{Mat, MatMut, Write};
+use cadre_kernels::zeros;
 
 fn shapes(x: &Dense, w: &Dense) -> [usize; 3] {
     let [rows, n_in] = x.dims();
@@ -14,13 +16,12 @@ fn shapes(x: &Dense, w: &Dense) -> [usize; 3] {
     [rows, n_in, n_out]
 }
 
-pub(super) fn forward(x: &Dense, w: &Dense) -> FlexTensor {
+pub(super) fn forward(x: &Dense, w: &Dense, precision: Precision) -> FlexTensor {
     let [rows, n_in, n_out] = shapes(x, w);
-    let mut y = vec![0.0; rows * n_out];
-    gemm(
+    let mut y = zeros(rows * n_out);
+    precision.product(
         MatMut::new(&mut y, rows, n_out),
         Write::Set,
-        1.0,
         Mat::new(x.values(), rows, n_in),
         Mat::new(w.values(), n_out, n_in).t(),
         rayon::current_num_threads(),
@@ -28,26 +29,18 @@ pub(super) fn forward(x: &Dense, w: &Dense) -> FlexTensor {
     tensor(y, [rows, n_out])
 }
 
-pub(super) fn backward(x: &Dense, w: &Dense, dy: &Dense) -> [FlexTensor; 2] {
+pub(super) fn backward(x: &Dense, w: &Dense, dy: &Dense, precision: Precision) -> [FlexTensor; 2] {
     let [rows, n_in, n_out] = shapes(x, w);
     let threads = rayon::current_num_threads();
     let dy = Mat::new(dy.values(), rows, n_out);
-    let mut dx = vec![0.0; rows * n_in];
+    let mut dx = zeros(rows * n_in);
     let w = Mat::new(w.values(), n_out, n_in);
-    gemm(
-        MatMut::new(&mut dx, rows, n_in),
-        Write::Set,
-        1.0,
-        dy,
-        w,
-        threads,
-    );
-    let mut dw = vec![0.0; n_out * n_in];
+    precision.product(MatMut::new(&mut dx, rows, n_in), Write::Set, dy, w, threads);
+    let mut dw = zeros(n_out * n_in);
     let x = Mat::new(x.values(), rows, n_in);
-    gemm(
+    precision.product(
         MatMut::new(&mut dw, n_out, n_in),
         Write::Set,
-        1.0,
         dy.t(),
         x,
         threads,

@@ -6,19 +6,23 @@
 //! Every operation is held to finite differences in `tests/gradients.rs`.
 
 mod attention;
+mod attention_products;
 mod cross_entropy;
 mod dispatch;
 mod embedding;
 mod experts;
+mod experts_bf16;
 mod flex;
 mod graph;
 mod linear;
 mod math;
+mod precision;
 mod rms_norm;
 
 pub use attention::AttentionShape;
 pub use dispatch::Dispatch;
 pub(crate) use math::{add_scaled, dot, vectorised};
+pub use precision::{Numerics, Precision, Recompute};
 
 use burn::backend::{Backend, Dispatch as Routed, backend_extension, tensor::FloatTensor};
 use burn::tensor::Tensor;
@@ -28,7 +32,11 @@ use std::sync::Arc;
 #[backend_extension(Flex, Autodiff)]
 pub trait Fused: Backend {
     /// `y = x w^T`.
-    fn project(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn project(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self>;
     /// `y = x / rms(x) * w`, over the last axis.
     fn rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
     /// Rows of `w` by token id.
@@ -49,12 +57,14 @@ pub trait Fused: Backend {
         down: FloatTensor<Self>,
         weights: FloatTensor<Self>,
         dispatch: Arc<Dispatch>,
+        numerics: Numerics,
     ) -> FloatTensor<Self>;
     /// Mean next-token cross-entropy through the unembedding.
     fn cross_entropy(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         targets: Arc<Vec<u32>>,
+        precision: Precision,
     ) -> FloatTensor<Self>;
 }
 
@@ -65,6 +75,7 @@ pub trait Kernels: Fused {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         dy: FloatTensor<Self>,
+        precision: Precision,
     ) -> [FloatTensor<Self>; 2];
     /// Gradients of [`Fused::rms_norm`]: `(dx, dw)`.
     fn rms_norm_backward(
@@ -87,30 +98,36 @@ pub trait Kernels: Fused {
         shape: AttentionShape,
         dy: FloatTensor<Self>,
     ) -> [FloatTensor<Self>; 5];
-    /// Expert output and the gate/up products of every dispatched pair.
+    /// Expert output and the gate/up products of every dispatched pair, which are empty when they are to be computed
+    /// again.
     fn experts_forward(
         inputs: &[FloatTensor<Self>; 4],
         dispatch: &Dispatch,
+        numerics: Numerics,
     ) -> [FloatTensor<Self>; 2];
     /// Gradients of [`Fused::experts`] in the order of its inputs. `saved` is the gate/up products.
     fn experts_backward(
         inputs: &[FloatTensor<Self>; 4],
         saved: FloatTensor<Self>,
         dispatch: &Dispatch,
+        numerics: Numerics,
         dy: FloatTensor<Self>,
     ) -> [FloatTensor<Self>; 4];
+    /// `x` times the one value of `by`.
+    fn times(x: FloatTensor<Self>, by: FloatTensor<Self>) -> FloatTensor<Self>;
     /// Loss and, for a loss gradient of one, `(dx, dw)`: the logits are never stored.
     fn cross_entropy_with_gradients(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         targets: &[u32],
+        precision: Precision,
     ) -> [FloatTensor<Self>; 3];
 }
 
-/// `y [T, out] = x [T, in] w[out, in]^T`.
+/// `y [T, out] = x [T, in] w[out, in]^T`, in f32; see [`Precision::linear`].
 #[must_use]
 pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
-    Tensor::from_dispatch(Routed::project(x.into_dispatch(), w.into_dispatch()))
+    Precision::F32.linear(x, w)
 }
 
 /// RMSNorm of `x [T, D]` over its last axis with weight `w [D]`.
@@ -145,11 +162,7 @@ pub fn attention(
     ))
 }
 
-/// `y_t = sum_p weights[p] E_{expert of p}(x_t)` over the pairs p of token t, with
-/// `E_e(x) = down_e (silu(gate_e x) * up_e x)`.
-///
-/// `x [T, D]`, `gate_up [E, 2 I, D]` (gate rows first), `down [E, D, I]`, `weights [pairs]`; which pairs there are says
-/// `dispatch`. A token without a pair gets zeros.
+/// [`Numerics::experts`] in f32.
 #[must_use]
 pub fn experts(
     x: Tensor<2>,
@@ -158,21 +171,56 @@ pub fn experts(
     weights: Tensor<1>,
     dispatch: Arc<Dispatch>,
 ) -> Tensor<2> {
-    Tensor::from_dispatch(Routed::experts(
-        x.into_dispatch(),
-        gate_up.into_dispatch(),
-        down.into_dispatch(),
-        weights.into_dispatch(),
-        dispatch,
-    ))
+    Numerics::default().experts(x, gate_up, down, weights, dispatch)
 }
 
-/// Mean over tokens of `-log softmax(x w^T)[target]`: `x [T, D]`, `w [V, D]`, nats, shape `[1]`.
+/// [`Precision::cross_entropy`] in f32.
 #[must_use]
 pub fn cross_entropy(x: Tensor<2>, w: Tensor<2>, targets: Arc<Vec<u32>>) -> Tensor<1> {
-    Tensor::from_dispatch(Routed::cross_entropy(
-        x.into_dispatch(),
-        w.into_dispatch(),
-        targets,
-    ))
+    Precision::F32.cross_entropy(x, w, targets)
+}
+
+impl Precision {
+    /// `y [T, out] = x [T, in] w[out, in]^T`.
+    #[must_use]
+    pub fn linear(self, x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
+        Tensor::from_dispatch(Routed::project(x.into_dispatch(), w.into_dispatch(), self))
+    }
+
+    /// Mean over tokens of `-log softmax(x w^T)[target]`: `x [T, D]`, `w [V, D]`, nats, shape `[1]`.
+    #[must_use]
+    pub fn cross_entropy(self, x: Tensor<2>, w: Tensor<2>, targets: Arc<Vec<u32>>) -> Tensor<1> {
+        Tensor::from_dispatch(Routed::cross_entropy(
+            x.into_dispatch(),
+            w.into_dispatch(),
+            targets,
+            self,
+        ))
+    }
+}
+
+impl Numerics {
+    /// `y_t = sum_p weights[p] E_{expert of p}(x_t)` over the pairs p of token t, with
+    /// `E_e(x) = down_e (silu(gate_e x) * up_e x)`.
+    ///
+    /// `x [T, D]`, `gate_up [E, 2 I, D]` (gate rows first), `down [E, D, I]`, `weights [pairs]`; which pairs there are
+    /// says `dispatch`. A token without a pair gets zeros.
+    #[must_use]
+    pub fn experts(
+        self,
+        x: Tensor<2>,
+        gate_up: Tensor<3>,
+        down: Tensor<3>,
+        weights: Tensor<1>,
+        dispatch: Arc<Dispatch>,
+    ) -> Tensor<2> {
+        Tensor::from_dispatch(Routed::experts(
+            x.into_dispatch(),
+            gate_up.into_dispatch(),
+            down.into_dispatch(),
+            weights.into_dispatch(),
+            dispatch,
+            self,
+        ))
+    }
 }

@@ -3,6 +3,7 @@
 use super::flex::{Dense, tensor};
 use super::math::{dot, sum_in_order, vectorised};
 use burn_flex::FlexTensor;
+use cadre_kernels::zeros;
 use rayon::prelude::*;
 
 /// Rows per task: enough work to be worth handing to another thread.
@@ -38,7 +39,7 @@ pub(super) fn row_backward(dx: &mut [f32], dw: &mut [f32], [x, w, dy]: [&[f32]; 
 pub(super) fn forward(x: &Dense, w: &Dense, eps: f32) -> FlexTensor {
     let [rows, d] = x.dims();
     let (x, w) = (x.values(), w.values());
-    let mut y = vec![0.0; rows * d];
+    let mut y = zeros(rows * d);
     y.par_chunks_mut(ROWS * d)
         .zip(x.par_chunks(ROWS * d))
         .for_each(|(y, x)| {
@@ -57,7 +58,7 @@ pub(super) fn forward(x: &Dense, w: &Dense, eps: f32) -> FlexTensor {
 pub(super) fn backward(x: &Dense, w: &Dense, eps: f32, dy: &Dense) -> [FlexTensor; 2] {
     let [rows, d] = x.dims();
     let (x, w, dy) = (x.values(), w.values(), dy.values());
-    let mut dx = vec![0.0; rows * d];
+    let mut dx = zeros(rows * d);
     let parts: Vec<Vec<f32>> = dx
         .par_chunks_mut(ROWS * d)
         .zip(x.par_chunks(ROWS * d))
