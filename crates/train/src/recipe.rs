@@ -7,7 +7,7 @@ use crate::methods::balance_scope::Scope;
 use crate::methods::distill::Distill;
 use crate::methods::evolve::Evolve;
 use crate::methods::start::Start;
-use crate::ops::{Numerics, Precision, Recompute};
+use crate::ops::{Precision, Recompute};
 use crate::optimizer::AdamWConfig;
 use crate::routers::{Route, RouterOptions};
 use cadre_checkpoint::{
@@ -192,17 +192,6 @@ pub struct Train {
     /// What the backward pass computes again so that it need not be kept: `"none"` or `"experts"`.
     #[serde(default)]
     pub recompute: Recompute,
-}
-
-impl Train {
-    /// How products are computed.
-    #[must_use]
-    pub fn numerics(&self) -> Numerics {
-        Numerics {
-            precision: self.precision,
-            recompute: self.recompute,
-        }
-    }
 }
 
 /// Coefficients of the router losses (means over layers).

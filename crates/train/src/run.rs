@@ -11,6 +11,7 @@ use crate::methods::balance_scope::{Scope, ScopedLoads, merge};
 use crate::methods::distill::Teacher;
 use crate::methods::start;
 use crate::objective::{Objective, value};
+use crate::ops::Numerics;
 use crate::optimizer::{AdamW, GradientSum};
 use crate::recipe::Recipe;
 use crate::snapshot;
@@ -106,7 +107,6 @@ impl<'a> Run<'a> {
             model: self.model(),
             optimizer: &self.optimizer,
             biases: &self.biases,
-            numerics: self.recipe.train.numerics(),
         };
         snapshot::save(folder, self.recipe, &state)
     }
@@ -175,6 +175,10 @@ impl<'a> Run<'a> {
 
     fn pass(&self, step: u64, index: usize) -> Pass<'_> {
         Pass {
+            numerics: Numerics {
+                precision: self.recipe.train.precision,
+                recompute: self.recipe.train.recompute,
+            },
             seed: self.recipe.seed,
             step,
             index,
