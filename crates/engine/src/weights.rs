@@ -82,10 +82,13 @@ impl<'a> Weights<'a> {
         Ok(self.checkpoint.tensor_f32(name, shape)?)
     }
 
-    /// A matrix in f32 whatever the wanted format; for what is small and sensitive.
+    /// A matrix in f32 whatever the wanted format; for what is small and sensitive. Every token reads it, so it lies as
+    /// kernels read it fastest, and in large pages.
     pub(crate) fn matrix_f32(&self, name: &str, [n_out, n_in]: [usize; 2]) -> Result<Matrix> {
         let values = self.values(name, &[n_out, n_in])?;
-        Matrix::from_f32(n_out, n_in, values).map_err(|source| weight_error(name, source))
+        let matrix = Matrix::from_f32(n_out, n_in, values);
+        let matrix = matrix.map_err(|source| weight_error(name, source))?;
+        Ok(self.compute.interleaved(&matrix))
     }
 
     /// A matrix as stored, over the mapped file where it lies in it, or quantised if that was asked for.
