@@ -3,12 +3,13 @@
 use crate::architecture::Architecture;
 use crate::init::Init;
 use crate::layers::attention::SelfAttention;
+use crate::layers::attention_experts;
 use crate::layers::mlp::Mlp;
 use crate::layers::moe::Moe;
 use crate::layers::recurrent::RouterGru;
 use crate::losses;
 use crate::ops::{self, AttentionShape, Numerics, Precision};
-use crate::routers::{RouteContext, Routed};
+use crate::routers::{Route, RouteContext, Routed};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use cadre_routing::{Loads, RoutingError};
@@ -90,6 +91,8 @@ pub struct Forward {
     pub hidden: Tensor<2>,
     /// What the router of each MoE layer decided, in order.
     pub routed: Vec<Routed>,
+    /// What the router of each layer's attention decided, in order; empty where attention has no experts.
+    pub attention: Vec<Routed>,
     /// What the large products were made of.
     pub precision: Precision,
 }
@@ -105,6 +108,8 @@ pub struct Losses {
     pub z: Tensor<1>,
     /// What the router of each MoE layer decided, in order.
     pub routed: Vec<Routed>,
+    /// What the router of each layer's attention decided, in order; empty where attention has no experts.
+    pub attention: Vec<Routed>,
 }
 
 impl LanguageModel {
@@ -168,11 +173,15 @@ impl LanguageModel {
         };
         let mut x = ops::embedding(self.embed_tokens.val(), batch.tokens.clone());
         let mut routed = Vec::with_capacity(architecture.moe.len());
+        let mut attention = Vec::new();
         let mut rules = architecture.moe.iter();
         let cell = self.router_gru.as_ref();
         let mut state = cell.map(|cell| (cell, cell.start(batch.tokens.len())));
         for (index, layer) in self.layers.iter().enumerate() {
-            x = layer.attend(x, shape);
+            let rule = pass.attention_rule(architecture, index, batch.seq_len);
+            let (attended, decided) = layer.attend(x, shape, rule)?;
+            x = attended;
+            attention.extend(decided);
             let normed = ops::rms_norm(x.clone(), layer.post_attention_layernorm.val(), eps);
             let y = match &layer.mlp {
                 FeedForward::Moe(moe) => {
@@ -190,6 +199,7 @@ impl LanguageModel {
         Ok(Forward {
             hidden: ops::rms_norm(x, self.norm.val(), eps),
             routed,
+            attention,
             precision: pass.numerics.precision,
         })
     }
@@ -228,6 +238,7 @@ impl LanguageModel {
         let Forward {
             hidden,
             routed,
+            attention,
             precision,
         } = forward;
         let cross_entropy = precision.cross_entropy(hidden, self.head(), batch.targets.clone());
@@ -244,6 +255,7 @@ impl LanguageModel {
             balance,
             z,
             routed,
+            attention,
         }
     }
 }
@@ -263,10 +275,42 @@ impl<'a> Pass<'a> {
     }
 }
 
+impl Pass<'_> {
+    /// The rule by which decoder layer `layer` picks experts of its attention, and what it is told.
+    fn attention_rule<'b>(
+        &self,
+        architecture: &'b Architecture,
+        layer: usize,
+        seq_len: usize,
+    ) -> Option<(&'b dyn Route, RouteContext<'static>)> {
+        let rule: &dyn Route = architecture.attention.as_ref()?;
+        let context = RouteContext {
+            seed: self.seed,
+            step: self.step,
+            layer,
+            pass: self.index,
+            training: self.training,
+            seq_len,
+            bias: None,
+        };
+        Some((rule, context))
+    }
+}
+
 impl Layer {
-    /// Attention, added to the stream.
-    fn attend(&self, x: Tensor<2>, shape: AttentionShape) -> Tensor<2> {
+    /// Attention, added to the stream, and what its router decided where it has one.
+    fn attend(
+        &self,
+        x: Tensor<2>,
+        shape: AttentionShape,
+        rule: Option<(&dyn Route, RouteContext<'_>)>,
+    ) -> Result<(Tensor<2>, Option<Routed>), RoutingError> {
         let normed = ops::rms_norm(x.clone(), self.input_layernorm.val(), shape.eps);
-        x + self.self_attn.forward(normed, shape)
+        let Some((rule, context)) = rule else {
+            return Ok((x + self.self_attn.forward(normed, shape), None));
+        };
+        let rule = (rule, &context);
+        let (y, routed) = attention_experts::forward(&self.self_attn, normed, shape, rule)?;
+        Ok((x + y, Some(routed)))
     }
 }

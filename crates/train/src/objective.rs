@@ -30,6 +30,8 @@ pub(crate) struct Parts {
     pub(crate) further: BTreeMap<String, f64>,
     /// Picks of each MoE layer, over all passes.
     pub(crate) loads: Vec<Loads>,
+    /// Picks of each layer's attention, where it has experts.
+    pub(crate) attention: Vec<Loads>,
 }
 
 impl Objective<'_> {
@@ -60,6 +62,7 @@ impl Objective<'_> {
             parts.balance = 0.5 * (parts.balance + other.balance);
             parts.z = 0.5 * (parts.z + other.z);
             merge(&mut parts.loads, other.loads.iter())?;
+            merge(&mut parts.attention, other.attention.iter())?;
             parts.insert("consistency", disagreement);
         }
         if let Some(teacher) = self.teacher {
@@ -92,6 +95,7 @@ impl Objective<'_> {
             balance,
             z,
             routed,
+            attention,
         } = losses;
         let parts = Parts {
             loss,
@@ -100,6 +104,7 @@ impl Objective<'_> {
             z: value(z),
             further: BTreeMap::new(),
             loads: routed.into_iter().map(|r| r.loads).collect(),
+            attention: attention.into_iter().map(|r| r.loads).collect(),
         };
         Ok((hidden, parts))
     }

@@ -45,6 +45,7 @@ struct Totals {
     z: f64,
     further: BTreeMap<String, f64>,
     loads: Vec<Loads>,
+    attention: Vec<Loads>,
 }
 
 impl<'a> Run<'a> {
@@ -170,6 +171,7 @@ impl<'a> Run<'a> {
             tokens_per_second: tokens as f64 / seconds,
             seconds,
             layers: self.layer_records(&totals.loads),
+            attention: attention_records(&totals.attention),
         })
     }
 
@@ -233,6 +235,7 @@ impl<'a> Run<'a> {
                 *totals.further.entry(name).or_default() += share_of(x);
             }
             merge(&mut totals.loads, parts.loads.iter())?;
+            merge(&mut totals.attention, parts.attention.iter())?;
             gradients.add(self.model(), &mut parts.loss.backward(), share);
         }
         Ok((gradients, totals))
@@ -261,24 +264,7 @@ impl<'a> Run<'a> {
         let layers = self.architecture.moe.iter();
         layers
             .zip(loads)
-            .filter_map(|(moe, loads)| {
-                let summary = loads.summary()?;
-                let counts = loads.counts();
-                let real: u64 = counts[..moe.router.n_real_experts()].iter().sum();
-                let most = (0..counts.len()).rev().max_by_key(|&e| counts[e]);
-                Some(LayerRecord {
-                    layer: moe.layer,
-                    cv: summary.cv,
-                    max_vio: summary.max_vio,
-                    dead: summary.n_dead,
-                    entropy: summary.mean_entropy.unwrap_or_default(),
-                    picks: real as f64 / summary.n_tokens as f64,
-                    dropped: summary.dropped,
-                    experts: counts.len(),
-                    slots: summary.mean_picks,
-                    fullest: most.unwrap_or_default(),
-                })
-            })
+            .filter_map(|(moe, loads)| record(moe.layer, moe.router.n_real_experts(), loads))
             .collect()
     }
 
@@ -325,6 +311,34 @@ impl<'a> Run<'a> {
         }
         Ok(record)
     }
+}
+
+/// What the log says of the attention of each layer.
+fn attention_records(loads: &[Loads]) -> Vec<LayerRecord> {
+    let layers = loads.iter().enumerate();
+    layers
+        .filter_map(|(layer, loads)| record(layer, loads.counts().len(), loads))
+        .collect()
+}
+
+/// What the log says of the picks of `layer`, whose first `n_real` experts are not null ones.
+fn record(layer: usize, n_real: usize, loads: &Loads) -> Option<LayerRecord> {
+    let summary = loads.summary()?;
+    let counts = loads.counts();
+    let real: u64 = counts[..n_real].iter().sum();
+    let most = (0..counts.len()).rev().max_by_key(|&e| counts[e]);
+    Some(LayerRecord {
+        layer,
+        cv: summary.cv,
+        max_vio: summary.max_vio,
+        dead: summary.n_dead,
+        entropy: summary.mean_entropy.unwrap_or_default(),
+        picks: real as f64 / summary.n_tokens as f64,
+        dropped: summary.dropped,
+        experts: counts.len(),
+        slots: summary.mean_picks,
+        fullest: most.unwrap_or_default(),
+    })
 }
 
 /// The part with the largest gradient. Not finite beats finite, and there the last part in the order of the forward
