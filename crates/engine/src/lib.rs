@@ -26,7 +26,6 @@ mod rng;
 mod routers;
 mod sampling;
 mod session;
-mod slices;
 mod streaming;
 mod weights;
 mod workspace;
