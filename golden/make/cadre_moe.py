@@ -4,9 +4,10 @@
 
 No library knows this model type, so the model is written out here, from the description of the format in
 docs/guide/models.md and the papers named there, one function per part and no thought of speed: every expert computes every
-token, attention is a masked softmax, the recurrent router is torch.nn.GRUCell. The folders, expected.json and
-MANIFEST.json have the form that checkpoints.py describes; `routing` lists null picks too, with weight 0. Cases are
-computed over the whole sequence; the script checks that every prefix gives the same numbers.
+token, attention is a masked softmax, an expert of attention is that over some of the tokens, the recurrent router is
+torch.nn.GRUCell. The folders, expected.json and MANIFEST.json have the form that checkpoints.py describes; `routing` lists
+null picks too, with weight 0, and leaves out attention. Cases are computed over the whole sequence; the script checks that
+every prefix gives the same numbers.
 
 `without` holds how far the logits move when one thing is computed otherwise; the script fails when that is under 1e-2.
 """
@@ -58,6 +59,9 @@ MOE = {
     "residual_intermediate_size": None,
     "recurrent_router": None,
 }
+
+HEADS = {"n_experts": 4, "top_k": 2, "eps": 0.5}
+NO_MOE = {"layers": [], "n_experts": [], "top_k": None, "intermediate_size": None, "router": None}
 
 GROUPS = {
     "name": "group_limited", "score": "sigmoid", "n_groups": 3, "keep_groups": 2, "group_score": "sum_of_best_two",
@@ -151,10 +155,28 @@ VARIANTS = {
         {"router": {"name": "uniform", "seed": 2**63 + 11}, "top_k": 2},
         {"seed": {"router": {"name": "uniform", "seed": 12}}},
     ),
+    "attention_experts": (
+        "UoE whole: experts of attention, and of the feed-forward",
+        {"router": {"name": "union", "eps": 0.5}, "top_k": 3, "attention_experts": HEADS},
+        {
+            "scalar": {"attention_experts": HEADS | {"eps": 0.0}},
+            "positions": {"attention_experts": HEADS | {"absolute": True}},
+            "picks": {"attention_experts": HEADS | {"top_k": 4}},
+        },
+    ),
+    "attention_experts_dense": (
+        "experts of attention that have two heads of queries to one of keys, and dense feed-forwards",
+        NO_MOE | {"attention_experts": {"n_experts": 2, "top_k": 1, "eps": 1.0}},
+        {"experts": {"attention_experts": None}},
+    ),
 }  # fmt: skip
 
-CONFIG = {"recurrent": {"num_hidden_layers": 4}, "recurrent_top_p": {"tie_word_embeddings": True}}
-BF16 = {"pyramid", "residual_learned"}
+CONFIG = {
+    "recurrent": {"num_hidden_layers": 4},
+    "recurrent_top_p": {"tie_word_embeddings": True},
+    "attention_experts": {"num_key_value_heads": 4},
+}
+BF16 = {"pyramid", "residual_learned", "attention_experts_dense"}
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -169,27 +191,50 @@ def swiglu(x, w, prefix):
     return hidden @ w[f"{prefix}.down_proj.weight"].T
 
 
-def rotate(x, theta):
+def rotate(x, theta, positions):
     """Rotary positions over [T, heads, dim], the two halves of a head being the pairs."""
-    n, _, dim = x.shape
-    angles = torch.outer(torch.arange(n).float(), theta ** (-torch.arange(0, dim, 2).float() / dim))
+    dim = x.shape[-1]
+    angles = torch.outer(positions.float(), theta ** (-torch.arange(0, dim, 2).float() / dim))
     cos, sin = angles.cos().repeat(1, 2)[:, None], angles.sin().repeat(1, 2)[:, None]
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-def attention(x, w, prefix, c):
+def attention(x, w, prefix, c, positions=None):
     n, dim = len(x), c["head_dim"]
     heads = {name: (x @ w[f"{prefix}.{name}_proj.weight"].T).view(n, -1, dim) for name in "qkv"}
     for name in "qk":
         heads[name] = rms_norm(heads[name], w[f"{prefix}.{name}_norm.weight"], c["rms_norm_eps"])
-        heads[name] = rotate(heads[name], c["rope_theta"])
+        heads[name] = rotate(heads[name], c["rope_theta"], torch.arange(n) if positions is None else positions)
     repeat = c["num_attention_heads"] // c["num_key_value_heads"]
     k, v = (heads[name].repeat_interleave(repeat, dim=1) for name in "kv")
     scores = torch.einsum("qhd,khd->hqk", heads["q"], k) / dim**0.5
     scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf"))
     mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(n, -1)
     return mixed @ w[f"{prefix}.o_proj.weight"].T
+
+
+def attention_experts(x, w, prefix, c, seen):
+    """Attention cut by heads: each expert is attention among the tokens that picked it, whose positions count only them."""
+    options = c["cadre_moe"]["attention_experts"]
+    n, rule = options["n_experts"], {"name": "union", "eps": options["eps"]}
+    cut = c | {key: c[key] // n for key in ("num_attention_heads", "num_key_value_heads")}
+    logits = x @ w[f"{prefix}.gate.weight"].T
+    decided = [pick(rule, options["top_k"], row, n, None) for row in logits]
+    y = torch.zeros_like(x)
+    for expert in range(n):
+        weights = {t: dict(picked)[expert] for t, (picked, _) in enumerate(decided) if expert in dict(picked)}
+        if not weights:
+            continue
+        rows = torch.tensor(list(weights))
+        own = {name: tensor for name, tensor in w.items() if name.startswith(f"{prefix}.")}
+        for name in "qkv":
+            own[f"{prefix}.{name}_proj.weight"] = w[f"{prefix}.{name}_proj.weight"].chunk(n)[expert]
+        own[f"{prefix}.o_proj.weight"] = w[f"{prefix}.o_proj.weight"].chunk(n, dim=1)[expert]
+        out = attention(x[rows], own, prefix, cut, rows if options.get("absolute") else None)
+        y[rows] += torch.stack(list(weights.values()))[:, None] * out
+    seen.append({"gap": min(gap for _, gap in decided)})
+    return y
 
 
 def split_mix(state):
@@ -325,13 +370,16 @@ def mixture(x, w, layer, c, state, seen):
 
 
 def forward(tokens, w, c):
-    """(logits [T, vocab], routing of every layer with experts)."""
+    """(logits [T, vocab], routing of every layer with experts; of attention only how near it is to tipping over)."""
     eps, state, seen = c["rms_norm_eps"], None, []
     x = w["model.embed_tokens.weight"][torch.tensor(tokens)]
     for layer in range(c["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         normed = rms_norm(x, w[f"{prefix}.input_layernorm.weight"], eps)
-        x = x + attention(normed, w, f"{prefix}.self_attn", c)
+        if c["cadre_moe"].get("attention_experts"):
+            x = x + attention_experts(normed, w, f"{prefix}.self_attn", c, seen)
+        else:
+            x = x + attention(normed, w, f"{prefix}.self_attn", c)
         normed = rms_norm(x, w[f"{prefix}.post_attention_layernorm.weight"], eps)
         if layer in c["cadre_moe"]["layers"]:
             y, state = mixture(normed, w, layer, c, state, seen)
@@ -366,6 +414,8 @@ def shapes(c):
         all_of[f"{prefix}.self_attn.o_proj.weight"] = (d, n_q)
         for name in "qk":
             all_of[f"{prefix}.self_attn.{name}_norm.weight"] = (dim,)
+        if moe.get("attention_experts"):
+            all_of[f"{prefix}.self_attn.gate.weight"] = (moe["attention_experts"]["n_experts"], d)
         mlp = f"{prefix}.mlp"
         if layer not in moe["layers"]:
             ffn(mlp, c["intermediate_size"])
@@ -434,6 +484,7 @@ def expect(c, w):
                 "weights": [f32_list([float(weight) for _, weight in token]) for token in layer["picks"]],
             }
             for layer in seen
+            if "picks" in layer
         ]
         cases.append({"tokens": tokens, "logits": f32_list(logits), "routing": rows})
         all_logits.append(logits)

@@ -22,6 +22,9 @@ pub(crate) struct Attention {
     sinks: bool,
     qk_norm: Option<&'static str>,
     clip_qkv: Option<f64>,
+    /// Experts that the heads are cut into, and how many of them a token takes.
+    n_experts: Option<usize>,
+    top_k: Option<usize>,
 }
 
 impl Attention {
@@ -50,6 +53,8 @@ impl Attention {
                 QkNorm::WholeProjection => Some("whole projection"),
             },
             clip_qkv: attention.clip_qkv,
+            n_experts: attention.experts.map(|experts| experts.n_experts),
+            top_k: attention.experts.map(|experts| experts.top_k),
         }
     }
 }
@@ -79,6 +84,9 @@ impl fmt::Display for Attention {
         }
         if let Some(clip) = self.clip_qkv {
             write!(f, ", clamped to {clip}")?;
+        }
+        if let (Some(n), Some(k)) = (self.n_experts, self.top_k) {
+            write!(f, ", in {n} experts of which a token takes {k}")?;
         }
         Ok(())
     }

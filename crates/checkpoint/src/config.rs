@@ -116,6 +116,22 @@ pub struct AttentionConfig {
     pub windows: Vec<Option<usize>>,
     /// Multi-head latent attention instead of grouped queries.
     pub mla: Option<MlaConfig>,
+    /// Heads in groups that tokens choose among; `None`: every token uses all heads.
+    pub experts: Option<AttentionExperts>,
+}
+
+/// Attention cut into experts by heads: the attention of Union of Experts (arXiv 2503.02495).
+///
+/// Expert `e` is the `e`-th part of the query heads and of the key and value heads, with its columns of the output
+/// projection. It is attention among the tokens that took it, and its positions count only these.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionExperts {
+    /// Experts of every layer; divides the key and value heads.
+    pub n_experts: usize,
+    /// Experts that a token takes.
+    pub top_k: usize,
+    /// A token's output is multiplied by `M / (M + eps)`, where `M` is what its experts have of the router's softmax.
+    pub eps: f64,
 }
 
 /// Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
@@ -229,6 +245,19 @@ impl ModelConfig {
         self.moe.layers.len() < self.n_layers
     }
 
+    /// What only `cadre_moe` can say, in words; empty for a model of one of the published architectures' kind.
+    #[must_use]
+    pub fn only_ours(&self) -> Vec<String> {
+        let mut list = self.moe.only_ours();
+        list.extend(self.attention.experts.map(|experts| {
+            format!(
+                "attention cut into {} experts of which a token takes {}",
+                experts.n_experts, experts.top_k
+            )
+        }));
+        list
+    }
+
     /// Values that the cache holds per token and layer.
     #[must_use]
     pub fn kv_width(&self) -> usize {
@@ -283,6 +312,8 @@ impl ModelConfig {
             );
             return complain("layer_types", problem);
         }
+        self.check_attention_experts()
+            .or_else(|(key, problem)| complain(key, problem))?;
         for (key, value) in [
             ("rms_norm_eps", self.norm_eps),
             ("embedding_multiplier", self.scales.embedding),
@@ -300,6 +331,43 @@ impl ModelConfig {
         self.moe
             .check(self.n_layers)
             .or_else(|(key, problem)| complain(key, problem))
+    }
+
+    /// The heads must divide, and what would make an expert depend on more than its own heads and tokens is not there.
+    fn check_attention_experts(&self) -> Result<(), (&'static str, String)> {
+        let Some(experts) = self.attention.experts else {
+            return Ok(());
+        };
+        let AttentionExperts {
+            n_experts, top_k, ..
+        } = experts;
+        let possible = (2..=usize::from(u16::MAX)).contains(&n_experts);
+        if !(possible && self.n_kv_heads.is_multiple_of(n_experts)) {
+            let problem = format!(
+                "is {n_experts}, expected at least 2, and a divisor of the {} key and value heads",
+                self.n_kv_heads
+            );
+            return Err(("attention_experts.n_experts", problem));
+        }
+        if !(1..=n_experts).contains(&top_k) {
+            let problem = format!("is {top_k}, expected 1 to n_experts = {n_experts}");
+            return Err(("attention_experts.top_k", problem));
+        }
+        if !(0.0..=f64::from(f32::MAX)).contains(&experts.eps) {
+            let problem = format!("is {}, expected a finite number of at least 0", experts.eps);
+            return Err(("attention_experts.eps", problem));
+        }
+        let attention = &self.attention;
+        let plain = !(attention.qkv_bias || attention.o_bias || attention.sinks)
+            && attention.mla.is_none()
+            && attention.qk_norm != QkNorm::WholeProjection
+            && attention.windows.iter().all(Option::is_none);
+        if plain {
+            return Ok(());
+        }
+        let problem =
+            "goes with plain attention only: no biases, windows, sinks or latent attention";
+        Err(("attention_experts", problem.to_owned()))
     }
 
     /// The `config.json` that transformers reads for this model, keys sorted, with the spellings

@@ -39,8 +39,8 @@ pub use cadre_kernels::Format as Dtype;
 pub use chat_side::ChatSide;
 pub use checkpoint::{Checkpoint, EmbeddedFiles, TensorView};
 pub use config::{
-    Activation, AttentionConfig, MlaConfig, ModelConfig, MoeConfig, NormKind, QkNorm, ResidualMlp,
-    RouterConfig, Scales, Score, SharedExpert,
+    Activation, AttentionConfig, AttentionExperts, MlaConfig, ModelConfig, MoeConfig, NormKind,
+    QkNorm, ResidualMlp, RouterConfig, Scales, Score, SharedExpert,
 };
 pub use convert::{Conversion, ConvertOptions, ConvertTo, Mixture, TargetDtype};
 pub use error::{CheckpointError, Result};

@@ -31,8 +31,8 @@ const PRODUCT_BYTES: f64 = 44.0 / 32.0 + 292.0 / 256.0;
 pub struct Sizes {
     /// Everything.
     pub total: u64,
-    /// What one token uses: everything but the experts that it is not sent to. Where tokens get different numbers of
-    /// experts, what one uses that gets the most.
+    /// What one token uses: everything but the experts that it is not sent to, those of attention included. Where tokens
+    /// get different numbers of experts, what one uses that gets the most.
     pub active: u64,
     /// What one token reads: as `active`, with one row of an input embedding that is not also the output head.
     pub read_per_token: u64,
@@ -157,10 +157,15 @@ pub fn kv_bytes_per_token(config: &ModelConfig, formats: KvFormats) -> u64 {
     (config.n_layers * kv_bytes_per_layer(config, formats)) as u64
 }
 
-/// Bytes of the cache that decoding one token reads after `position` others. Windows bound it, layer by layer.
+/// Bytes of the cache that decoding one token reads after `position` others. Windows bound it, layer by layer; where
+/// attention has experts, those of a token hold their share of the others, in the mean.
 #[must_use]
 pub fn kv_bytes_read(config: &ModelConfig, formats: KvFormats, position: usize) -> u64 {
-    let stored = kv_bytes_per_layer(config, formats) as u64;
+    let mut stored = kv_bytes_per_layer(config, formats) as u64;
+    if let Some(experts) = config.attention.experts {
+        let (k, n) = (experts.top_k as u64, experts.n_experts as u64);
+        stored = stored * k * k / (n * n).max(1);
+    }
     let windows = config.attention.windows.iter();
     windows
         .map(|window| window.map_or(position, |window| window.min(position)) as u64)
@@ -217,7 +222,13 @@ fn attention_widths(config: &ModelConfig) -> (u64, u64) {
     let Some(mla) = config.attention.mla else {
         let head = config.head_dim as u64;
         let n_kv = config.n_kv_heads as u64;
-        return (2 * (n_heads + n_kv) * head, n_heads * head);
+        let heads = 2 * (n_heads + n_kv) * head;
+        // Of experts one computes after the other; their rows are gathered, and their outputs scattered.
+        let held = config.attention.experts.map_or(heads, |experts| {
+            let n = experts.n_experts as u64;
+            heads / n.max(1) + 2 * config.hidden_size as u64 + n
+        });
+        return (held, n_heads * head);
     };
     let MlaConfig {
         q_lora_rank,
@@ -288,6 +299,8 @@ struct Place {
     layer: Option<usize>,
     /// Part of an expert that is not shared.
     is_expert: bool,
+    /// Rows or columns of heads, of which every expert of attention has a part.
+    is_heads: bool,
     /// The input embedding.
     is_table: bool,
 }
@@ -305,6 +318,7 @@ impl Place {
         Self {
             layer: layer.parse().ok(),
             is_expert: inside.starts_with("mlp.experts."),
+            is_heads: inside.starts_with("self_attn.") && inside.ends_with("_proj.weight"),
             is_table: false,
         }
     }
@@ -337,6 +351,10 @@ impl<'a> Counter<'a> {
             }
             return;
         }
+        let size = match self.config.attention.experts.filter(|_| place.is_heads) {
+            Some(experts) => size / experts.n_experts.max(1) as u64 * experts.top_k as u64,
+            None => size,
+        };
         self.sizes.active += size;
         self.sizes.read_per_token += if place.is_table && !self.config.tie_word_embeddings {
             size / (self.config.vocab_size as u64).max(1)

@@ -104,6 +104,9 @@ impl Specs<'_> {
             self.push("self_attn.q_norm.weight", &[q]);
             self.push("self_attn.k_norm.weight", &[k]);
         }
+        if let Some(experts) = attention.experts {
+            self.linear("self_attn.gate", [experts.n_experts, hidden], false);
+        }
         if attention.sinks {
             self.push("self_attn.sinks", &[config.n_heads]);
         }

@@ -159,6 +159,11 @@ const OURS: &[(&str, &str)] = &[
     ("dense_to_sparse_hard", "`dense_to_sparse`"),
     ("uniform", "`uniform`"),
     ("union", "`union`"),
+    (
+        "attention_experts",
+        "attention cut into 4 experts of which a token takes 2",
+    ),
+    ("attention_experts_dense", "attention cut into 2 experts"),
     ("sparse_mixer", "GGUF is written for"),
 ];
 

@@ -55,7 +55,7 @@ impl<'a> Builder<'a> {
     }
 
     /// An RMS norm of another width inside of attention.
-    fn inner_norm(&self, name: &str, width: usize) -> Result<Norm> {
+    pub(crate) fn inner_norm(&self, name: &str, width: usize) -> Result<Norm> {
         let mut weight = self.weights.vector(&format!("{name}.weight"), width)?;
         if self.config.norm == NormKind::RmsPlusOne {
             weight.iter_mut().for_each(|w| *w += 1.0);
@@ -299,7 +299,9 @@ impl<'a> Builder<'a> {
 }
 
 /// `[rows, cols]` to `[cols, rows]`, in f32 unless the values are bf16 or f16, which stay what they are.
-fn transpose(matrix: &Matrix) -> std::result::Result<Matrix, cadre_kernels::MatrixError> {
+pub(crate) fn transpose(
+    matrix: &Matrix,
+) -> std::result::Result<Matrix, cadre_kernels::MatrixError> {
     let (rows, cols) = (matrix.n_out(), matrix.n_in());
     let mut values = vec![0.0; rows * cols];
     let mut row = vec![0.0; cols];

@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use cadre_checkpoint::{ModelConfig, tensor_specs};
 use cadre_kernels::{Compute, MatmulScratch, Matrix};
+use cadre_routing::RoutingError;
 
 use crate::batch::Sequence;
 use crate::blocks::{
-    Attention, Embedding, FeedForward, KvShape, LatentAttention, Linear, Moe, MoeShape, Norm, Rope,
-    RopeAngles, Step, add_rows,
+    Attention, AttentionExperts, Embedding, FeedForward, KvShape, LatentAttention, Linear, Moe,
+    MoeShape, Norm, Rope, RopeAngles, Step, add_rows,
 };
 use crate::builder::Builder;
 use crate::error::Result;
@@ -58,6 +59,7 @@ pub(crate) struct Layer {
 pub(crate) enum AnyAttention {
     Grouped(Attention),
     Latent(LatentAttention),
+    Experts(AttentionExperts),
 }
 
 #[derive(Debug)]
@@ -76,7 +78,7 @@ pub(crate) struct Head {
 }
 
 impl AnyAttention {
-    /// Stores keys and values of every row.
+    /// Stores keys and values of every row. Fails where a router's logits are not finite.
     pub(crate) fn remember(
         &self,
         step: Step<'_>,
@@ -84,7 +86,7 @@ impl AnyAttention {
         x_td: &[f32],
         batch: &mut [Sequence<'_>],
         (scratch, matmul): (&mut AnyAttentionScratch, &mut MatmulScratch),
-    ) {
+    ) -> Result<(), RoutingError> {
         match (self, scratch) {
             (Self::Grouped(block), AnyAttentionScratch::Grouped(scratch)) => {
                 block.remember(step, angles, x_td, batch, (scratch, matmul));
@@ -92,8 +94,12 @@ impl AnyAttention {
             (Self::Latent(block), AnyAttentionScratch::Latent(scratch)) => {
                 block.remember(step, angles, x_td, batch, (scratch, matmul));
             }
+            (Self::Experts(block), AnyAttentionScratch::Experts(scratch)) => {
+                block.remember(step, x_td, batch, (scratch, matmul))?;
+            }
             _ => unreachable!("a workspace is made for its model's attention"),
         }
+        Ok(())
     }
 
     /// `out_td = attention(x_td)`, for rows whose keys and values are stored.
@@ -104,7 +110,7 @@ impl AnyAttention {
         rows: (&[f32], &mut [f32]),
         batch: &[Sequence<'_>],
         (scratch, matmul): (&mut AnyAttentionScratch, &mut MatmulScratch),
-    ) {
+    ) -> Result<(), RoutingError> {
         match (self, scratch) {
             (Self::Grouped(block), AnyAttentionScratch::Grouped(scratch)) => {
                 block.forward(step, angles, rows, batch, (scratch, matmul));
@@ -112,8 +118,12 @@ impl AnyAttention {
             (Self::Latent(block), AnyAttentionScratch::Latent(scratch)) => {
                 block.forward(step, angles, rows, batch, (scratch, matmul));
             }
+            (Self::Experts(block), AnyAttentionScratch::Experts(scratch)) => {
+                block.forward(step, rows, batch, (scratch, matmul))?;
+            }
             _ => unreachable!("a workspace is made for its model's attention"),
         }
+        Ok(())
     }
 }
 
@@ -142,6 +152,7 @@ impl Layer {
         match &self.attention {
             AnyAttention::Grouped(block) => block.matrices(all),
             AnyAttention::Latent(block) => block.matrices(all),
+            AnyAttention::Experts(block) => block.matrices(all),
         }
         match &self.ffn {
             AnyFeedForward::Moe(block) => block.matrices(all),
@@ -151,9 +162,12 @@ impl Layer {
 }
 
 impl Builder<'_> {
-    /// Grouped-query attention as a layer's attention.
+    /// Grouped-query attention as a layer's attention, whole or cut into experts.
     pub(crate) fn grouped(&self, layer: usize) -> Result<AnyAttention> {
-        Ok(AnyAttention::Grouped(self.attention(layer)?))
+        Ok(match self.config.attention.experts {
+            None => AnyAttention::Grouped(self.attention(layer)?),
+            Some(sizes) => AnyAttention::Experts(self.attention_experts(layer, sizes)?),
+        })
     }
 
     /// Latent attention as a layer's attention.
@@ -232,16 +246,20 @@ impl Builder<'_> {
 }
 
 fn session_shape(config: &ModelConfig) -> SessionShape {
+    let experts = config.attention.experts;
+    let n_experts = experts.map_or(0, |experts| experts.n_experts);
     let kv = match config.attention.mla {
         Some(mla) => KvShape {
             n_layers: config.n_layers,
+            n_experts: 0,
             n_kv_heads: 1,
             key_dim: mla.qk_rope_head_dim,
             value_dim: mla.kv_lora_rank,
         },
         None => KvShape {
             n_layers: config.n_layers,
-            n_kv_heads: config.n_kv_heads,
+            n_experts,
+            n_kv_heads: config.n_kv_heads / n_experts.max(1),
             key_dim: config.head_dim,
             value_dim: config.head_dim,
         },
@@ -284,6 +302,11 @@ fn info(b: &Builder<'_>) -> ModelInfo {
     }
     let unused = |layer: &usize| config.n_experts_in(*layer) - config.picks_in(*layer);
     let n_unused = moe.layers.iter().map(unused).sum::<usize>() as u64;
+    let heads = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim;
+    let unused_heads = config.attention.experts.map_or(0, |experts| {
+        heads / experts.n_experts * (experts.n_experts - experts.top_k)
+    });
+    let n_unused_heads = (config.n_layers * config.hidden_size * unused_heads) as u64;
     ModelInfo {
         model_type: config.model_type.clone(),
         vocab_size: config.vocab_size,
@@ -297,7 +320,7 @@ fn info(b: &Builder<'_>) -> ModelInfo {
         max_context: config.max_position_embeddings,
         eos_token_ids: config.eos_token_ids.clone(),
         n_params,
-        n_active_params: n_params - n_unused * per_expert,
+        n_active_params: n_params - n_unused * per_expert - n_unused_heads,
         weight_bytes: 0,
         lossy: b.weights.lossy,
     }

@@ -26,6 +26,7 @@ mod rng;
 mod routers;
 mod sampling;
 mod session;
+mod slices;
 mod streaming;
 mod weights;
 mod workspace;

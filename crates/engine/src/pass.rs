@@ -173,14 +173,14 @@ impl Decoder {
         workspace.begin(batch);
         self.embed(workspace)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            self.remember(index, layer, batch, workspace);
+            self.remember(index, layer, batch, workspace)?;
             let is_last = index + 1 == self.layers.len();
             if is_last && !observer.watches() {
                 // From here on a row serves only its own logits.
                 workspace.trim(batch);
             }
             if n_rows(&workspace.spans) > 0 {
-                self.attend(index, layer, batch, workspace);
+                self.attend(index, layer, batch, workspace)?;
                 self.feed_forward(index, layer, workspace, observer)?;
             }
         }
@@ -229,7 +229,7 @@ impl Decoder {
         layer: &Layer,
         batch: &mut [Sequence<'_>],
         workspace: &mut Workspace,
-    ) {
+    ) -> Result<(), Failure> {
         let Workspace {
             spans,
             hidden,
@@ -247,7 +247,8 @@ impl Decoder {
         let (step, angles) = (self.step(index, spans), &angles[layer.rope]);
         layer
             .attention
-            .remember(step, angles, normed, batch, (attention, matmul));
+            .remember(step, angles, normed, batch, (attention, matmul))
+            .map_err(|source| routing_failure(index, spans, source))
     }
 
     /// `hidden += attention(normed)`.
@@ -257,7 +258,7 @@ impl Decoder {
         layer: &Layer,
         batch: &[Sequence<'_>],
         workspace: &mut Workspace,
-    ) {
+    ) -> Result<(), Failure> {
         let Workspace {
             spans,
             hidden,
@@ -271,14 +272,13 @@ impl Decoder {
         let n = n_rows(spans) * self.info.d_model;
         let out = &mut block_out[..n];
         let (step, angles) = (self.step(index, spans), &angles[layer.rope]);
-        layer.attention.forward(
-            step,
-            angles,
-            (&normed[..n], out),
-            batch,
-            (attention, matmul),
-        );
+        let rows = (&normed[..n], &mut *out);
+        layer
+            .attention
+            .forward(step, angles, rows, batch, (attention, matmul))
+            .map_err(|source| routing_failure(index, spans, source))?;
         self.join(layer.attention_post_norm.as_ref(), out, &mut hidden[..n]);
+        Ok(())
     }
 
     /// `hidden += feed_forward(norm(hidden))`.

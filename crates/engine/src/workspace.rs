@@ -3,7 +3,9 @@
 use cadre_kernels::MatmulScratch;
 
 use crate::batch::{Sequence, Span};
-use crate::blocks::{AttentionScratch, LatentScratch, MoeScratch, RopeAngles};
+use crate::blocks::{
+    AttentionExpertsScratch, AttentionScratch, LatentScratch, MoeScratch, RopeAngles,
+};
 use crate::error::{EngineError, Result};
 use crate::session::SessionShape;
 
@@ -44,13 +46,15 @@ pub struct Workspace {
 pub(crate) enum AnyAttentionScratch {
     Grouped(AttentionScratch),
     Latent(LatentScratch),
+    Experts(Box<AttentionExpertsScratch>),
 }
 
 impl AnyAttentionScratch {
     fn new(shape: &SessionShape, capacity: usize) -> Self {
-        match &shape.mla {
-            Some(mla) => Self::Latent(LatentScratch::new(shape.n_heads, mla, capacity)),
-            None => Self::Grouped(AttentionScratch::new(
+        match (&shape.mla, shape.kv.n_experts) {
+            (Some(mla), _) => Self::Latent(LatentScratch::new(shape.n_heads, mla, capacity)),
+            (None, 1..) => Self::Experts(Box::new(AttentionExpertsScratch::new(shape, capacity))),
+            (None, 0) => Self::Grouped(AttentionScratch::new(
                 shape.n_heads,
                 shape.kv.n_kv_heads,
                 shape.kv.key_dim,

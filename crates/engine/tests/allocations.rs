@@ -7,7 +7,7 @@ use std::alloc::System;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use cadre_checkpoint::{ModelConfig, scratch_bytes};
+use cadre_checkpoint::{AttentionExperts, ModelConfig, scratch_bytes};
 use cadre_engine::{
     GenerateOptions, Hooks, LoadOptions, Logits, Model, NoObserver, Observer, Quant, RoutingEvent,
     SamplingOptions, Sequence, SessionOptions, generate, load,
@@ -49,10 +49,21 @@ fn models() -> Vec<(&'static str, Arc<dyn Model>, ModelConfig)> {
             .n_layers(3)
             .configure(|c| (c.hidden_size, c.moe.intermediate_size) = (256, 256))
     };
+    let experts = || {
+        wide().heads(8, 4, 32).configure(|c| {
+            c.model_type = "cadre_moe".to_owned();
+            c.attention.experts = Some(AttentionExperts {
+                n_experts: 4,
+                top_k: 2,
+                eps: 0.5,
+            });
+        })
+    };
     vec![
         open("tiny", TinyMoe::default(), Quant::AsStored),
         open("wide", wide(), Quant::AsStored),
         open("wide q8_0", wide(), Quant::Q8_0),
+        open("attention experts", experts(), Quant::AsStored),
     ]
 }
 

@@ -5,7 +5,7 @@ mod reference;
 
 use std::sync::Arc;
 
-use cadre_checkpoint::Dtype;
+use cadre_checkpoint::{AttentionExperts, Dtype};
 use cadre_engine::{
     EngineError, KvFormat, KvFormats, LoadOptions, Logits, Model, NoObserver, Observer, Quant,
     RoutingEvent, Session, SessionOptions, load,
@@ -92,9 +92,22 @@ fn logits_agree_with_the_f64_model_on_every_isa() {
     }
 }
 
+/// Attention in experts, whose caches hold some of a sequence's tokens each.
+fn attention_experts() -> TinyMoe {
+    TinyMoe::default().heads(8, 4, 8).configure(|c| {
+        c.model_type = "cadre_moe".to_owned();
+        c.attention.experts = Some(AttentionExperts {
+            n_experts: 4,
+            top_k: 2,
+            eps: 0.5,
+        });
+    })
+}
+
 #[test]
 fn cached_decode_is_full_recomputation_bit_for_bit() {
     let mut builders = variants();
+    builders.push(("attention experts", attention_experts()));
     builders.push((
         "wide",
         TinyMoe::default().configure(|c| {
@@ -145,24 +158,25 @@ fn cached_decode_is_full_recomputation_bit_for_bit() {
 
 #[test]
 fn chunks_and_threads_change_no_bit() {
-    let folder = TinyMoe::default()
-        .configure(|c| (c.hidden_size, c.moe.intermediate_size) = (128, 64))
-        .build()
-        .unwrap();
-    let tokens = random_tokens(101, 384);
-    let options = |n_threads| LoadOptions {
-        n_threads: Some(n_threads),
-        ..Default::default()
-    };
-    let expected = all_logits(&*model(&folder, &options(1)), 128, &tokens);
-    for n_threads in [1, 2, 5] {
-        let model = model(&folder, &options(n_threads));
-        for chunk in [1, 3, 16, 100, 101] {
-            assert_eq!(
-                all_logits(&*model, chunk, &tokens),
-                expected,
-                "{n_threads} {chunk}"
-            );
+    let wide =
+        TinyMoe::default().configure(|c| (c.hidden_size, c.moe.intermediate_size) = (128, 64));
+    for folder in [wide, attention_experts()] {
+        let folder = folder.build().unwrap();
+        let tokens = random_tokens(101, 384);
+        let options = |n_threads| LoadOptions {
+            n_threads: Some(n_threads),
+            ..Default::default()
+        };
+        let expected = all_logits(&*model(&folder, &options(1)), 128, &tokens);
+        for n_threads in [1, 2, 5] {
+            let model = model(&folder, &options(n_threads));
+            for chunk in [1, 3, 16, 100, 101] {
+                assert_eq!(
+                    all_logits(&*model, chunk, &tokens),
+                    expected,
+                    "{n_threads} {chunk}"
+                );
+            }
         }
     }
 }
@@ -249,24 +263,26 @@ fn q8_0_is_close_to_what_it_was_made_from() {
 
 #[test]
 fn rewinding_forgets() {
-    let folder = TinyMoe::default().build().unwrap();
-    let model = model(&folder, &LoadOptions::default());
-    let tokens = random_tokens(20, 384);
-    let expected = all_logits(&*model, 32, &tokens);
-    let mut session = session(&*model, 32);
-    let wrong: Vec<u32> = tokens.iter().rev().copied().collect();
-    model
-        .forward(&mut session, &tokens[..8], Logits::None, &mut NoObserver)
-        .unwrap();
-    model
-        .forward(&mut session, &wrong, Logits::None, &mut NoObserver)
-        .unwrap();
-    session.rewind(8);
-    assert_eq!((session.position(), session.free()), (8, 120));
-    let rest = model
-        .forward(&mut session, &tokens[8..], Logits::All, &mut NoObserver)
-        .unwrap();
-    assert_eq!(rest, &expected[8 * 384..]);
+    for folder in [TinyMoe::default(), attention_experts()] {
+        let folder = folder.build().unwrap();
+        let model = model(&folder, &LoadOptions::default());
+        let tokens = random_tokens(20, 384);
+        let expected = all_logits(&*model, 32, &tokens);
+        let mut session = session(&*model, 32);
+        let wrong: Vec<u32> = tokens.iter().rev().copied().collect();
+        model
+            .forward(&mut session, &tokens[..8], Logits::None, &mut NoObserver)
+            .unwrap();
+        model
+            .forward(&mut session, &wrong, Logits::None, &mut NoObserver)
+            .unwrap();
+        session.rewind(8);
+        assert_eq!((session.position(), session.free()), (8, 120));
+        let rest = model
+            .forward(&mut session, &tokens[8..], Logits::All, &mut NoObserver)
+            .unwrap();
+        assert_eq!(rest, &expected[8 * 384..]);
+    }
 }
 
 #[test]
@@ -450,4 +466,9 @@ fn parameters_are_counted() {
         (info.n_layers, info.top_k, info.moe_layers),
         (2, 2, vec![0, 1])
     );
+    let folder = attention_experts().build().unwrap();
+    let info = model(&folder, &LoadOptions::default()).info().clone();
+    // Half of the projections from and to 8 heads of queries and 4 of keys and values.
+    let unused = 6 * 1536 + 32 * 8 * (8 + 4);
+    assert_eq!(info.n_params - info.n_active_params, 2 * unused);
 }

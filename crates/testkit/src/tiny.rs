@@ -51,6 +51,7 @@ impl Default for TinyMoe {
                 scale: 1.0 / 8f64.sqrt(),
                 windows: vec![None; 2],
                 mla: None,
+                experts: None,
             },
             rope: RopeConfig::plain(10_000.0, 8),
             local_rope: None,

@@ -1,7 +1,7 @@
 //! What is trained besides parameters: the model's description, the routing rule of every MoE layer, and what stands
 //! beside the experts.
 
-use crate::routers::{Order, Route, Routed, RouterOptions, RouterSizes};
+use crate::routers::{Order, Route, Routed, RouterOptions, RouterSizes, Union};
 use cadre_checkpoint::{ModelConfig, MoeConfig, RouterConfig, Score};
 use cadre_routing::filters::Capacity;
 use cadre_routing::policies::{GroupScore, ScoreFn};
@@ -19,6 +19,8 @@ pub struct Architecture {
     pub parts: MoeParts,
     /// The MoE layers, in order.
     pub moe: Vec<MoeLayer>,
+    /// The rule by which tokens pick experts of every layer's attention; `None` where all use all heads.
+    pub attention: Option<Union>,
 }
 
 /// One MoE layer without its parameters.
@@ -117,8 +119,11 @@ impl Architecture {
                 capacity: router.capacity(),
             })
         });
+        let attention = config.attention.experts;
+        let attention = attention.map(|e| Union::new(e.n_experts, e.top_k, 1.0, e.eps as f32));
         Ok(Self {
             moe: moe.collect::<Result<_, RoutingError>>()?,
+            attention: attention.transpose()?,
             router: router.clone(),
             parts,
             config,

@@ -17,10 +17,11 @@ const DEAD: f64 = 0.5;
 /// Share of the largest possible entropy under which a router no longer weighs one expert against another.
 const ENTROPY: f64 = 0.01;
 
-/// The state of the watch over all layers of a run.
+/// The state of the watch over all layers of a run, and over their attention where it has experts.
 #[derive(Debug, Default)]
 pub struct CollapseWatch {
-    streaks: BTreeMap<usize, Streak>,
+    /// By layer, and whether its attention is meant.
+    streaks: BTreeMap<(usize, bool), Streak>,
 }
 
 #[derive(Debug, Default)]
@@ -34,22 +35,32 @@ impl CollapseWatch {
     /// [`PATIENCE`] steps, so a collapse that goes on is told once.
     pub fn observe(&mut self, n_tokens: usize, record: &StepRecord) -> Vec<WarningRecord> {
         let mut warnings = Vec::new();
-        for layer in &record.layers {
+        let attention = record.attention.iter().map(|layer| (layer, true));
+        let layers = record.layers.iter().map(|layer| (layer, false));
+        for (layer, of_attention) in layers.chain(attention) {
+            let key = (layer.layer, of_attention);
             let Some(reason) = reason(layer, n_tokens) else {
-                self.streaks.remove(&layer.layer);
+                self.streaks.remove(&key);
                 continue;
             };
-            let streak = self.streaks.entry(layer.layer).or_default();
+            let (what, remedy) = match of_attention {
+                true => ("the attention of layer", "lower train.lr"),
+                false => (
+                    "layer",
+                    "raise losses.balance or losses.z, or lower train.lr",
+                ),
+            };
+            let streak = self.streaks.entry(key).or_default();
             streak.steps += 1;
             streak.fullest.insert(layer.fullest);
             if streak.fullest.len() > (layer.experts / 4).max(1) {
-                self.streaks.remove(&layer.layer);
+                self.streaks.remove(&key);
             } else if streak.steps == PATIENCE {
                 warnings.push(WarningRecord {
                     step: record.step,
                     layer: layer.layer,
                     warning: format!(
-                        "routing of layer {} has collapsed for {PATIENCE} steps: {reason}; raise losses.balance or losses.z, or lower train.lr",
+                        "routing of {what} {} has collapsed for {PATIENCE} steps: {reason}; {remedy}",
                         layer.layer
                     ),
                 });
@@ -150,6 +161,25 @@ mod tests {
                 warnings[0].warning
             );
         }
+    }
+
+    #[test]
+    fn attention_is_watched_by_itself() {
+        let mut watch = CollapseWatch::default();
+        let warnings: Vec<WarningRecord> = (1..=PATIENCE)
+            .flat_map(|step| {
+                let mut record = record(step, vec![layer(2)]);
+                record.attention = vec![layer(2)];
+                record.attention[0].max_vio = 7.0;
+                watch.observe(4096, &record)
+            })
+            .collect();
+        assert_eq!(warnings.len(), 1);
+        let text = &warnings[0].warning;
+        assert!(
+            text.contains("the attention of layer 2") && !text.contains("losses"),
+            "{text}"
+        );
     }
 
     #[test]

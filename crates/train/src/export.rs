@@ -5,7 +5,7 @@ use crate::error::{Result, TrainError};
 use crate::layers::moe::Moe;
 use crate::lm::{FeedForward, LanguageModel, Layer};
 use crate::params::values;
-use crate::routers::{RouterOptions, RouterSizes};
+use crate::routers::{Route, RouterOptions, RouterSizes};
 use burn::module::Param;
 use burn::tensor::Tensor;
 use cadre_checkpoint::{
@@ -63,6 +63,12 @@ const LAYOUTS: [&str; 4] = ["qwen3", "qwen3_moe", "glm4_moe", "cadre_moe"];
 /// # Errors
 /// [`TrainError::Unexportable`] for what no known layout holds.
 pub fn stored_config(exported: Exported<'_>) -> Result<ModelConfig> {
+    let rule = exported.architecture.attention.as_ref();
+    if rule.is_some_and(|rule| !rule.causal()) {
+        // No text can be generated token by token.
+        let what = "attention experts that keep a share of a sequence".to_owned();
+        return Err(TrainError::Unexportable { what });
+    }
     let mut config = exported.architecture.config.clone();
     config.moe = stored_moe(exported)?;
     for layout in LAYOUTS {
@@ -294,6 +300,9 @@ fn push_layer(out: &mut Vec<TensorData<'_>>, name: &str, layer: &Layer) {
         ("o_proj", &attention.o_proj),
     ] {
         push(out, format!("{name}.self_attn.{part}"), param);
+    }
+    if let Some(gate) = &attention.gate {
+        push(out, format!("{name}.self_attn.gate"), gate);
     }
     push(out, format!("{name}.self_attn.q_norm"), &attention.q_norm);
     push(out, format!("{name}.self_attn.k_norm"), &attention.k_norm);

@@ -133,6 +133,9 @@ fn import_layer(
     ] {
         set(param, |shape| load(&named(part), shape))?;
     }
+    if let Some(gate) = &mut attention.gate {
+        set(gate, |shape| load(&named("self_attn.gate"), shape))?;
+    }
     for (part, param) in [
         ("input_layernorm", &mut layer.input_layernorm),
         ("self_attn.q_norm", &mut attention.q_norm),

@@ -3,12 +3,13 @@
 use crate::architecture::Architecture;
 use crate::init::Init;
 use crate::layers::attention::SelfAttention;
+use crate::layers::attention_experts;
 use crate::layers::mlp::Mlp;
 use crate::layers::moe::Moe;
 use crate::layers::recurrent::RouterGru;
 use crate::losses;
 use crate::ops::{self, AttentionShape, Numerics, Precision};
-use crate::routers::{RouteContext, Routed};
+use crate::routers::{Route, RouteContext, Routed};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use cadre_routing::{Loads, RoutingError};
@@ -90,6 +91,8 @@ pub struct Forward {
     pub hidden: Tensor<2>,
     /// What the router of each MoE layer decided, in order.
     pub routed: Vec<Routed>,
+    /// What the router of each layer's attention decided, in order; empty where attention has no experts.
+    pub attention: Vec<Routed>,
     /// What the large products were made of.
     pub precision: Precision,
 }
@@ -105,6 +108,8 @@ pub struct Losses {
     pub z: Tensor<1>,
     /// What the router of each MoE layer decided, in order.
     pub routed: Vec<Routed>,
+    /// What the router of each layer's attention decided, in order; empty where attention has no experts.
+    pub attention: Vec<Routed>,
 }
 
 impl LanguageModel {
@@ -154,27 +159,49 @@ impl LanguageModel {
         batch: &Batch,
         pass: &Pass<'_>,
     ) -> Result<Forward, RoutingError> {
-        let walk = Walk::new(self, architecture, batch, pass);
-        let mut x = self.embedded(batch);
-        let mut state = self.router_start(batch);
+        let config = &architecture.config;
+        let eps = config.norm_eps as f32;
+        let shape = AttentionShape {
+            batch: batch.tokens.len() / batch.seq_len,
+            seq_len: batch.seq_len,
+            n_heads: config.n_heads,
+            n_kv_heads: config.n_kv_heads,
+            head_dim: config.head_dim,
+            rope_theta: config.rope.theta,
+            eps,
+            precision: pass.numerics.precision,
+        };
+        let mut x = ops::embedding(self.embed_tokens.val(), batch.tokens.clone());
         let mut routed = Vec::with_capacity(architecture.moe.len());
-        for index in 0..self.layers.len() {
-            let (next, decided) = walk.layer(index, x, state.as_mut())?;
-            x = next;
-            routed.extend(decided);
-        }
-        Ok(walk.finish(x, routed))
-    }
-
-    /// `[T, d_model]`, what the first layer reads.
-    pub(crate) fn embedded(&self, batch: &Batch) -> Tensor<2> {
-        ops::embedding(self.embed_tokens.val(), batch.tokens.clone())
-    }
-
-    /// The recurrent router's state `[T, p]` before the first layer.
-    pub(crate) fn router_start(&self, batch: &Batch) -> Option<Tensor<2>> {
+        let mut attention = Vec::new();
+        let mut rules = architecture.moe.iter();
         let cell = self.router_gru.as_ref();
-        cell.map(|cell| cell.start(batch.tokens.len()))
+        let mut state = cell.map(|cell| (cell, cell.start(batch.tokens.len())));
+        for (index, layer) in self.layers.iter().enumerate() {
+            let rule = pass.attention_rule(architecture, index, batch.seq_len);
+            let (attended, decided) = layer.attend(x, shape, rule)?;
+            x = attended;
+            attention.extend(decided);
+            let normed = ops::rms_norm(x.clone(), layer.post_attention_layernorm.val(), eps);
+            let y = match &layer.mlp {
+                FeedForward::Moe(moe) => {
+                    let rule = rules.next().expect("a rule for every MoE layer");
+                    let context = pass.context(index, routed.len(), batch.seq_len);
+                    let state = state.as_mut().map(|(cell, state)| (*cell, state));
+                    let (y, decided) = moe.forward(normed, rule, &context, state, pass.numerics)?;
+                    routed.push(decided);
+                    y
+                }
+                FeedForward::Dense(mlp) => mlp.forward(normed, pass.numerics),
+            };
+            x = x + y;
+        }
+        Ok(Forward {
+            hidden: ops::rms_norm(x, self.norm.val(), eps),
+            routed,
+            attention,
+            precision: pass.numerics.precision,
+        })
     }
 
     /// The matrix `[vocab, d_model]` that turns hidden states into logits.
@@ -211,6 +238,7 @@ impl LanguageModel {
         let Forward {
             hidden,
             routed,
+            attention,
             precision,
         } = forward;
         let cross_entropy = precision.cross_entropy(hidden, self.head(), batch.targets.clone());
@@ -227,81 +255,7 @@ impl LanguageModel {
             balance,
             z,
             routed,
-        }
-    }
-}
-
-/// A forward pass, layer by layer.
-#[derive(Debug)]
-pub(crate) struct Walk<'a> {
-    model: &'a LanguageModel,
-    architecture: &'a Architecture,
-    pass: &'a Pass<'a>,
-    shape: AttentionShape,
-}
-
-impl<'a> Walk<'a> {
-    pub(crate) fn new(
-        model: &'a LanguageModel,
-        architecture: &'a Architecture,
-        batch: &Batch,
-        pass: &'a Pass<'a>,
-    ) -> Self {
-        let config = &architecture.config;
-        let shape = AttentionShape {
-            batch: batch.tokens.len() / batch.seq_len,
-            seq_len: batch.seq_len,
-            n_heads: config.n_heads,
-            n_kv_heads: config.n_kv_heads,
-            head_dim: config.head_dim,
-            rope_theta: config.rope.theta,
-            eps: config.norm_eps as f32,
-            precision: pass.numerics.precision,
-        };
-        Self {
-            model,
-            architecture,
-            pass,
-            shape,
-        }
-    }
-
-    /// `x [T, d_model]` through layer `index`, and what its router decided. `state`, the recurrent router's, is moved
-    /// on.
-    ///
-    /// # Errors
-    /// Router logits that are not finite.
-    pub(crate) fn layer(
-        &self,
-        index: usize,
-        x: Tensor<2>,
-        state: Option<&mut Tensor<2>>,
-    ) -> Result<(Tensor<2>, Option<Routed>), RoutingError> {
-        let (layer, pass) = (&self.model.layers[index], self.pass);
-        let x = layer.attend(x, self.shape);
-        let norm = layer.post_attention_layernorm.val();
-        let normed = ops::rms_norm(x.clone(), norm, self.shape.eps);
-        let (y, decided) = match &layer.mlp {
-            FeedForward::Moe(moe) => {
-                let mut rules = self.architecture.moe.iter().enumerate();
-                let rule = rules.find(|(_, rule)| rule.layer == index);
-                let (nth, rule) = rule.expect("a rule for every MoE layer");
-                let context = pass.context(index, nth, self.shape.seq_len);
-                let state = self.model.router_gru.as_ref().zip(state);
-                let (y, decided) = moe.forward(normed, rule, &context, state, pass.numerics)?;
-                (y, Some(decided))
-            }
-            FeedForward::Dense(mlp) => (mlp.forward(normed, pass.numerics), None),
-        };
-        Ok((x + y, decided))
-    }
-
-    /// What is left of the pass when `x` has come out of the last layer.
-    pub(crate) fn finish(&self, x: Tensor<2>, routed: Vec<Routed>) -> Forward {
-        Forward {
-            hidden: ops::rms_norm(x, self.model.norm.val(), self.shape.eps),
-            routed,
-            precision: self.pass.numerics.precision,
+            attention,
         }
     }
 }
@@ -321,10 +275,42 @@ impl<'a> Pass<'a> {
     }
 }
 
+impl Pass<'_> {
+    /// The rule by which decoder layer `layer` picks experts of its attention, and what it is told.
+    fn attention_rule<'b>(
+        &self,
+        architecture: &'b Architecture,
+        layer: usize,
+        seq_len: usize,
+    ) -> Option<(&'b dyn Route, RouteContext<'static>)> {
+        let rule: &dyn Route = architecture.attention.as_ref()?;
+        let context = RouteContext {
+            seed: self.seed,
+            step: self.step,
+            layer,
+            pass: self.index,
+            training: self.training,
+            seq_len,
+            bias: None,
+        };
+        Some((rule, context))
+    }
+}
+
 impl Layer {
-    /// Attention, added to the stream.
-    fn attend(&self, x: Tensor<2>, shape: AttentionShape) -> Tensor<2> {
+    /// Attention, added to the stream, and what its router decided where it has one.
+    fn attend(
+        &self,
+        x: Tensor<2>,
+        shape: AttentionShape,
+        rule: Option<(&dyn Route, RouteContext<'_>)>,
+    ) -> Result<(Tensor<2>, Option<Routed>), RoutingError> {
         let normed = ops::rms_norm(x.clone(), self.input_layernorm.val(), shape.eps);
-        x + self.self_attn.forward(normed, shape)
+        let Some((rule, context)) = rule else {
+            return Ok((x + self.self_attn.forward(normed, shape), None));
+        };
+        let rule = (rule, &context);
+        let (y, routed) = attention_experts::forward(&self.self_attn, normed, shape, rule)?;
+        Ok((x + y, Some(routed)))
     }
 }

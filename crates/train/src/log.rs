@@ -38,9 +38,12 @@ pub struct StepRecord {
     pub seconds: f64,
     /// Each MoE layer's routing.
     pub layers: Vec<LayerRecord>,
+    /// The routing of each layer's attention, where it has experts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub attention: Vec<LayerRecord>,
 }
 
-/// The routing of one MoE layer in one step.
+/// The routing of one MoE layer, or of one layer's attention, in one step.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LayerRecord {
     /// Layer index.

@@ -1,13 +1,10 @@
 //! What one micro-batch is trained on: its text, the routers' losses, and what training methods add.
 
 use crate::architecture::Architecture;
-use crate::layerwise::{self, Kept, Replay};
 use crate::lm::{Batch, Forward, LanguageModel, Losses, Pass};
 use crate::methods::balance_scope::{ScopedLoads, merge};
 use crate::methods::consistency::consistency;
 use crate::methods::distill::Teacher;
-use crate::ops::Recompute;
-use crate::optimizer::GradientSum;
 use crate::recipe::LossWeights;
 use burn::tensor::Tensor;
 use cadre_routing::{Loads, RoutingError};
@@ -33,8 +30,8 @@ pub(crate) struct Parts {
     pub(crate) further: BTreeMap<String, f64>,
     /// Picks of each MoE layer, over all passes.
     pub(crate) loads: Vec<Loads>,
-    /// What layers are computed again from, per pass, and the loads that its balance losses counted.
-    kept: Vec<(Kept, Vec<Loads>)>,
+    /// Picks of each layer's attention, where it has experts.
+    pub(crate) attention: Vec<Loads>,
 }
 
 impl Objective<'_> {
@@ -51,16 +48,21 @@ impl Objective<'_> {
         pass: &Pass<'_>,
         scoped: &mut ScopedLoads,
     ) -> Result<Parts, RoutingError> {
-        let (hidden, mut parts) = self.one_pass(model, batch, &self.nth(pass, 0), scoped)?;
-        if self.n_passes() == 2 {
-            let (second, other) = self.one_pass(model, batch, &self.nth(pass, 1), scoped)?;
-            parts.kept.extend(other.kept);
+        let n_passes = self.n_passes();
+        let nth = |i: usize| Pass {
+            index: pass.index * n_passes + i,
+            ..*pass
+        };
+        let (hidden, mut parts) = self.one_pass(model, batch, &nth(0), scoped)?;
+        if n_passes == 2 {
+            let (second, other) = self.one_pass(model, batch, &nth(1), scoped)?;
             let disagreement = consistency(hidden.clone(), second, model.head());
             parts.loss = parts.loss + other.loss + disagreement.clone() * self.weights.consistency;
             parts.cross_entropy = 0.5 * (parts.cross_entropy + other.cross_entropy);
             parts.balance = 0.5 * (parts.balance + other.balance);
             parts.z = 0.5 * (parts.z + other.z);
             merge(&mut parts.loads, other.loads.iter())?;
+            merge(&mut parts.attention, other.attention.iter())?;
             parts.insert("consistency", disagreement);
         }
         if let Some(teacher) = self.teacher {
@@ -73,43 +75,6 @@ impl Objective<'_> {
         Ok(parts)
     }
 
-    /// The `i`-th pass over the micro-batch of `pass.index`.
-    fn nth<'a>(&self, pass: &Pass<'a>, i: usize) -> Pass<'a> {
-        let index = pass.index * self.n_passes() + i;
-        Pass { index, ..*pass }
-    }
-
-    /// Adds `share` times the gradients of `parts`, which [`Objective::of`] made of the same model, batch and pass.
-    pub(crate) fn add_gradients(
-        &self,
-        (model, batch, pass): (&LanguageModel, &Batch, &Pass<'_>),
-        parts: Parts,
-        share: f32,
-        into: &mut GradientSum,
-    ) -> Result<(), RoutingError> {
-        let mut gradients = parts.loss.backward();
-        if parts.kept.is_empty() {
-            into.add(model, &mut gradients, share);
-            return Ok(());
-        }
-        let further = !parts.further.is_empty();
-        let mut sum = GradientSum::default();
-        sum.add(model, &mut gradients, 1.0);
-        for (i, (kept, loads)) in parts.kept.into_iter().enumerate() {
-            let replay = Replay {
-                model,
-                architecture: self.architecture,
-                batch,
-                pass: &self.nth(pass, i),
-                weights: self.weights,
-                further,
-            };
-            kept.backward(&replay, &loads, &mut gradients, &mut sum)?;
-        }
-        into.merge(sum, share);
-        Ok(())
-    }
-
     fn one_pass(
         &self,
         model: &LanguageModel,
@@ -117,15 +82,7 @@ impl Objective<'_> {
         pass: &Pass<'_>,
         scoped: &mut ScopedLoads,
     ) -> Result<(Tensor<2>, Parts), RoutingError> {
-        let (forward, kept) = match pass.numerics.recompute {
-            Recompute::Layer => {
-                let (forward, kept) = layerwise::forward(model, self.architecture, batch, pass)?;
-                (forward, Some(kept))
-            }
-            Recompute::None | Recompute::Experts => {
-                (model.forward(self.architecture, batch, pass)?, None)
-            }
-        };
+        let forward = model.forward(self.architecture, batch, pass)?;
         let loads = scoped.of(self.architecture.balance_loads(&forward.routed))?;
         let hidden = forward.hidden.clone();
         let losses = model.score(self.architecture, forward, batch, &loads);
@@ -138,6 +95,7 @@ impl Objective<'_> {
             balance,
             z,
             routed,
+            attention,
         } = losses;
         let parts = Parts {
             loss,
@@ -146,7 +104,7 @@ impl Objective<'_> {
             z: value(z),
             further: BTreeMap::new(),
             loads: routed.into_iter().map(|r| r.loads).collect(),
-            kept: kept.map(|kept| (kept, loads)).into_iter().collect(),
+            attention: attention.into_iter().map(|r| r.loads).collect(),
         };
         Ok((hidden, parts))
     }
@@ -159,8 +117,10 @@ impl Objective<'_> {
         pass: &Pass<'_>,
         scoped: &mut ScopedLoads,
     ) -> Result<(), RoutingError> {
-        for i in 0..self.n_passes() {
-            let pass = self.nth(pass, i);
+        let n_passes = self.n_passes();
+        for i in 0..n_passes {
+            let index = pass.index * n_passes + i;
+            let pass = Pass { index, ..*pass };
             let Forward { routed, .. } = valid.forward(self.architecture, batch, &pass)?;
             scoped.count(&self.architecture.balance_loads(&routed))?;
         }

@@ -1,7 +1,10 @@
 //! Recipes: TOML files that reproduce one named run. Unknown keys are errors.
 
-use crate::architecture::{Architecture, MoeParts, Residual};
-use crate::device::Place;
+mod model;
+
+pub use model::{Experts, Model};
+
+use crate::architecture::{Architecture, MoeParts};
 use crate::error::{Result, TrainError};
 use crate::methods::balance_bias::BalanceBias;
 use crate::methods::balance_scope::Scope;
@@ -11,10 +14,7 @@ use crate::methods::start::Start;
 use crate::ops::{Precision, Recompute};
 use crate::optimizer::AdamWConfig;
 use crate::routers::{Route, RouterOptions};
-use cadre_checkpoint::{
-    Activation, AttentionConfig, ModelConfig, MoeConfig, NormKind, QkNorm, RopeConfig,
-    RouterConfig, Scales,
-};
+use cadre_checkpoint::ModelConfig;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -56,85 +56,6 @@ pub struct Recipe {
     pub optimizer: AdamWConfig,
     /// Where results go.
     pub output: Output,
-}
-
-/// Sizes of a Qwen3-MoE model, in the words of its `config.json`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Model {
-    /// Vocabulary of the tokenizer that is trained, and of the model.
-    pub vocab_size: usize,
-    /// Width of the residual stream.
-    pub hidden_size: usize,
-    /// Decoder layers.
-    pub n_layers: usize,
-    /// Query heads.
-    pub n_heads: usize,
-    /// Key/value heads.
-    pub n_kv_heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-    /// Experts per MoE layer, one number or one for each; 0 makes every layer dense.
-    pub n_experts: Experts,
-    /// Experts per token.
-    #[serde(default)]
-    pub top_k: usize,
-    /// Width of an expert.
-    #[serde(default)]
-    pub moe_intermediate_size: usize,
-    /// Total width of the experts that every token uses; absent for none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub shared_intermediate_size: Option<usize>,
-    /// A dense feed-forward beside the experts, `sum` or `learned` (PR-MoE); absent for none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub residual: Option<Residual>,
-    /// Width of that feed-forward; absent for `intermediate_size`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub residual_intermediate_size: Option<usize>,
-    /// Width of the state that routers hand from layer to layer (RMoE); absent for linear routers.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub recurrent_router: Option<usize>,
-    /// Width of a dense feed-forward.
-    #[serde(default)]
-    pub intermediate_size: usize,
-    /// Layers that stay dense.
-    #[serde(default)]
-    pub mlp_only_layers: Vec<usize>,
-    /// Whether picked weights are divided by their sum.
-    #[serde(default = "yes")]
-    pub norm_topk_prob: bool,
-    /// Whether the output head is the embedding.
-    #[serde(default)]
-    pub tie_word_embeddings: bool,
-    /// Longest sequence that the model says it can take.
-    pub max_position_embeddings: usize,
-    /// RoPE base.
-    #[serde(default = "ten_thousand")]
-    pub rope_theta: f64,
-    /// Standard deviation of initial matrices.
-    #[serde(default = "two_hundredths")]
-    pub initializer_range: f32,
-}
-
-/// Experts of the MoE layers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Experts {
-    /// The same number in all of them.
-    Same(usize),
-    /// One number for each, in order.
-    PerLayer(Vec<usize>),
-}
-
-impl Experts {
-    /// The most experts of any layer; 0 for a dense model.
-    #[must_use]
-    pub fn most(&self) -> usize {
-        match self {
-            Self::Same(n) => *n,
-            Self::PerLayer(all) => all.iter().copied().max().unwrap_or(0),
-        }
-    }
 }
 
 /// Text sources.
@@ -190,12 +111,9 @@ pub struct Train {
     /// What the large products are made of: `"f32"`, or `"bf16"` where the CPU multiplies that (elsewhere f32).
     #[serde(default)]
     pub precision: Precision,
-    /// What the backward pass computes again so that it need not be kept: `"none"`, `"experts"` or `"layer"`.
+    /// What the backward pass computes again so that it need not be kept: `"none"` or `"experts"`.
     #[serde(default)]
     pub recompute: Recompute,
-    /// Where tensors live: `"cpu"`, or `"vulkan"`, `"cuda"` or `"metal"` in a build with that feature.
-    #[serde(default, skip_serializing_if = "Place::is_cpu")]
-    pub device: Place,
 }
 
 /// Coefficients of the router losses (means over layers).
@@ -240,9 +158,6 @@ pub struct Output {
     pub eval_every: u64,
 }
 
-fn yes() -> bool {
-    true
-}
 fn one() -> f64 {
     1.0
 }
@@ -257,12 +172,6 @@ fn two() -> usize {
 }
 fn hundred() -> u64 {
     100
-}
-fn ten_thousand() -> f64 {
-    10_000.0
-}
-fn two_hundredths() -> f32 {
-    0.02
 }
 fn eval_tokens() -> usize {
     16_384
@@ -329,7 +238,8 @@ impl Recipe {
     fn check_routers(&self) -> Result<(), String> {
         let options = self.router.clone().unwrap_or_default();
         options.check()?;
-        self.check_parts()?;
+        self.model
+            .check_parts(self.model_config().moe.layers.len())?;
         let architecture = self.architecture();
         let architecture = architecture.map_err(|e| format!("[router]: {e}"))?;
         let leaks = |r: &dyn Route| !(r.causal() && r.batch_invariant());
@@ -343,6 +253,13 @@ impl Recipe {
             return Err(
                 "`router.drop_order` other than `position` drops a token's pairs in favour of later tokens, which a model \
                  that generates does not have; to train one all the same, set `router.allow_non_causal = true`"
+                    .to_owned(),
+            );
+        }
+        if architecture.attention.iter().any(|rule| leaks(rule)) {
+            return Err(
+                "`model.attention_experts.keep` below 1 lets the attention experts of a token depend on later tokens, which \
+                 a model that generates does not have; to train one all the same, set `router.allow_non_causal = true`"
                     .to_owned(),
             );
         }
@@ -375,54 +292,13 @@ impl Recipe {
             residual: m.residual.map(|kind| (kind, residual_width)),
             recurrent_router: m.recurrent_router,
         };
-        let architecture = Architecture::with_parts(config, &options, &counts, parts)?;
+        let mut architecture = Architecture::with_parts(config, &options, &counts, parts)?;
+        // As checkpoints have it, but for what they cannot say.
+        architecture.attention = m.attention_experts.map(|e| e.rule()).transpose()?;
         Ok(match &self.evolve {
             Some(evolve) => evolve.wrap(architecture),
             None => architecture,
         })
-    }
-
-    /// Relations between the keys of `[model]` that make MoE layers.
-    fn check_parts(&self) -> Result<(), String> {
-        let m = &self.model;
-        let n_layers = self.model_config().moe.layers.len();
-        if let Experts::PerLayer(counts) = &m.n_experts {
-            if counts.len() != n_layers {
-                let n = counts.len();
-                return Err(format!(
-                    "`model.n_experts` has {n} numbers, expected one for each of the {n_layers} layers with experts, or a \
-                     single number"
-                ));
-            }
-            if counts.contains(&0) {
-                let layers = "name layers without experts in `model.mlp_only_layers`";
-                return Err(format!("`model.n_experts` has a 0; {layers}"));
-            }
-        }
-        if m.residual.is_none() && m.residual_intermediate_size.is_some() {
-            return Err(
-                "`model.residual_intermediate_size` needs `model.residual`, \"sum\" or \"learned\""
-                    .to_owned(),
-            );
-        }
-        let widths = [
-            ("shared_intermediate_size", m.shared_intermediate_size),
-            ("residual_intermediate_size", m.residual_intermediate_size),
-            ("recurrent_router", m.recurrent_router),
-        ];
-        for (key, width) in widths {
-            if width == Some(0) {
-                return Err(format!(
-                    "`model.{key}` = 0, expected at least 1; leave it out for none"
-                ));
-            }
-            if width.is_some() && n_layers == 0 {
-                return Err(format!(
-                    "`model.{key}` belongs to layers with experts, of which there are none"
-                ));
-            }
-        }
-        Ok(())
     }
 
     fn check(&self) -> Result<(), String> {
@@ -449,7 +325,6 @@ impl Recipe {
                 self.train.lr
             ));
         }
-        self.train.check_device()?;
         let Some(data) = &self.data else {
             return Ok(());
         };
@@ -469,65 +344,11 @@ impl Recipe {
         }
     }
 
-    /// The model's configuration. A dense model is a Qwen3-MoE model whose layers are all in `mlp_only_layers`.
+    /// The model's configuration; that of [`Model::config`].
     #[must_use]
     pub fn model_config(&self) -> ModelConfig {
-        let m = &self.model;
-        let n_experts = m.n_experts.most();
-        let dense = n_experts == 0;
         let router = self.router.clone().unwrap_or_default();
-        let is_moe = |layer: &usize| !dense && !m.mlp_only_layers.contains(layer);
-        ModelConfig {
-            model_type: "qwen3_moe".to_owned(),
-            vocab_size: m.vocab_size,
-            hidden_size: m.hidden_size,
-            n_layers: m.n_layers,
-            max_position_embeddings: m.max_position_embeddings,
-            tie_word_embeddings: m.tie_word_embeddings,
-            lm_head_bias: false,
-            norm: NormKind::Rms,
-            norm_eps: 1e-6,
-            post_norms: false,
-            n_heads: m.n_heads,
-            n_kv_heads: m.n_kv_heads,
-            head_dim: m.head_dim,
-            attention: AttentionConfig {
-                qkv_bias: false,
-                o_bias: false,
-                qk_norm: QkNorm::PerHead,
-                sinks: false,
-                clip_qkv: None,
-                scale: 1.0 / (m.head_dim as f64).sqrt(),
-                windows: vec![None; m.n_layers],
-                mla: None,
-            },
-            rope: RopeConfig::plain(m.rope_theta, m.head_dim),
-            local_rope: None,
-            intermediate_size: if m.intermediate_size == 0 {
-                m.moe_intermediate_size
-            } else {
-                m.intermediate_size
-            },
-            mlp_bias: false,
-            activation: Activation::Silu,
-            moe: MoeConfig {
-                layers: (0..m.n_layers).filter(is_moe).collect(),
-                n_experts: if dense { 1 } else { n_experts },
-                top_k: if dense { 1 } else { router.top_k(m.top_k) },
-                intermediate_size: m.moe_intermediate_size.max(usize::from(dense)),
-                n_null: router.null_experts(n_experts),
-                router: RouterConfig::TopK {
-                    norm: m.norm_topk_prob,
-                },
-                ..MoeConfig::default()
-            },
-            scales: Scales::default(),
-            // The tokenizer is trained with one special token, which comes first.
-            eos_token_ids: vec![0],
-            bos_token_id: None,
-            pad_token_id: None,
-            dtype: None,
-        }
+        self.model.config(&router)
     }
 
     /// Tokens per optimizer step.
@@ -682,6 +503,29 @@ mod tests {
         assert!(refused("n_experts = 4\nrecurrent_router = 0").contains("recurrent_router"));
         assert!(refused("n_experts = 4\nresidual = 'product'").contains("product"));
         assert!(refused("n_experts = 0\nrecurrent_router = 4").contains("none"));
+    }
+
+    #[test]
+    fn attention_experts_must_divide_the_heads() {
+        let with = |options: &str, router: &str| {
+            let keys = format!("n_kv_heads = 2\n        attention_experts = {{ {options} }}");
+            let text = TINY.replace("n_kv_heads = 1", &keys);
+            parse(&format!("{text}\n[router]\n{router}"))
+        };
+        let refused = |options: &str| with(options, "").unwrap_err().to_string();
+        let recipe = with("n_experts = 2, top_k = 1", "").unwrap();
+        let rule = recipe.architecture().unwrap().attention.unwrap();
+        assert!(rule.causal() && rule.batch_invariant());
+        assert!(refused("n_experts = 3, top_k = 1").contains("attention_experts.n_experts"));
+        assert!(refused("n_experts = 2, top_k = 3").contains("attention_experts.top_k"));
+        assert!(refused("n_experts = 2").contains("top_k"));
+        assert!(refused("n_experts = 2, top_k = 1, heads = 1").contains("heads"));
+        assert!(refused("n_experts = 2, top_k = 1, eps = -1.0").contains("eps"));
+        assert!(refused("n_experts = 2, top_k = 1, keep = 2.0").contains("keep"));
+        let keep = "n_experts = 2, top_k = 1, keep = 0.5";
+        assert!(refused(keep).contains("model.attention_experts.keep"));
+        let recipe = with(keep, "allow_non_causal = true").unwrap();
+        assert!(!recipe.architecture().unwrap().attention.unwrap().causal());
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::optimizer::{AdamW, GradientSum};
 use crate::recipe::Recipe;
 use crate::snapshot;
 use burn::module::Module;
+use burn::tensor::Device;
 use cadre_routing::{Loads, RoutingError};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -44,6 +45,7 @@ struct Totals {
     z: f64,
     further: BTreeMap<String, f64>,
     loads: Vec<Loads>,
+    attention: Vec<Loads>,
 }
 
 impl<'a> Run<'a> {
@@ -58,7 +60,7 @@ impl<'a> Run<'a> {
                 asked.here().name()
             );
         }
-        let device = recipe.train.device.open()?.autodiff();
+        let device = Device::flex().autodiff();
         let init = Init {
             seed: recipe.seed,
             std: recipe.model.initializer_range,
@@ -74,13 +76,7 @@ impl<'a> Run<'a> {
             biases = balance_bias::zeros(&architecture);
         }
         let teacher = recipe.distill.as_ref();
-        let teacher = teacher.map(|options| {
-            Teacher::open(
-                options,
-                recipe.model.vocab_size,
-                &device.clone().without_autodiff(),
-            )
-        });
+        let teacher = teacher.map(|options| Teacher::open(options, recipe.model.vocab_size));
         Ok(Self {
             model: Some(model),
             optimizer: AdamW::new(recipe.optimizer),
@@ -175,6 +171,7 @@ impl<'a> Run<'a> {
             tokens_per_second: tokens as f64 / seconds,
             seconds,
             layers: self.layer_records(&totals.loads),
+            attention: attention_records(&totals.attention),
         })
     }
 
@@ -234,13 +231,12 @@ impl<'a> Run<'a> {
             totals.cross_entropy += share_of(parts.cross_entropy);
             totals.balance += share_of(parts.balance);
             totals.z += share_of(parts.z);
-            for (name, x) in &parts.further {
-                *totals.further.entry(name.clone()).or_default() += share_of(*x);
+            for (name, x) in parts.further {
+                *totals.further.entry(name).or_default() += share_of(x);
             }
             merge(&mut totals.loads, parts.loads.iter())?;
-            let of = (self.model(), &batch, &pass);
-            let added = objective.add_gradients(of, parts, share, &mut gradients);
-            added.map_err(|e| self.routing_error(step, e))?;
+            merge(&mut totals.attention, parts.attention.iter())?;
+            gradients.add(self.model(), &mut parts.loss.backward(), share);
         }
         Ok((gradients, totals))
     }
@@ -268,24 +264,7 @@ impl<'a> Run<'a> {
         let layers = self.architecture.moe.iter();
         layers
             .zip(loads)
-            .filter_map(|(moe, loads)| {
-                let summary = loads.summary()?;
-                let counts = loads.counts();
-                let real: u64 = counts[..moe.router.n_real_experts()].iter().sum();
-                let most = (0..counts.len()).rev().max_by_key(|&e| counts[e]);
-                Some(LayerRecord {
-                    layer: moe.layer,
-                    cv: summary.cv,
-                    max_vio: summary.max_vio,
-                    dead: summary.n_dead,
-                    entropy: summary.mean_entropy.unwrap_or_default(),
-                    picks: real as f64 / summary.n_tokens as f64,
-                    dropped: summary.dropped,
-                    experts: counts.len(),
-                    slots: summary.mean_picks,
-                    fullest: most.unwrap_or_default(),
-                })
-            })
+            .filter_map(|(moe, loads)| record(moe.layer, moe.router.n_real_experts(), loads))
             .collect()
     }
 
@@ -332,6 +311,34 @@ impl<'a> Run<'a> {
         }
         Ok(record)
     }
+}
+
+/// What the log says of the attention of each layer.
+fn attention_records(loads: &[Loads]) -> Vec<LayerRecord> {
+    let layers = loads.iter().enumerate();
+    layers
+        .filter_map(|(layer, loads)| record(layer, loads.counts().len(), loads))
+        .collect()
+}
+
+/// What the log says of the picks of `layer`, whose first `n_real` experts are not null ones.
+fn record(layer: usize, n_real: usize, loads: &Loads) -> Option<LayerRecord> {
+    let summary = loads.summary()?;
+    let counts = loads.counts();
+    let real: u64 = counts[..n_real].iter().sum();
+    let most = (0..counts.len()).rev().max_by_key(|&e| counts[e]);
+    Some(LayerRecord {
+        layer,
+        cv: summary.cv,
+        max_vio: summary.max_vio,
+        dead: summary.n_dead,
+        entropy: summary.mean_entropy.unwrap_or_default(),
+        picks: real as f64 / summary.n_tokens as f64,
+        dropped: summary.dropped,
+        experts: counts.len(),
+        slots: summary.mean_picks,
+        fullest: most.unwrap_or_default(),
+    })
 }
 
 /// The part with the largest gradient. Not finite beats finite, and there the last part in the order of the forward

@@ -21,7 +21,6 @@ fn recipe(model: &str, router: &str) -> Recipe {
         hidden_size = 8
         n_layers = 3
         n_heads = 2
-        n_kv_heads = 1
         head_dim = 4
         mlp_only_layers = [0]
         intermediate_size = 12
@@ -30,6 +29,9 @@ fn recipe(model: &str, router: &str) -> Recipe {
         "#,
     );
     text.push_str(model);
+    if !model.contains("n_kv_heads") {
+        text.push_str("\nn_kv_heads = 1");
+    }
     text.push_str("\n[train]\nsteps = 4\nbatch_size = 2\nseq_len = 5\nlr = 1e-3\n");
     text.push_str("[output]\ndir = \"runs/tiny\"\n");
     if !router.is_empty() {
@@ -175,6 +177,18 @@ const KINDS: &[(&str, &str, bool, &str)] = &[
         false,
         "cadre_moe",
     ),
+    (
+        "n_experts = 4\ntop_k = 2\nn_kv_heads = 2\nattention_experts = { n_experts = 2, top_k = 1, eps = 0.1 }",
+        "name = 'union'",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = 0\nn_kv_heads = 2\nattention_experts = { n_experts = 2, top_k = 2 }",
+        "",
+        false,
+        "cadre_moe",
+    ),
 ];
 
 /// Says nothing of interest here.
@@ -233,19 +247,26 @@ fn every_kind_of_model_comes_back_from_its_folder() {
 
 #[test]
 fn what_nothing_can_generate_with_is_refused() {
-    for (router, name) in [
+    let plain = "n_experts = 4\ntop_k = 2";
+    let keep = "n_experts = 0\nn_kv_heads = 2\nattention_experts = { n_experts = 2, top_k = 1, keep = 0.5 }";
+    for (model, router, name) in [
         (
+            plain,
             "name = 'expert_choice'\nallow_non_causal = true",
             "expert_choice",
         ),
         (
+            plain,
             "name = 'union'\nkeep = 0.5\nallow_non_causal = true",
             "union",
         ),
+        (
+            keep,
+            "allow_non_causal = true",
+            "attention experts that keep",
+        ),
     ] {
-        let architecture = recipe("n_experts = 4\ntop_k = 2", router)
-            .architecture()
-            .unwrap();
+        let architecture = recipe(model, router).architecture().unwrap();
         let exported = Exported {
             architecture: &architecture,
             biases: &[],

@@ -1,15 +1,18 @@
 //! What stands beside routed experts: shared experts, a dense feed-forward, the recurrent router, per-layer counts, slices
-//! of one feed-forward. Exact identities, gradients of whole models against finite differences, parameter counts.
+//! of one feed-forward, experts of attention. Exact identities, gradients of whole models against finite differences, parameter counts.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use burn::tensor::{Device, Tensor, TensorData};
 use cadre_train::architecture::Architecture;
 use cadre_train::init::Init;
+use cadre_train::layers::attention::SelfAttention;
+use cadre_train::layers::attention_experts;
 use cadre_train::layers::mlp::Mlp;
 use cadre_train::lm::{Batch, LanguageModel, Pass};
-use cadre_train::ops::{self, Dispatch, Numerics};
+use cadre_train::ops::{self, AttentionShape, Dispatch, Numerics, Precision};
 use cadre_train::params;
 use cadre_train::recipe::Recipe;
+use cadre_train::routers::{Per, Route, RouteContext, RouterOptions, RouterSizes, Union};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,7 +26,6 @@ fn recipe(model: &str, router: &str) -> Recipe {
         hidden_size = 8
         n_layers = 3
         n_heads = 2
-        n_kv_heads = 1
         head_dim = 4
         mlp_only_layers = [1]
         intermediate_size = 12
@@ -33,6 +35,9 @@ fn recipe(model: &str, router: &str) -> Recipe {
         "#,
     );
     text.push_str(model);
+    if !model.contains("n_kv_heads") {
+        text.push_str("\nn_kv_heads = 1");
+    }
     text.push_str("\n[train]\nsteps = 4\nbatch_size = 2\nseq_len = 5\nlr = 1e-3\n");
     text.push_str("[output]\ndir = \"runs/tiny\"\n");
     if !router.is_empty() {
@@ -78,6 +83,18 @@ const VARIANTS: &[(&str, &str)] = &[
         "n_experts = 4\ntop_k = 2",
         "name = 'union'\nkeep = 0.5\nallow_non_causal = true",
     ),
+    (
+        "n_experts = 4\ntop_k = 2\nn_kv_heads = 2\nattention_experts = { n_experts = 2, top_k = 1 }",
+        "name = 'union'",
+    ),
+    (
+        "n_experts = 0\nn_kv_heads = 2\nattention_experts = { n_experts = 2, top_k = 2, eps = 0.3 }",
+        "",
+    ),
+    (
+        "n_experts = 0\nn_kv_heads = 2\nattention_experts = { n_experts = 2, top_k = 2, keep = 0.6 }",
+        "allow_non_causal = true",
+    ),
 ];
 
 /// The loss, and all picks.
@@ -89,10 +106,8 @@ fn loss(model: &LanguageModel, architecture: &Architecture) -> (Tensor<1>, Vec<u
         ..Pass::default()
     };
     let losses = model.losses(architecture, &batch(), &pass).unwrap();
-    let picks = losses
-        .routed
-        .iter()
-        .flat_map(|r| r.routing.experts().to_vec());
+    let all = losses.routed.iter().chain(&losses.attention);
+    let picks = all.flat_map(|r| r.routing.experts().to_vec());
     let picks = picks.collect();
     let router = losses.balance.mul_scalar(0.1) + losses.z.mul_scalar(0.01);
     (losses.cross_entropy + router, picks)
@@ -415,6 +430,136 @@ fn a_learned_residual_of_one_is_the_dense_block() {
         dense + experts,
     );
     assert_eq!(sum.dims(), [5, 6]);
+}
+
+/// Attention by eight heads in four groups, and its shape for two sequences of five tokens.
+fn attention(n_experts: usize) -> (SelfAttention, AttentionShape) {
+    let keys = "n_experts = 0\nn_kv_heads = 2\nattention_experts = { n_experts = 2, top_k = 1 }";
+    let mut config = recipe(keys, "").model_config();
+    (config.n_heads, config.n_kv_heads) = (8, 4);
+    config.attention.experts = Some(cadre_checkpoint::AttentionExperts {
+        n_experts,
+        top_k: 1,
+        eps: 1.0,
+    });
+    let init = Init {
+        seed: 3,
+        std: 0.6,
+        device: Device::flex(),
+    };
+    let shape = AttentionShape {
+        batch: 2,
+        seq_len: 5,
+        n_heads: config.n_heads,
+        n_kv_heads: config.n_kv_heads,
+        head_dim: config.head_dim,
+        rope_theta: 100.0,
+        eps: 1e-6,
+        precision: Precision::F32,
+    };
+    (SelfAttention::init(&config, &init, "a", 1.0), shape)
+}
+
+/// Where the experts of [`attention`] are asked.
+fn sequences() -> RouteContext<'static> {
+    RouteContext {
+        seq_len: 5,
+        ..RouteContext::default()
+    }
+}
+
+/// What defines the decomposition: all experts with weight 1 are the attention that was cut; and where all tokens take the
+/// same ones, only the heads of the others are missing.
+#[test]
+fn all_experts_of_attention_together_are_the_whole() {
+    let x = three(random(9, [1, 10, 8]), [1, 10, 8]).reshape([10, 8]);
+    for n in [2, 4] {
+        let (mut attention, shape) = attention(n);
+        let whole = attention.forward(x.clone(), shape);
+        let all = Union::new(n, n, 1.0, 0.0).unwrap();
+        let (y, routed) =
+            attention_experts::forward(&attention, x.clone(), shape, (&all, &sequences())).unwrap();
+        assert_close(y, whole);
+        assert_eq!(routed.routing.n_pairs(), 10 * n);
+
+        // One draw for all tokens; each pick has weight 1 / k.
+        let options = RouterOptions {
+            per: Some(Per::Pass),
+            ..RouterOptions::named("uniform")
+        };
+        let sizes = RouterSizes {
+            n_experts: n,
+            top_k: n / 2,
+            norm_topk_prob: true,
+        };
+        let some = options.build(sizes).unwrap();
+        let training = RouteContext {
+            training: true,
+            ..sequences()
+        };
+        let (y, routed) =
+            attention_experts::forward(&attention, x.clone(), shape, (&*some, &training)).unwrap();
+        let picked = routed.routing.token(0).0.to_vec();
+        assert!(routed.routing.iter().all(|(ids, _)| ids == picked));
+        let width = 8 * 4;
+        let mask: Vec<f32> = (0..width)
+            .map(|column| f32::from(picked.contains(&((column / (width / n)) as u16))))
+            .collect();
+        let mask = three(mask, [1, 1, width]).reshape([1, width]);
+        let masked = attention.o_proj.val() * mask;
+        attention.o_proj = burn::module::Param::from_tensor(masked);
+        let missing = attention.forward(x.clone(), shape);
+        assert_close(y.mul_scalar((n / 2) as f32), missing);
+    }
+}
+
+/// The rows of `y` by which two passes over inputs that differ in `changed` differ.
+fn differing(rule: &Union, changed: usize) -> Vec<usize> {
+    let (attention, shape) = attention(4);
+    let mut values = random(9, [1, 10, 8]);
+    let pass = |values: &[f32]| {
+        let x = three(values.to_vec(), [1, 10, 8]).reshape([10, 8]);
+        let (y, _) =
+            attention_experts::forward(&attention, x, shape, (rule, &sequences())).unwrap();
+        y.try_into_vec_as::<f32>().unwrap()
+    };
+    let before = pass(&values);
+    values[changed * 8..][..8]
+        .iter_mut()
+        .for_each(|v| *v = 1.7 - *v);
+    let after = pass(&values);
+    let rows = before.chunks(8).zip(after.chunks(8)).enumerate();
+    let differ = |(a, b): (&[f32], &[f32])| a.iter().zip(b).any(|(a, b)| (a - b).abs() > 1e-6);
+    rows.filter(|(_, pair)| differ(*pair))
+        .map(|(row, _)| row)
+        .collect()
+}
+
+/// What a token gets does not depend on later tokens and other sequences, unless experts keep a share of a sequence: then
+/// later tokens push earlier ones out.
+#[test]
+fn attention_experts_look_back_only() {
+    let causal = Union::new(4, 2, 1.0, 1.0).unwrap();
+    for changed in 0..10 {
+        let end = (changed / 5 + 1) * 5;
+        let rows = differing(&causal, changed);
+        assert!(
+            rows.iter().all(|row| (changed..end).contains(row)),
+            "{changed}: {rows:?}"
+        );
+        assert!(rows.contains(&changed));
+    }
+    let sharing = Union::new(4, 2, 0.4, 1.0).unwrap();
+    assert!(causal.causal() && !sharing.causal());
+    let leaks = (0..10).flat_map(|changed| {
+        let rows = differing(&sharing, changed);
+        assert!(
+            rows.iter().all(|row| row / 5 == changed / 5),
+            "another sequence"
+        );
+        rows.into_iter().filter(move |row| *row < changed)
+    });
+    assert!(leaks.count() > 0);
 }
 
 fn count(text: &str) -> usize {

@@ -20,6 +20,10 @@ const VARIANTS: &[(&str, &str)] = &[
         "n_experts = [4, 3]\ntop_k = 3\nrecurrent_router = 3\nshared_intermediate_size = 4",
         "name = 'null_experts'\nn_null = 3",
     ),
+    (
+        "n_experts = 4\ntop_k = 2\nattention_experts = { n_experts = 2, top_k = 1 }",
+        "name = 'union'",
+    ),
 ];
 
 /// What nothing can generate with is trained and scored all the same; the reason is part of the outcome.
@@ -42,7 +46,10 @@ fn every_variant_resumes_exactly() {
     let folder = tempfile::tempdir().unwrap();
     for (i, (model, router)) in VARIANTS.iter().enumerate() {
         let output = format!("[router]\n{router}\n        [output]");
+        let of_attention = model.contains("attention_experts");
+        let heads = format!("n_kv_heads = {}", if of_attention { 2 } else { 1 });
         let changes = [
+            ("n_kv_heads = 1", heads.as_str()),
             ("n_experts = 4\n        top_k = 2", *model),
             ("[output]", output.as_str()),
             ("eval_every = 4", "eval_every = 8"),
@@ -64,6 +71,8 @@ fn every_variant_resumes_exactly() {
         assert!(bytes(&whole) == bytes(&parts), "{router}");
         let last = trajectory(&whole).remove(7);
         assert!(last["layers"][0]["picks"].as_f64().unwrap() > 0.0);
+        let attention = last["attention"].as_array().map(Vec::len);
+        assert_eq!(attention, of_attention.then_some(2), "layers of attention");
         let dropped = last["layers"][0]["dropped"].as_f64().unwrap_or_default();
         assert_eq!(dropped > 0.0, i == 0, "{router}: {dropped} dropped");
     }

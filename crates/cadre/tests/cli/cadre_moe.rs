@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use cadre_checkpoint::{ResidualMlp, RouterConfig};
+use cadre_checkpoint::{AttentionExperts, ResidualMlp, RouterConfig};
 use cadre_testkit::{TinyFolder, TinyMoe};
 
 use crate::common::{arg, failure, json, stdout};
@@ -124,6 +124,39 @@ fn traces_keep_null_picks_and_the_sizes_of_layers() {
         let replay = [&["trace", "replay", &trace], more].concat();
         assert!(stdout(&replay).contains("belady"));
     }
+}
+
+/// Attention in two experts, of which a token takes one.
+#[test]
+fn attention_experts_are_counted_and_streamed() {
+    let model = TinyMoe::default().configure(|config| {
+        config.model_type = "cadre_moe".to_owned();
+        config.attention.experts = Some(AttentionExperts {
+            n_experts: 2,
+            top_k: 1,
+            eps: 1.0,
+        });
+    });
+    let model = model.build().unwrap();
+    let path = arg(model.path());
+    let parameters = json(&["inspect", "-m", path, "-o", "json"])["parameters"].clone();
+    let unused = parameters["total"].as_u64().unwrap() - parameters["active"].as_u64().unwrap();
+    // Two layers: six of eight experts, and half of four projections by 4 heads of queries and 2 of keys and values.
+    assert_eq!(unused, 2 * (6 * 3 * 16 * 32 + 32 * 8 * (4 + 2)));
+    let text = stdout(&["inspect", "-m", path]);
+    assert!(
+        text.contains("in 2 experts of which a token takes 1"),
+        "{text}"
+    );
+    let run = [
+        "run", "-m", path, "-p", "the cat", "-n", "12", "--temp", "0",
+    ];
+    let streamed = stdout(&[&run[..], &["--mem-budget", "1MiB"]].concat());
+    assert_eq!(stdout(&run), streamed);
+    let scratch = tempfile::tempdir().unwrap();
+    let file = scratch.path().join("m.gguf");
+    let (_, errors) = failure(&["convert", "-m", path, "-o", arg(&file)]);
+    assert!(errors.contains("attention cut into 2 experts"), "{errors}");
 }
 
 #[test]

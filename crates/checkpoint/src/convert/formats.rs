@@ -67,6 +67,7 @@ pub(crate) struct Choice {
 pub(crate) fn stays_f32(name: &str, shape: &[usize]) -> bool {
     shape.len() < 2
         || name.ends_with(".mlp.gate.weight")
+        || name.ends_with(".self_attn.gate.weight")
         || name.ends_with("shared_expert_gate.weight")
         || name.ends_with(".mlp.router_in.weight")
         || name.ends_with(".mlp.residual_coefficient.weight")

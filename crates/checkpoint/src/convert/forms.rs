@@ -107,6 +107,7 @@ pub(super) fn differences(ours: &ModelConfig, theirs: &ModelConfig) -> Vec<Strin
     list.same("norms of queries and keys", &a.qk_norm, &b.qk_norm);
     list.same("attention sinks", &a.sinks, &b.sinks);
     list.same("latent attention", &a.mla, &b.mla);
+    list.same("experts of attention", &a.experts, &b.experts);
     list.same(
         "norm",
         &(ours.norm, ours.post_norms),

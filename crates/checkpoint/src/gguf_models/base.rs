@@ -104,6 +104,7 @@ fn attention(meta: &Meta<'_>, head_dim: usize, n_layers: usize) -> Result<Attent
         scale: 1.0 / (head_dim as f64).sqrt(),
         windows: vec![None; n_layers],
         mla: None,
+        experts: None,
     })
 }
 

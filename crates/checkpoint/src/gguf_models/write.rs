@@ -127,7 +127,7 @@ const TARGETS: &[Target] = &[
 pub(crate) fn target(origin: &str, config: &ModelConfig) -> Result<&'static Target> {
     let wanted = config.model_type.as_str();
     let found = TARGETS.iter().find(|t| t.model_types.contains(&wanted));
-    let unreadable = config.moe.only_ours();
+    let unreadable = config.only_ours();
     if !unreadable.is_empty() {
         return Err(CheckpointError::Unsupported {
             file: origin.to_owned(),

@@ -1,5 +1,6 @@
 //! `cadre_moe`: what Cadre's trainer makes and no published architecture can hold; Qwen3's attention, and under the key
-//! `cadre_moe` any router, uneven layers, null experts, shared experts, a feed-forward beside them, a recurrent router.
+//! `cadre_moe` any router, uneven layers, null experts, shared experts, a feed-forward beside them, a recurrent router,
+//! experts of attention.
 //!
 //! The format is described in `docs/guide/models.md`. Inside `cadre_moe` every key must be known.
 
@@ -7,7 +8,8 @@ use serde_json::{Map, Value, json};
 
 use super::{Architecture, common};
 use crate::config::{
-    ModelConfig, MoeConfig, QkNorm, ResidualMlp, RouterConfig, Score, SharedExpert,
+    AttentionExperts, ModelConfig, MoeConfig, QkNorm, ResidualMlp, RouterConfig, Score,
+    SharedExpert,
 };
 use crate::error::Result;
 use crate::keys::Keys;
@@ -35,7 +37,11 @@ const KEYS: &[&str] = &[
     "residual",
     "residual_intermediate_size",
     "recurrent_router",
+    ATTENTION,
 ];
+
+/// Inside of it, the experts of attention.
+const ATTENTION: &str = "attention_experts";
 
 /// Rules and their options, beside `name`.
 const ROUTERS: &[(&str, &[&str])] = &[
@@ -75,7 +81,12 @@ fn from_json(keys: &Keys) -> Result<ModelConfig> {
     let Some(ours) = keys.object(KEY)? else {
         return Err(keys.problem(KEY, "is missing".to_owned()));
     };
-    config.moe = moe(&ours)?;
+    config.attention.experts = attention_experts(&ours)?;
+    config.moe = match config.attention.experts {
+        // The experts may be those of attention alone.
+        Some(_) if ours.sizes("layers")?.is_empty() => no_moe(&ours)?,
+        _ => moe(&ours)?,
+    };
     // Said again here in the words of this file.
     config
         .moe
@@ -91,6 +102,29 @@ fn from_json(keys: &Keys) -> Result<ModelConfig> {
             ours.problem(key, problem)
         })?;
     Ok(config)
+}
+
+/// Sizes are checked against those of the model when all of it is read.
+fn attention_experts(keys: &Keys) -> Result<Option<AttentionExperts>> {
+    let Some(keys) = keys.object(ATTENTION)? else {
+        return Ok(None);
+    };
+    keys.refuse_others(&["n_experts", "top_k", "eps"])?;
+    Ok(Some(AttentionExperts {
+        n_experts: keys.size("n_experts")?,
+        top_k: keys.size("top_k")?,
+        eps: within(&keys, "eps", 0.0..=f64::from(f32::MAX))?,
+    }))
+}
+
+/// Dense feed-forwards everywhere, so that nothing can be said about others.
+fn no_moe(keys: &Keys) -> Result<MoeConfig> {
+    keys.refuse_others(KEYS)?;
+    let empty = [json!([]), json!(0)];
+    for key in KEYS.iter().filter(|key| **key != ATTENTION) {
+        keys.only(key, &empty, "`layers` names no layer with experts")?;
+    }
+    Ok(MoeConfig::default())
 }
 
 fn moe(keys: &Keys) -> Result<MoeConfig> {
@@ -274,28 +308,32 @@ fn to_json(config: &ModelConfig, map: &mut Map<String, Value>) {
         true => "learned",
         false => "sum",
     });
+    let mut ours = match moe.layers.is_empty() {
+        true => json!({"layers": [], "n_experts": []}),
+        false => json!({
+            "layers": moe.layers,
+            "n_experts": counts,
+            "n_null": moe.n_null,
+            "top_k": top_k,
+            "intermediate_size": moe.intermediate_size,
+            "router": router_json(&moe.router),
+            "shared_intermediate_size": moe.shared.map(|shared| shared.intermediate_size),
+            "residual": residual,
+            "residual_intermediate_size": moe.residual.map(|residual| residual.intermediate_size),
+            "recurrent_router": moe.recurrent_router,
+        }),
+    };
+    if let Some(experts) = config.attention.experts {
+        let AttentionExperts {
+            n_experts,
+            top_k,
+            eps,
+        } = experts;
+        ours[ATTENTION] = json!({"n_experts": n_experts, "top_k": top_k, "eps": eps});
+    }
     common::put_windows(config, map);
-    common::put(
-        map,
-        [
-            ("attention_bias", json!(config.attention.qkv_bias)),
-            (
-                KEY,
-                json!({
-                    "layers": moe.layers,
-                    "n_experts": counts,
-                    "n_null": moe.n_null,
-                    "top_k": top_k,
-                    "intermediate_size": moe.intermediate_size,
-                    "router": router_json(&moe.router),
-                    "shared_intermediate_size": moe.shared.map(|shared| shared.intermediate_size),
-                    "residual": residual,
-                    "residual_intermediate_size": moe.residual.map(|residual| residual.intermediate_size),
-                    "recurrent_router": moe.recurrent_router,
-                }),
-            ),
-        ],
-    );
+    let bias = json!(config.attention.qkv_bias);
+    common::put(map, [("attention_bias", bias), (KEY, ours)]);
 }
 
 fn router_json(router: &RouterConfig) -> Value {
@@ -362,6 +400,14 @@ mod tests {
         parse(&base(edits), Value::Null)
     }
 
+    /// Experts of attention, and dense feed-forwards.
+    fn attention_alone() -> Value {
+        json!({
+            "layers": [], "n_experts": [], "top_k": null, "intermediate_size": null, "router": null,
+            "attention_experts": {"n_experts": 2, "top_k": 2, "eps": 0},
+        })
+    }
+
     const GROUPS: &str = r#"{"name": "group_limited", "score": "sigmoid", "n_groups": 2, "keep_groups": 1,
         "group_score": "sum_of_best_two", "norm_topk_prob": true, "scale": 2.5, "bias": true}"#;
 
@@ -382,6 +428,8 @@ mod tests {
             json!({"router": {"name": "sparse_mixer", "eps": 0.01}, "top_k": null}),
             json!({"router": groups, "shared_intermediate_size": 10}),
             json!({"residual": "sum", "residual_intermediate_size": 7}),
+            json!({"attention_experts": {"n_experts": 2, "top_k": 1, "eps": 0.25}}),
+            attention_alone(),
             json!({"residual": "learned", "residual_intermediate_size": 7, "recurrent_router": 5}),
         ];
         for edits in cases {
@@ -432,6 +480,13 @@ mod tests {
                 .count()
         };
         assert_eq!((experts(0), experts(1), experts(2)), (6, 0, 9));
+        let attention = tensor_specs(&read(attention_alone()).unwrap());
+        let gate = (
+            "model.layers.2.self_attn.gate.weight".to_owned(),
+            vec![2, 32],
+        );
+        assert!(attention.contains(&gate) && !specs.contains(&gate));
+        assert!(attention.iter().all(|(name, _)| !name.contains("experts")));
         let uniform = read(json!({"router": {"name": "uniform", "seed": 1}})).unwrap();
         let gates = tensor_specs(&uniform)
             .iter()
@@ -478,6 +533,23 @@ mod tests {
             json!({"router": {"name": "uniform", "seed": 1}, "recurrent_router": 4}),
             "recurrent_router",
         );
+        let attention = |n: usize, top_k: usize| json!({"attention_experts": {"n_experts": n, "top_k": top_k, "eps": 1.0}});
+        refused(attention(4, 1), "a divisor of the 2 key and value heads");
+        refused(attention(1, 1), "at least 2");
+        refused(attention(2, 3), "attention_experts.top_k");
+        refused(
+            json!({"attention_experts": {"n_experts": 2, "top_k": 1}}),
+            "eps",
+        );
+        let keep = json!({"n_experts": 2, "top_k": 1, "eps": 1.0, "keep": 0.5});
+        refused(json!({"attention_experts": keep}), "keep");
+        let mut alone = attention_alone();
+        alone["top_k"] = json!(2);
+        refused(alone, "names no layer with experts");
+        let biased =
+            json!({"cadre_moe": base(attention(2, 1))["cadre_moe"], "attention_bias": true});
+        let text = parse(&base(json!({})), biased).unwrap_err().to_string();
+        assert!(text.contains("plain attention only"), "{text}");
         let mut groups: Value = serde_json::from_str(GROUPS).unwrap();
         groups["n_groups"] = json!(3);
         refused(router(groups), "router.n_groups");
@@ -490,5 +562,9 @@ mod tests {
         config.model_type = "qwen3_moe".to_owned();
         let text = config.to_config_json(Dtype::F32).unwrap_err().to_string();
         assert!(text.contains("different numbers of experts"), "{text}");
+        let mut config = read(attention_alone()).unwrap();
+        config.model_type = "qwen3".to_owned();
+        let text = config.to_config_json(Dtype::F32).unwrap_err().to_string();
+        assert!(text.contains("attention cut into 2 experts"), "{text}");
     }
 }

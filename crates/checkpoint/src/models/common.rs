@@ -104,6 +104,7 @@ pub(super) fn attention(head_dim: usize, n_layers: usize) -> AttentionConfig {
         scale: 1.0 / (head_dim as f64).sqrt(),
         windows: vec![None; n_layers],
         mla: None,
+        experts: None,
     }
 }
 

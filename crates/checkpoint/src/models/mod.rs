@@ -98,7 +98,7 @@ fn find(name: &str) -> Option<&'static Architecture> {
 impl Architecture {
     /// `config.json` for `config`.
     pub(crate) fn to_json(&self, config: &ModelConfig, dtype: Dtype) -> Result<Value> {
-        let unspeakable = config.moe.only_ours();
+        let unspeakable = config.only_ours();
         if !unspeakable.is_empty() && self.model_type != cadre_moe::ARCHITECTURE.model_type {
             return Err(CheckpointError::Unsupported {
                 file: "config.json".to_owned(),

@@ -9,7 +9,9 @@ pub(crate) type LayerKv = KvLayer;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct KvShape {
     pub(crate) n_layers: usize,
-    /// Heads that are stored; 1 where all share (latent attention).
+    /// Experts that every layer's attention is cut into, each with a cache of its own; 0 where it is whole.
+    pub(crate) n_experts: usize,
+    /// Heads that are stored, of one expert where there are some; 1 where all share (latent attention).
     pub(crate) n_kv_heads: usize,
     /// Width of a key; of latent attention, of its rotary part.
     pub(crate) key_dim: usize,
@@ -17,10 +19,13 @@ pub(crate) struct KvShape {
     pub(crate) value_dim: usize,
 }
 
-/// One [`LayerKv`] per layer.
+/// One [`LayerKv`] per layer, or per expert of each layer.
 #[derive(Debug)]
 pub(crate) struct KvCache {
     pub(crate) layers: Vec<LayerKv>,
+    /// Positions of the tokens that each expert of attention holds, ascending; empty where attention is whole. Those from
+    /// the session's position on are forgotten.
+    pub(crate) held: Vec<Vec<u32>>,
 }
 
 impl KvCache {
@@ -31,8 +36,11 @@ impl KvCache {
             value_dim: shape.value_dim,
         };
         let layer = || LayerKv::new(kernels, sizes, formats, n_ctx);
+        let n_layers = shape.n_layers * shape.n_experts.max(1);
+        let n_held = shape.n_layers * shape.n_experts;
         Self {
-            layers: std::iter::repeat_with(layer).take(shape.n_layers).collect(),
+            layers: std::iter::repeat_with(layer).take(n_layers).collect(),
+            held: (0..n_held).map(|_| Vec::with_capacity(n_ctx)).collect(),
         }
     }
 
@@ -51,6 +59,7 @@ mod tests {
     fn a_cache_is_as_large_as_its_formats() {
         let shape = KvShape {
             n_layers: 3,
+            n_experts: 0,
             n_kv_heads: 2,
             key_dim: 48,
             value_dim: 32,

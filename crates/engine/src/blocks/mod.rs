@@ -5,6 +5,7 @@
 
 mod ahead;
 mod attention;
+mod attention_experts;
 mod embedding;
 mod experts;
 mod feed_forward;
@@ -20,6 +21,7 @@ mod router;
 
 pub(crate) use ahead::Ahead;
 pub(crate) use attention::{Attention, AttentionScratch};
+pub(crate) use attention_experts::{AttentionExperts, AttentionExpertsScratch};
 pub(crate) use embedding::Embedding;
 pub(crate) use experts::Experts;
 pub(crate) use feed_forward::{FeedForward, FeedForwardScratch};

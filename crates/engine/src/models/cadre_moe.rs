@@ -1,4 +1,4 @@
-//! What Cadre trains and no published architecture can hold: Qwen3's attention, and experts of any kind.
+//! What Cadre trains and no published architecture can hold: Qwen3's attention, perhaps in experts, and experts of any kind.
 //!
 //! Source: `docs/guide/models.md`, with the papers of the parts. What a layer is made of follows from the configuration.
 

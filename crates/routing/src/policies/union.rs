@@ -85,9 +85,9 @@ impl Policy for Union {
             let keep = filters::keep(routing, &slots, DropOrder::Weight);
             *routing = routing.kept(&keep);
         }
-        let offsets = routing.offsets().to_vec();
-        for ends in offsets.windows(2) {
-            let weights = &mut routing.weights_mut()[ends[0] as usize..ends[1] as usize];
+        for token in 0..routing.n_tokens() {
+            let [first, end] = [token, token + 1].map(|at| routing.offsets()[at] as usize);
+            let weights = &mut routing.weights_mut()[first..end];
             let mass: f32 = weights.iter().sum();
             weights.fill(mass / (mass + self.eps));
         }

@@ -21,6 +21,8 @@ pub struct SelfAttention {
     pub q_norm: Param<Tensor<1>>,
     /// `[head_dim]`, per head, before RoPE
     pub k_norm: Param<Tensor<1>>,
+    /// Router, `[n_experts, d_model]`; absent where all tokens use all heads
+    pub gate: Option<Param<Tensor<2>>>,
 }
 
 impl SelfAttention {
@@ -34,6 +36,7 @@ impl SelfAttention {
             Param::from_tensor(init.normal(&format!("{name}.{part}"), shape, scale))
         };
         let norm = || Param::from_tensor(init.ones(config.head_dim));
+        let experts = config.attention.experts;
         Self {
             q_proj: matrix("q_proj", [q_width, d], 1.0),
             k_proj: matrix("k_proj", [kv_width, d], 1.0),
@@ -41,17 +44,29 @@ impl SelfAttention {
             o_proj: matrix("o_proj", [d, q_width], residual_scale),
             q_norm: norm(),
             k_norm: norm(),
+            gate: experts.map(|experts| matrix("gate", [experts.n_experts, d], 1.0)),
         }
     }
 
-    /// `x [T, d_model]` -> `[T, d_model]`.
+    /// `x [T, d_model]` -> `[T, d_model]`, by all heads.
     #[must_use]
     pub fn forward(&self, x: Tensor<2>, shape: AttentionShape) -> Tensor<2> {
+        let matrices = [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj];
+        self.attend(x, matrices.map(|matrix| matrix.val()), shape)
+    }
+
+    /// As [`Self::forward`], by the heads of `shape`, whose q, k, v and output projections are given.
+    pub(super) fn attend(
+        &self,
+        x: Tensor<2>,
+        [q_proj, k_proj, v_proj, o_proj]: [Tensor<2>; 4],
+        shape: AttentionShape,
+    ) -> Tensor<2> {
         let precision = shape.precision;
-        let q = precision.linear(x.clone(), self.q_proj.val());
-        let k = precision.linear(x.clone(), self.k_proj.val());
-        let v = precision.linear(x, self.v_proj.val());
+        let q = precision.linear(x.clone(), q_proj);
+        let k = precision.linear(x.clone(), k_proj);
+        let v = precision.linear(x, v_proj);
         let norms = [self.q_norm.val(), self.k_norm.val()];
-        precision.linear(ops::attention([q, k, v], norms, shape), self.o_proj.val())
+        precision.linear(ops::attention([q, k, v], norms, shape), o_proj)
     }
 }

@@ -1,6 +1,7 @@
 //! The parts of a decoder layer, each with its parameters and forward pass.
 
 pub mod attention;
+pub mod attention_experts;
 pub mod mlp;
 pub mod moe;
 pub mod recurrent;

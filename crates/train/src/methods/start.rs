@@ -47,7 +47,7 @@ impl Part {
     #[must_use]
     pub fn of(path: &str) -> Self {
         let name = path.rsplit('.').next().unwrap_or_default();
-        if path.starts_with("router_gru") {
+        if path.starts_with("router_gru") || path.ends_with(".self_attn.gate") {
             return Self::Router;
         }
         match name {
@@ -148,6 +148,7 @@ mod tests {
             ("layers.0.mlp.Moe.shared.gate_up", Part::Dense),
             ("layers.0.mlp.Dense.gate_up", Part::Dense),
             ("layers.0.self_attn.q_proj", Part::Dense),
+            ("layers.0.self_attn.gate", Part::Router),
             ("embed_tokens", Part::Dense),
         ] {
             assert_eq!(Part::of(path), part, "{path}");
