@@ -314,13 +314,11 @@ impl Work<'_> {
     ) {
         let n_units = parts.n_units;
         // The tokens from `first` on, each from unit `from` on.
-        let tokens = |first: usize, n_tokens: usize, from: usize| {
-            let mut xs = [std::ptr::null(); TOKEN_BLOCK];
-            for (t, x_t) in xs[..n_tokens].iter_mut().enumerate() {
+        let point = |xs: &mut [*const X], first: usize, from: usize| {
+            for (t, x_t) in xs.iter_mut().enumerate() {
                 let row = self.x_row(first + t);
                 *x_t = x[row * row_units..][..row_units][from..].as_ptr();
             }
-            xs
         };
         let n_tokens = sums.len();
         if let Some(few) = kernel.few.filter(|few| n_tokens <= few.up_to) {
@@ -328,9 +326,11 @@ impl Work<'_> {
             while done < n_tokens {
                 let log = (n_tokens - done).min(FEW_TOKENS).ilog2();
                 let n = 1 << log;
-                let (xs, sums) = (tokens(done, n, 0), &mut sums[done..][..n]);
+                let mut xs = [std::ptr::null(); FEW_TOKENS];
+                let (xs, sums) = (&mut xs[..n], &mut sums[done..][..n]);
+                point(xs, done, 0);
                 // SAFETY: the caller's promise; the tokens were sliced.
-                unsafe { few.of[log as usize](slab, n_units, &xs[..n], sums, panel) };
+                unsafe { few.of[log as usize](slab, n_units, xs, sums, panel) };
                 done += n;
             }
             return;
@@ -341,9 +341,11 @@ impl Work<'_> {
             unsafe { (kernel.pack)(slab, from, n, panel) };
             let mut ahead = self.ahead(&parts, from, n);
             for (block, sums) in sums.chunks_mut(TOKEN_BLOCK).enumerate() {
-                let xs = tokens(block * TOKEN_BLOCK, sums.len(), from);
+                let mut xs = [std::ptr::null(); TOKEN_BLOCK];
+                let xs = &mut xs[..sums.len()];
+                point(xs, block * TOKEN_BLOCK, from);
                 // SAFETY: as above; the panel was packed with `n` units, and the tokens were sliced.
-                unsafe { (kernel.multiply)(panel, n, &xs[..sums.len()], sums, ahead) };
+                unsafe { (kernel.multiply)(panel, n, xs, sums, ahead) };
                 ahead.n_bytes = 0;
             }
         }

@@ -5,9 +5,9 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::floats::{Floats, Pairs, last_word};
+use super::floats::{FLOATS_NUDGED, Floats, Pairs, last_word};
 use super::multiply::{add_32, add_256, as_bf16, broadcast};
-use super::source::{HALF, Wide, each};
+use super::source::{HALF, Wide, each, every_line};
 use super::unpack_32::{Unpack32, WORDS};
 use super::unpack_256::{PARTS, Unpack256};
 use crate::blocks::{ActQ8, ActQ8K};
@@ -70,7 +70,7 @@ pub(super) unsafe fn few_32<S: Wide, B: Unpack32, const N: usize>(
     let mut sums = load::<N>(out);
     for at in 0..n {
         for half in 0..2 {
-            S::fetch::<B>(slab, at, (half, 2), B::IS_PLAIN);
+            S::fetch::<B>(slab, at, (half, 2), every_line(B::NUDGED, N));
             // SAFETY: the contract.
             let (words, (d, m)) = unsafe {
                 let scales = B::scales::<S>(slab, half, at);
@@ -182,7 +182,7 @@ unsafe fn dots_part<S: Wide, B: Unpack256, const N: usize, const ODD: bool>(
     panel: &Panel,
     out: &mut [(__m512i, __m512i); N],
 ) {
-    S::fetch::<B>(slab, at, (PARTS * half + part, 2 * PARTS), false);
+    S::fetch::<B>(slab, at, (PARTS * half + part, 2 * PARTS), 1);
     // SAFETY: the contract.
     let words = unsafe { B::words::<S, ODD>(slab, half, at, part) };
     // Words that share a scale.
@@ -264,7 +264,12 @@ unsafe fn few_floats<S: Wide, F: Floats, X, const N: usize>(
             };
             for at in (from..whole).step_by(F::VALUES) {
                 for half in 0..2 {
-                    S::fetch::<[u8; 16]>(slab, at / F::VALUES, (half, 2), true);
+                    S::fetch::<[u8; 16]>(
+                        slab,
+                        at / F::VALUES,
+                        (half, 2),
+                        every_line(FLOATS_NUDGED, N),
+                    );
                     let words = F::words::<S>(slab, half, at);
                     for (i, w) in words.into_iter().enumerate() {
                         multiply(half, w, at + i * per_word);

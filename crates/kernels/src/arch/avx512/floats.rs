@@ -9,6 +9,9 @@ use super::unpack_32::widen;
 use crate::interleave::Layout;
 use crate::panel::{Lanes, Slab};
 
+/// See [`super::source::every_line`].
+pub(super) const FLOATS_NUDGED: usize = 4;
+
 /// What 16 bytes of a row become.
 pub(super) trait Floats {
     /// What is stored.

@@ -1,7 +1,7 @@
 //! Packing: what is unpacked in registers becomes a panel.
 
-use super::floats::{Floats, last_word};
-use super::source::{Wide, put, put_f32};
+use super::floats::{FLOATS_NUDGED, Floats, last_word};
+use super::source::{Wide, every_line, put, put_f32};
 use super::unpack_32::{Unpack32, WORDS};
 use super::unpack_256::{PARTS, Unpack256};
 use crate::panel::{Lanes, Panel, Slab};
@@ -18,7 +18,7 @@ pub(super) unsafe fn pack_32<S: Wide, B: Unpack32>(
     let blocks = panel.words.as_chunks_mut::<WORDS>().0[..n].iter_mut();
     for (at, words) in blocks.enumerate() {
         for half in 0..2 {
-            S::fetch::<B>(slab, from + at, (half, 2), B::IS_PLAIN);
+            S::fetch::<B>(slab, from + at, (half, 2), every_line(B::NUDGED, 1));
             // SAFETY: the contract.
             let (v, (d, m)) = unsafe {
                 let scales = B::scales::<S>(slab, half, from + at);
@@ -77,7 +77,7 @@ unsafe fn pack_part<S: Wide, B: Unpack256, const ODD: bool>(
     words: &mut [[Lanes<u32>; 2 * WORDS]],
 ) {
     for half in 0..2 {
-        S::fetch::<B>(slab, at, (2 * part + half, 2 * PARTS), false);
+        S::fetch::<B>(slab, at, (2 * part + half, 2 * PARTS), 1);
         // SAFETY: the contract.
         let v = unsafe { B::words::<S, ODD>(slab, half, at, part) };
         for (word, v) in words[part].iter_mut().zip(v.as_flattened()) {
@@ -101,7 +101,12 @@ pub(super) unsafe fn pack_floats<S: Wide, F: Floats>(
     let whole = n - n % F::VALUES;
     for at in (0..whole).step_by(F::VALUES) {
         for half in 0..2 {
-            S::fetch::<[u8; 16]>(slab, (from + at) / F::VALUES, (half, 2), true);
+            S::fetch::<[u8; 16]>(
+                slab,
+                (from + at) / F::VALUES,
+                (half, 2),
+                every_line(FLOATS_NUDGED, 1),
+            );
             // SAFETY: the contract: 16 bytes of values.
             let v = unsafe { F::words::<S>(slab, half, from + at) };
             for (word, v) in panel.words[at / per_word..].iter_mut().zip(v) {

@@ -36,9 +36,16 @@ pub(super) trait Wide: Source {
     unsafe fn odd<B: Layout, T: Copy + Default>(slab: &Slab, half: usize, at: usize) -> [T; HALF];
 
     /// Fetches the `step`-th of `n_steps` parts of what is needed as far ahead of block `at` as pays, in sequence:
-    /// memory likes it more than the order in which bits are unpacked. What is `plain` is read in sequence, and comes
-    /// by itself but for a nudge: more would get in the way.
-    fn fetch<B>(slab: &Slab, at: usize, step: (usize, usize), plain: bool);
+    /// memory likes it more than the order in which bits are unpacked. Where rows are interleaved, every so many lines, as
+    /// [`every_line`] says.
+    fn fetch<B>(slab: &Slab, at: usize, step: (usize, usize), every: usize);
+}
+
+/// How many lines apart to fetch for `n_tokens`. Words that are multiplied as they are come by themselves, but for a nudge,
+/// as long as little is computed between them: for up to `nudged` tokens. More would get in the way.
+#[inline(always)]
+pub(super) fn every_line(nudged: usize, n_tokens: usize) -> usize {
+    if n_tokens <= nudged { 2 } else { 1 }
 }
 
 /// The `step`-th of `n_steps` parts of `n_bytes`, one of so many bytes.
@@ -87,7 +94,7 @@ impl Wide for InPlace {
     }
 
     #[inline(always)]
-    fn fetch<B>(slab: &Slab, at: usize, step: (usize, usize), _plain: bool) {
+    fn fetch<B>(slab: &Slab, at: usize, step: (usize, usize), _every: usize) {
         if !slab.next.is_null() {
             let n_bytes = PANEL_ROWS * size_of::<B>();
             fetch_part(slab.next.wrapping_add(at * n_bytes), n_bytes, step, LINE);
@@ -129,10 +136,10 @@ impl Wide for Interleaved {
     }
 
     #[inline(always)]
-    fn fetch<B>(slab: &Slab, at: usize, step: (usize, usize), plain: bool) {
+    fn fetch<B>(slab: &Slab, at: usize, step: (usize, usize), every: usize) {
         let n_bytes = PANEL_ROWS * size_of::<B>();
         let from = slab.start().wrapping_add(at * n_bytes + DISTANCE);
-        fetch_part(from, n_bytes, step, if plain { 2 * LINE } else { LINE });
+        fetch_part(from, n_bytes, step, every * LINE);
     }
 }
 

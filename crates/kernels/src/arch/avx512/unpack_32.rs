@@ -15,8 +15,8 @@ pub(super) const WORDS: usize = 8;
 
 /// A format whose blocks are unpacked in registers.
 pub(super) trait Unpack32: Block32 + Layout {
-    /// Whether integers are stored as they are.
-    const IS_PLAIN: bool = size_of::<Self>() > Q8_BLOCK;
+    /// See [`super::source::every_line`]; integers that are stored as they are come by themselves for one token.
+    const NUDGED: usize = if size_of::<Self>() > Q8_BLOCK { 1 } else { 0 };
 
     /// The integers of block `at` of a half's rows, without a sign: `q + 128` unless the format has a minimum.
     ///
