@@ -115,3 +115,29 @@ impl<R: Reader + ?Sized> Reader for Box<R> {
         (**self).n_pending()
     }
 }
+
+/// Files and requests for the tests of the readers.
+#[cfg(test)]
+mod testing {
+    use super::{ALIGN, Request, aligned};
+    use std::fs::File;
+    use std::sync::Arc;
+
+    /// An open file of `n_bytes`, whose every byte is the number of its page.
+    pub(super) fn file(n_bytes: usize) -> Arc<File> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let bytes: Vec<u8> = (0..n_bytes).map(|at| (at / ALIGN) as u8).collect();
+        std::fs::write(file.path(), bytes).unwrap();
+        Arc::new(File::open(file.path()).unwrap())
+    }
+
+    /// Asks for page `tag`.
+    pub(super) fn request(file: &Arc<File>, tag: u64) -> Request {
+        Request {
+            tag,
+            file: Arc::clone(file),
+            offset: tag * ALIGN as u64,
+            memory: aligned(ALIGN),
+        }
+    }
+}

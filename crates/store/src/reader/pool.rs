@@ -136,23 +136,8 @@ impl Drop for PoolReader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reader::{ALIGN, aligned};
-
-    fn file(n_bytes: usize) -> Arc<std::fs::File> {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let bytes: Vec<u8> = (0..n_bytes).map(|at| (at / ALIGN) as u8).collect();
-        std::fs::write(file.path(), bytes).unwrap();
-        Arc::new(std::fs::File::open(file.path()).unwrap())
-    }
-
-    fn request(file: &Arc<std::fs::File>, tag: u64) -> Request {
-        Request {
-            tag,
-            file: Arc::clone(file),
-            offset: tag * ALIGN as u64,
-            memory: aligned(ALIGN),
-        }
-    }
+    use crate::reader::ALIGN;
+    use crate::reader::testing::{file, request};
 
     #[test]
     fn one_lane_keeps_the_order_and_gives_memory_back() {

@@ -285,24 +285,8 @@ impl std::fmt::Debug for UringReader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reader::testing::{file, request};
     use crate::reader::{ALIGN, aligned};
-    use std::sync::Arc;
-
-    fn file(n_pages: usize) -> Arc<std::fs::File> {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let bytes: Vec<u8> = (0..n_pages * ALIGN).map(|at| (at / ALIGN) as u8).collect();
-        std::fs::write(file.path(), bytes).unwrap();
-        Arc::new(std::fs::File::open(file.path()).unwrap())
-    }
-
-    fn request(file: &Arc<std::fs::File>, tag: u64) -> Request {
-        Request {
-            tag,
-            file: Arc::clone(file),
-            offset: tag * ALIGN as u64,
-            memory: aligned(ALIGN),
-        }
-    }
 
     /// A ring, unless this system forbids it.
     fn ring(depth: usize) -> Option<UringReader> {
@@ -311,7 +295,7 @@ mod tests {
 
     #[test]
     fn more_requests_than_slots_wait_their_turn() {
-        let (Some(mut reader), file) = (ring(3), file(50)) else {
+        let (Some(mut reader), file) = (ring(3), file(50 * ALIGN)) else {
             return;
         };
         (0..50).for_each(|tag| reader.submit(request(&file, tag)));
@@ -327,7 +311,7 @@ mod tests {
 
     #[test]
     fn a_ring_that_the_kernel_gives_up_is_replaced_by_plain_calls() {
-        let (Some(mut reader), file) = (ring(4), file(20)) else {
+        let (Some(mut reader), file) = (ring(4), file(20 * ALIGN)) else {
             return;
         };
         (0..10).for_each(|tag| reader.submit(request(&file, tag)));
@@ -344,7 +328,7 @@ mod tests {
 
     #[test]
     fn results_of_the_kernel_end_a_request_or_ask_for_more() {
-        let file = file(4);
+        let file = file(4 * ALIGN);
         let mut slot = Slot {
             request: Request {
                 memory: aligned(3 * ALIGN),
