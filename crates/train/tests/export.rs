@@ -2,44 +2,16 @@
 //! losses, bit for bit, in the layout of a published architecture where one holds it.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod tiny;
+
 use burn::tensor::Device;
 use cadre_checkpoint::{Checkpoint, Dtype};
 use cadre_train::architecture::Architecture;
 use cadre_train::export::{self, Exported};
 use cadre_train::init::Init;
 use cadre_train::lm::{Batch, LanguageModel, Pass};
-use cadre_train::recipe::Recipe;
-use std::path::Path;
 use std::sync::Arc;
-
-fn recipe(model: &str, router: &str) -> Recipe {
-    let mut text = String::from(
-        r#"
-        name = "tiny"
-        [model]
-        vocab_size = 40
-        hidden_size = 8
-        n_layers = 3
-        n_heads = 2
-        head_dim = 4
-        mlp_only_layers = [0]
-        intermediate_size = 12
-        moe_intermediate_size = 6
-        max_position_embeddings = 16
-        "#,
-    );
-    text.push_str(model);
-    if !model.contains("n_kv_heads") {
-        text.push_str("\nn_kv_heads = 1");
-    }
-    text.push_str("\n[train]\nsteps = 4\nbatch_size = 2\nseq_len = 5\nlr = 1e-3\n");
-    text.push_str("[output]\ndir = \"runs/tiny\"\n");
-    if !router.is_empty() {
-        text.push_str("[router]\n");
-        text.push_str(router);
-    }
-    Recipe::parse(Path::new("tiny.toml"), &text).unwrap()
-}
+use tiny::recipe;
 
 fn losses(model: &LanguageModel, architecture: &Architecture, biases: &[Vec<f32>]) -> [f32; 2] {
     let ids = |a: u32| Arc::new((0..10).map(|i| (i * i * 7 + a) % 40).collect::<Vec<u32>>());

@@ -2,6 +2,8 @@
 //! of one feed-forward, experts of attention. Exact identities, gradients of whole models against finite differences, parameter counts.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod tiny;
+
 use burn::tensor::{Device, Tensor, TensorData};
 use cadre_train::architecture::Architecture;
 use cadre_train::init::Init;
@@ -11,41 +13,9 @@ use cadre_train::layers::mlp::Mlp;
 use cadre_train::lm::{Batch, LanguageModel, Pass};
 use cadre_train::ops::{self, AttentionShape, Dispatch, Numerics, Precision};
 use cadre_train::params;
-use cadre_train::recipe::Recipe;
 use cadre_train::routers::{Per, Route, RouteContext, RouterOptions, RouterSizes, Union};
-use std::path::Path;
 use std::sync::Arc;
-
-/// A recipe of two MoE layers with `model` added to its model and `router` as its router table.
-fn recipe(model: &str, router: &str) -> Recipe {
-    let mut text = String::from(
-        r#"
-        name = "tiny"
-        [model]
-        vocab_size = 40
-        hidden_size = 8
-        n_layers = 3
-        n_heads = 2
-        head_dim = 4
-        mlp_only_layers = [1]
-        intermediate_size = 12
-        moe_intermediate_size = 6
-        max_position_embeddings = 16
-        initializer_range = 0.3
-        "#,
-    );
-    text.push_str(model);
-    if !model.contains("n_kv_heads") {
-        text.push_str("\nn_kv_heads = 1");
-    }
-    text.push_str("\n[train]\nsteps = 4\nbatch_size = 2\nseq_len = 5\nlr = 1e-3\n");
-    text.push_str("[output]\ndir = \"runs/tiny\"\n");
-    if !router.is_empty() {
-        text.push_str("[router]\n");
-        text.push_str(router);
-    }
-    Recipe::parse(Path::new("tiny.toml"), &text).unwrap()
-}
+use tiny::recipe;
 
 fn model_of(architecture: &Architecture, device: &Device) -> LanguageModel {
     let init = Init {

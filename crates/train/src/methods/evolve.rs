@@ -20,7 +20,7 @@ use crate::params;
 use crate::routers::{Route, RouteContext, Routed};
 use burn::tensor::Tensor;
 use burn::tensor::activation::softmax;
-use cadre_routing::{Loads, Routing, RoutingError};
+use cadre_routing::{Loads, Policy, Routing, RoutingError};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -180,24 +180,8 @@ impl Phased {
 }
 
 impl Route for Phased {
-    fn name(&self) -> &'static str {
-        self.after.name()
-    }
-
-    fn n_experts(&self) -> usize {
-        self.after.n_experts()
-    }
-
-    fn n_real_experts(&self) -> usize {
-        self.after.n_real_experts()
-    }
-
-    fn causal(&self) -> bool {
-        self.after.causal()
-    }
-
-    fn batch_invariant(&self) -> bool {
-        self.after.batch_invariant()
+    fn policy(&self) -> &dyn Policy {
+        self.after.policy()
     }
 
     fn has_gate(&self) -> bool {

@@ -16,7 +16,7 @@ use crate::weight_heads::{self, Picks};
 use burn::tensor::activation::softmax;
 use burn::tensor::{Tensor, TensorData};
 use cadre_routing::policies::{self, Stage};
-use cadre_routing::{Loads, Routing, RoutingError};
+use cadre_routing::{Loads, Policy, Routing, RoutingError};
 use serde::{Deserialize, Serialize};
 
 /// How the temperature falls.
@@ -75,11 +75,10 @@ impl DenseToSparseOptions {
 /// The gate and its schedule.
 #[derive(Clone, Debug)]
 pub struct DenseToSparse {
-    n_experts: usize,
+    /// The gate at the end of its schedule.
+    policy: policies::DenseToSparse,
     options: DenseToSparseOptions,
 }
-
-const NAME: &str = "dense_to_sparse";
 
 impl DenseToSparse {
     /// A gate over `n_experts`.
@@ -87,36 +86,26 @@ impl DenseToSparse {
     /// # Errors
     /// As [`policies::DenseToSparse::new`], for both temperatures, and a lowest temperature above the first.
     pub fn new(n_experts: usize, options: DenseToSparseOptions) -> Result<Self, RoutingError> {
-        for temperature in [options.temperature, options.min_temperature] {
-            policies::DenseToSparse::new(n_experts, temperature, options.threshold, Stage::Soft)?;
-        }
+        let gate = |temperature, stage| {
+            policies::DenseToSparse::new(n_experts, temperature, options.threshold, stage)
+        };
+        gate(options.temperature, Stage::Soft)?;
+        let policy = gate(options.min_temperature, Stage::Hard)?;
         if options.min_temperature > options.temperature {
             return Err(RoutingError::BadOption {
-                policy: NAME,
+                policy: policy.name(),
                 option: "min_temperature",
                 value: options.min_temperature.to_string(),
                 expected: "at most temperature",
             });
         }
-        Ok(Self { n_experts, options })
+        Ok(Self { policy, options })
     }
 }
 
 impl Route for DenseToSparse {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn n_experts(&self) -> usize {
-        self.n_experts
-    }
-
-    fn causal(&self) -> bool {
-        true
-    }
-
-    fn batch_invariant(&self) -> bool {
-        true
+    fn policy(&self) -> &dyn Policy {
+        &self.policy
     }
 
     fn route(&self, logits: Tensor<2>, context: &RouteContext<'_>) -> Result<Routed, RoutingError> {
@@ -127,14 +116,14 @@ impl Route for DenseToSparse {
             (1.0, Stage::Hard)
         };
         let policy =
-            policies::DenseToSparse::new(self.n_experts, tau, self.options.threshold, stage)?;
+            policies::DenseToSparse::new(self.n_experts(), tau, self.options.threshold, stage)?;
         let noisy = context.training && self.options.noise;
         let (routing, loads, keys) = if noisy {
             let values = values(&logits);
             let noise = gumbel(&mut context.stream("router.gumbel"), values.len());
             let mut routing = Routing::new();
             policy.route_with_noise(&values, &noise, &mut routing)?;
-            let loads = counted(&routing, self.n_experts, &values)?;
+            let loads = counted(&routing, self.n_experts(), &values)?;
             let noise = TensorData::new(noise, logits.dims());
             let noise = Tensor::from_data(noise, (&logits.device(), logits.dtype()));
             (routing, loads, logits.clone() + noise)
@@ -143,7 +132,7 @@ impl Route for DenseToSparse {
             (routing, loads, logits.clone())
         };
         let keys = keys.div_scalar(tau);
-        let picks = Picks::of(&routing, self.n_experts, &logits);
+        let picks = Picks::of(&routing, self.n_experts(), &logits);
         Ok(Routed {
             weights: weight_heads::raw_softmax(keys.clone(), &picks, 1.0),
             probs: softmax(keys, 1),

@@ -8,10 +8,9 @@
 //! of a token. Neither causal nor batch-invariant: the picks of a token tell of later ones.
 //! Check: tests/routers.rs (parity, gradients, causality), tests/routing_golden.rs.
 
-use super::{Route, RouteContext, Routed, picked};
-use crate::weight_heads::{self, Picks};
+use super::{Route, RouteContext, Routed, routed};
+use crate::weight_heads;
 use burn::tensor::Tensor;
-use burn::tensor::activation::softmax;
 use cadre_routing::{Policy, RoutingError, policies};
 
 /// Every expert picks the same number of tokens.
@@ -33,31 +32,11 @@ impl ExpertChoice {
 }
 
 impl Route for ExpertChoice {
-    fn name(&self) -> &'static str {
-        "expert_choice"
-    }
-
-    fn n_experts(&self) -> usize {
-        self.policy.n_experts()
-    }
-
-    fn causal(&self) -> bool {
-        self.policy.causal()
-    }
-
-    fn batch_invariant(&self) -> bool {
-        self.policy.batch_invariant()
+    fn policy(&self) -> &dyn Policy {
+        &self.policy
     }
 
     fn route(&self, logits: Tensor<2>, _: &RouteContext<'_>) -> Result<Routed, RoutingError> {
-        let (routing, loads) = picked(&self.policy, &logits)?;
-        let picks = Picks::of(&routing, self.n_experts(), &logits);
-        Ok(Routed {
-            weights: weight_heads::raw_softmax(logits.clone(), &picks, 1.0),
-            probs: softmax(logits.clone(), 1),
-            logits,
-            routing,
-            loads,
-        })
+        routed(&self.policy, logits, weight_heads::raw_softmax)
     }
 }

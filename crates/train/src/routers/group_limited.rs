@@ -48,20 +48,8 @@ impl GroupLimited {
 }
 
 impl Route for GroupLimited {
-    fn name(&self) -> &'static str {
-        "group_limited"
-    }
-
-    fn n_experts(&self) -> usize {
-        self.options.n_experts
-    }
-
-    fn causal(&self) -> bool {
-        self.policy.causal()
-    }
-
-    fn batch_invariant(&self) -> bool {
-        self.policy.batch_invariant()
+    fn policy(&self) -> &dyn Policy {
+        &self.policy
     }
 
     fn takes_bias(&self) -> bool {

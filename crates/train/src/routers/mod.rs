@@ -32,29 +32,42 @@ pub use union::Union;
 
 use crate::init::stream;
 use crate::losses;
+use crate::weight_heads::Picks;
 use burn::tensor::Tensor;
+use burn::tensor::activation::softmax;
 use cadre_routing::{Loads, Policy, Routing, RoutingError};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 /// A routing rule in training.
 pub trait Route: Send + Sync + std::fmt::Debug {
-    /// The name that recipes use; that of the policy that makes the same picks.
-    fn name(&self) -> &'static str;
+    /// The policy of the same name, which makes the same picks outside of training.
+    fn policy(&self) -> &dyn Policy;
+
+    /// The name that recipes use.
+    fn name(&self) -> &'static str {
+        self.policy().name()
+    }
 
     /// Length of one row of logits, null experts included.
-    fn n_experts(&self) -> usize;
+    fn n_experts(&self) -> usize {
+        self.policy().n_experts()
+    }
 
     /// Number of experts that exist as weights; ids from here on are null experts.
     fn n_real_experts(&self) -> usize {
-        self.n_experts()
+        self.policy().n_real_experts()
     }
 
     /// Whether the routing of a token is independent of the tokens after it.
-    fn causal(&self) -> bool;
+    fn causal(&self) -> bool {
+        self.policy().causal()
+    }
 
     /// Whether the routing of a token is independent of the other sequences of the batch.
-    fn batch_invariant(&self) -> bool;
+    fn batch_invariant(&self) -> bool {
+        self.policy().batch_invariant()
+    }
 
     /// Whether the rule has a selection-only bias, which [`RouteContext::bias`] gives it.
     fn takes_bias(&self) -> bool {
@@ -137,6 +150,22 @@ fn picked(policy: &dyn Policy, logits: &Tensor<2>) -> Result<(Routing, Loads), R
     policy.route(&values, &mut routing)?;
     let loads = counted(&routing, policy.n_experts(), &values)?;
     Ok((routing, loads))
+}
+
+/// Turns logits and picks into one weight per pick, times a factor; one of [`weight_heads`].
+type Head = fn(Tensor<2>, &Picks, f64) -> Tensor<1>;
+
+/// Routing by the picks of `policy` on the logits alone, weighted by `head`.
+fn routed(policy: &dyn Policy, logits: Tensor<2>, head: Head) -> Result<Routed, RoutingError> {
+    let (routing, loads) = picked(policy, &logits)?;
+    let picks = Picks::of(&routing, policy.n_real_experts(), &logits);
+    Ok(Routed {
+        weights: head(logits.clone(), &picks, 1.0),
+        probs: softmax(logits.clone(), 1),
+        logits,
+        routing,
+        loads,
+    })
 }
 
 /// The values of `[T, E]` logits, row by row.

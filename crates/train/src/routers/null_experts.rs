@@ -9,11 +9,10 @@
 //! experts. Differs from paper: nothing; `losses.legacy_scale` gives the paper's scale (k at even loads).
 //! Check: tests/routers.rs (parity, gradients, causality), tests/routing_golden.rs.
 
-use super::{Route, RouteContext, Routed, picked};
+use super::{Route, RouteContext, Routed, routed};
 use crate::losses;
-use crate::weight_heads::{self, Picks};
+use crate::weight_heads;
 use burn::tensor::Tensor;
-use burn::tensor::activation::softmax;
 use cadre_routing::{Loads, Policy, RoutingError, policies};
 
 /// Top-k over real and null experts.
@@ -35,36 +34,12 @@ impl NullExperts {
 }
 
 impl Route for NullExperts {
-    fn name(&self) -> &'static str {
-        "null_experts"
-    }
-
-    fn n_experts(&self) -> usize {
-        self.policy.n_experts()
-    }
-
-    fn n_real_experts(&self) -> usize {
-        self.policy.n_real_experts()
-    }
-
-    fn causal(&self) -> bool {
-        self.policy.causal()
-    }
-
-    fn batch_invariant(&self) -> bool {
-        self.policy.batch_invariant()
+    fn policy(&self) -> &dyn Policy {
+        &self.policy
     }
 
     fn route(&self, logits: Tensor<2>, _: &RouteContext<'_>) -> Result<Routed, RoutingError> {
-        let (routing, loads) = picked(&self.policy, &logits)?;
-        let picks = Picks::of(&routing, self.n_real_experts(), &logits);
-        Ok(Routed {
-            weights: weight_heads::renormalised(logits.clone(), &picks, 1.0),
-            probs: softmax(logits.clone(), 1),
-            logits,
-            routing,
-            loads,
-        })
+        routed(&self.policy, logits, weight_heads::renormalised)
     }
 
     fn balance(&self, routed: &Routed, loads: &Loads, legacy_scale: bool) -> Tensor<1> {

@@ -65,20 +65,8 @@ impl SparseMixer {
 }
 
 impl Route for SparseMixer {
-    fn name(&self) -> &'static str {
-        "sparse_mixer"
-    }
-
-    fn n_experts(&self) -> usize {
-        self.policy.n_experts()
-    }
-
-    fn causal(&self) -> bool {
-        self.policy.causal()
-    }
-
-    fn batch_invariant(&self) -> bool {
-        self.policy.batch_invariant()
+    fn policy(&self) -> &dyn Policy {
+        &self.policy
     }
 
     fn route(&self, logits: Tensor<2>, _: &RouteContext<'_>) -> Result<Routed, RoutingError> {

@@ -49,20 +49,8 @@ impl Top2 {
 }
 
 impl Route for Top2 {
-    fn name(&self) -> &'static str {
-        "top_2"
-    }
-
-    fn n_experts(&self) -> usize {
-        self.policy.n_experts()
-    }
-
-    fn causal(&self) -> bool {
-        self.policy.causal()
-    }
-
-    fn batch_invariant(&self) -> bool {
-        self.policy.batch_invariant()
+    fn policy(&self) -> &dyn Policy {
+        &self.policy
     }
 
     fn route(&self, logits: Tensor<2>, context: &RouteContext<'_>) -> Result<Routed, RoutingError> {

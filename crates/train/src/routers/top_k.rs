@@ -9,10 +9,9 @@
 //! selection.
 //! Check: routers::top_k::tests, tests/routing_golden.rs (parity), tests/routing_gradients.rs (heads).
 
-use super::{Route, RouteContext, Routed, picked};
-use crate::weight_heads::{self, Picks};
+use super::{Route, RouteContext, Routed, routed};
+use crate::weight_heads;
 use burn::tensor::Tensor;
-use burn::tensor::activation::softmax;
 use cadre_routing::{Policy, RoutingError, policies};
 
 /// Softmax top-k with differentiable weights.
@@ -44,37 +43,17 @@ impl TopK {
 }
 
 impl Route for TopK {
-    fn name(&self) -> &'static str {
-        "top_k"
-    }
-
-    fn n_experts(&self) -> usize {
-        self.policy.n_experts()
-    }
-
-    fn causal(&self) -> bool {
-        self.policy.causal()
-    }
-
-    fn batch_invariant(&self) -> bool {
-        self.policy.batch_invariant()
+    fn policy(&self) -> &dyn Policy {
+        &self.policy
     }
 
     fn route(&self, logits: Tensor<2>, _: &RouteContext<'_>) -> Result<Routed, RoutingError> {
-        let (routing, loads) = picked(&self.policy, &logits)?;
-        let picks = Picks::of(&routing, self.n_experts(), &logits);
-        let weights = if self.policy.norm_topk_prob() {
-            weight_heads::renormalised(logits.clone(), &picks, 1.0)
+        let head = if self.policy.norm_topk_prob() {
+            weight_heads::renormalised
         } else {
-            weight_heads::raw_softmax(logits.clone(), &picks, 1.0)
+            weight_heads::raw_softmax
         };
-        Ok(Routed {
-            probs: softmax(logits.clone(), 1),
-            logits,
-            routing,
-            weights,
-            loads,
-        })
+        routed(&self.policy, logits, head)
     }
 }
 

@@ -71,20 +71,8 @@ impl Uniform {
 }
 
 impl Route for Uniform {
-    fn name(&self) -> &'static str {
-        "uniform"
-    }
-
-    fn n_experts(&self) -> usize {
-        self.policy.n_experts()
-    }
-
-    fn causal(&self) -> bool {
-        self.policy.causal()
-    }
-
-    fn batch_invariant(&self) -> bool {
-        self.policy.batch_invariant()
+    fn policy(&self) -> &dyn Policy {
+        &self.policy
     }
 
     fn has_gate(&self) -> bool {

@@ -64,16 +64,8 @@ impl Union {
 }
 
 impl Route for Union {
-    fn name(&self) -> &'static str {
-        "union"
-    }
-
-    fn n_experts(&self) -> usize {
-        self.policy.n_experts()
-    }
-
-    fn causal(&self) -> bool {
-        self.policy.causal()
+    fn policy(&self) -> &dyn Policy {
+        &self.policy
     }
 
     /// A sequence is routed by itself.
