@@ -1,5 +1,7 @@
 //! Flags for lossy routing, which are off by default, and how outputs say that they are on.
 
+use std::path::PathBuf;
+
 use cadre_engine::{Lossy, MinWeight, PreferCached};
 use serde::Serializer;
 
@@ -30,6 +32,13 @@ pub(crate) struct LossyArgs {
     /// the router's first M. Results then depend on what was read before.
     #[arg(long, value_name = "J,M", value_parser = keep_among, requires = "mem_budget")]
     prefer_cached: Option<PreferCached>,
+    /// While generating, compute an expert that is not in memory by its copy in this model, the same one in fewer bits,
+    /// where it has little of the token's weight. Results then depend on what was read before.
+    #[arg(long, value_name = "MODEL", requires = "mem_budget")]
+    low_bit: Option<PathBuf>,
+    /// How little: less than F / k, k being the experts per token; never the top one.
+    #[arg(long, value_name = "F", default_value_t = 1.0, requires = "low_bit")]
+    low_bit_below: f32,
 }
 
 fn keep_among(text: &str) -> Result<PreferCached, String> {
@@ -53,7 +62,13 @@ impl LossyArgs {
             }),
             prefer_cached: self.prefer_cached.filter(|_| is_streamed),
             drop_cold: self.drop_cold.filter(|_| is_streamed),
+            low_bit: self.low_bit(is_streamed).map(|_| self.low_bit_below),
         }
+    }
+
+    /// The model that has the copies in fewer bits, where there is use for them.
+    pub(crate) fn low_bit(&self, is_streamed: bool) -> Option<&PathBuf> {
+        self.low_bit.as_ref().filter(|_| is_streamed)
     }
 }
 

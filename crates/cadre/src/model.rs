@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use cadre_checkpoint::{Checkpoint, Holding, Tokenizer};
-use cadre_engine::{LoadOptions, Model, Quant, SessionOptions, dense_bytes, load_watched};
+use cadre_engine::{
+    LoadOptions, Model, Quant, SessionOptions, dense_bytes, load_watched, load_with_low_bit,
+};
 use clap::ValueEnum;
 use tempfile::TempDir;
 
@@ -30,6 +32,14 @@ pub(crate) struct CheckpointArg {
 }
 
 impl CheckpointArg {
+    /// Another one, found in the same way.
+    fn like(&self, model: &Path) -> Self {
+        Self {
+            model: Some(model.to_path_buf()),
+            offline: self.offline,
+        }
+    }
+
     /// Whether a checkpoint was named.
     pub(crate) fn is_given(&self) -> bool {
         self.model.is_some()
@@ -185,6 +195,9 @@ impl ModelArgs {
         let checkpoint = self.checkpoint.open(app)?;
         let what = format!("loading {}", checkpoint.origin());
         let stream = self.stream.options(&checkpoint, (*session, 1))?;
+        let low_bit = self.lossy.low_bit(stream.is_some());
+        let low_bit = low_bit.map(|path| self.checkpoint.like(path).open(app));
+        let low_bit = low_bit.transpose()?;
         let to_load = match stream {
             None => checkpoint.data_bytes(),
             Some(_) => dense_bytes(&checkpoint),
@@ -198,8 +211,12 @@ impl ModelArgs {
             stream,
             ..LoadOptions::default()
         };
-        let model = load_watched(&checkpoint, &options, &|n_bytes| bar.inc(n_bytes))
-            .with_context(|| format!("cannot load {}", checkpoint.origin()));
+        let progress = |n_bytes| bar.inc(n_bytes);
+        let model = match &low_bit {
+            None => load_watched(&checkpoint, &options, &progress),
+            Some(low_bit) => load_with_low_bit(&checkpoint, low_bit, &options, &progress),
+        };
+        let model = model.with_context(|| format!("cannot load {}", checkpoint.origin()));
         bar.finish_and_clear();
         let model = model?;
         if self.stream.preload {

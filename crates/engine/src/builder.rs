@@ -246,7 +246,10 @@ impl<'a> Builder<'a> {
             return Ok(Experts::Streamed {
                 store: Arc::clone(store),
                 layer: before as u16,
-                n_experts,
+                n_experts: match self.weights.lossy.low_bit {
+                    None => n_experts,
+                    Some(_) => 2 * n_experts,
+                },
             });
         }
         // Checking and quantising is most of the work of loading, and experts are most of the weights.

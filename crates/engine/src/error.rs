@@ -59,16 +59,28 @@ pub enum EngineError {
     Store(#[from] StoreError),
     /// The budget is too small for the weights that every token uses.
     #[error(
-        "a budget of {budget} bytes for weights is too small: at least {needed} are needed, {dense} for what every token \
-         uses and the rest to bring in experts; raise the budget or use a smaller format"
+        "a budget of {} for weights is too small: at least {} are needed, {} for what every token uses and the rest to \
+         bring in experts; raise the budget or use a smaller format",
+        mib(*budget, f64::floor), mib(*needed, f64::ceil), mib(*dense, f64::round)
     )]
     BudgetTooSmall {
-        /// What may be taken.
+        /// Bytes that may be taken.
         budget: u64,
-        /// What is needed at least.
+        /// Bytes that are needed at least.
         needed: u64,
-        /// Of that, what every token uses.
+        /// Of those, the ones that every token uses.
         dense: u64,
+    },
+    /// What was to lend its experts is another model.
+    #[error(
+        "{found} cannot stand in for experts of {wanted}: they differ in architecture, layers, experts or widths; \
+         it must be the same model in another format"
+    )]
+    OtherModel {
+        /// What was to lend them.
+        found: String,
+        /// The model.
+        wanted: String,
     },
     /// The instruction set that was asked for is not there.
     #[error("this CPU has no {wanted}; it has: {}", names(available))]
@@ -196,6 +208,11 @@ pub enum EngineError {
         /// NaN, plus infinity, or minus infinity when nothing else is left.
         value: f32,
     },
+}
+
+/// Tenths of MiB, rounded so that a budget that is too small never looks like what is needed.
+fn mib(bytes: u64, round: fn(f64) -> f64) -> String {
+    format!("{:.1} MiB", round(bytes as f64 / 1048576.0 * 10.0) / 10.0)
 }
 
 fn names(isas: &[Isa]) -> String {

@@ -38,7 +38,9 @@ pub use cadre_store::reader::ReaderKind;
 pub use cadre_store::{AheadKind, PolicyKind, StoreError, StoreOptions, StoreStats};
 pub use error::{EngineError, Result};
 pub use generate::{Finish, GenerateOptions, Generated, Hooks, generate};
-pub use load::{LoadOptions, Progress, Quant, known_model_types, load, load_watched};
+pub use load::{
+    LoadOptions, Progress, Quant, known_model_types, load, load_watched, load_with_low_bit,
+};
 pub use lossy::{Lossy, MinWeight, PreferCached};
 pub use model::{Logits, Model, ModelInfo, NoObserver, Observer, RoutingEvent};
 pub use sampling::{Sampler, SamplingOptions};

@@ -92,6 +92,29 @@ pub fn load_watched(
     options: &LoadOptions,
     progress: &Progress<'_>,
 ) -> Result<Arc<dyn Model>> {
+    load_from((checkpoint, None), options, progress)
+}
+
+/// [`load_watched`] a model that is streamed, with `low_bit` to read experts from that [`Lossy::low_bit`] is about: the same
+/// model in fewer bits. Of that, nothing but experts is looked at.
+///
+/// # Errors
+/// As [`load`], and [`EngineError::OtherModel`] when it is none of the same sizes.
+pub fn load_with_low_bit(
+    checkpoint: &Checkpoint,
+    low_bit: &Checkpoint,
+    options: &LoadOptions,
+    progress: &Progress<'_>,
+) -> Result<Arc<dyn Model>> {
+    low_bit.expect_exactly(&tensor_specs(low_bit.config()))?;
+    load_from((checkpoint, Some(low_bit)), options, progress)
+}
+
+fn load_from(
+    (checkpoint, low_bit): (&Checkpoint, Option<&Checkpoint>),
+    options: &LoadOptions,
+    progress: &Progress<'_>,
+) -> Result<Arc<dyn Model>> {
     let config = checkpoint.config();
     let Some((_, loader)) = LOADERS.iter().find(|(name, _)| *name == config.model_type) else {
         let found = config.model_type.clone();
@@ -101,8 +124,16 @@ pub fn load_watched(
         });
     };
     options.lossy.check(config, options.stream.is_some())?;
+    if options.lossy.low_bit.is_some() != low_bit.is_some() {
+        return Err(EngineError::BadOption {
+            name: "cold experts in fewer bits",
+            value: options.lossy.to_string(),
+            expected: "a rule that says which, and a model to read them from".to_owned(),
+        });
+    }
     checkpoint.expect_exactly(&tensor_specs(config))?;
-    let weights = Weights::new(checkpoint, options, Arc::new(compute(options)?), progress)?;
+    let compute = Arc::new(compute(options)?);
+    let weights = Weights::new((checkpoint, low_bit), options, compute, progress)?;
     let model = loader(Builder::new(weights))?;
     Ok(Arc::new(model))
 }

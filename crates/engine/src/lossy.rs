@@ -12,7 +12,7 @@ use crate::error::{EngineError, Result};
 /// fixed sum, what the rules leave is scaled to the sum that the picks had; where it does not, weights stay what they
 /// are. A token whose picks no rule changes is computed exactly as without.
 ///
-/// The last two ask which experts are in memory. They need [`crate::StreamOptions`], apply to passes of at most one
+/// The last three ask which experts are in memory. They need [`crate::StreamOptions`], apply to passes of at most one
 /// token per sequence (prompts touch nearly every expert anyhow), and make results depend on what was read before.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Lossy {
@@ -25,6 +25,9 @@ pub struct Lossy {
     /// Leaves out a pick that is not in memory and whose share of its token's weight is below this `/ k`, with `k` the
     /// token's picks; never the one of most weight.
     pub drop_cold: Option<f32>,
+    /// Computes a pick that is not in memory, and whose share of its token's weight is below this `/ k`, by a copy of the
+    /// expert in fewer bits ([`crate::load_with_low_bit`]), which takes less to read; never the one of most weight.
+    pub low_bit: Option<f32>,
 }
 
 /// Leaves out picks whose weight is less than a share of the token's largest one.
@@ -59,7 +62,7 @@ impl Lossy {
     /// Whether it matters what is in memory.
     #[must_use]
     pub fn asks_cache(&self) -> bool {
-        self.prefer_cached.is_some() || self.drop_cold.is_some()
+        self.prefer_cached.is_some() || self.drop_cold.is_some() || self.low_bit.is_some()
     }
 
     /// Tokens of a text to read at once where the pass is what is measured or recorded, instead of `usual`: one, where
@@ -127,11 +130,23 @@ impl Lossy {
                 return refuse(name, format!("{keep},{among}"), expected);
             }
         }
-        if let Some(share) = self.drop_cold
-            && !(share.is_finite() && share >= 0.0)
-        {
-            let expected = "a number from 0".to_owned();
-            return refuse("dropping of cold experts", share.to_string(), expected);
+        for (name, share) in [
+            ("dropping of cold experts", self.drop_cold),
+            ("cold experts in fewer bits", self.low_bit),
+        ] {
+            let is_one = |share: f32| share.is_finite() && share >= 0.0;
+            if let Some(share) = share.filter(|share| !is_one(*share)) {
+                return refuse(name, share.to_string(), "a number from 0".to_owned());
+            }
+        }
+        // Copies have the ids after the last expert's.
+        if self.low_bit.is_some() && moe.n_experts > usize::from(u16::MAX) / 2 {
+            let expected = format!("at most {} experts", u16::MAX / 2);
+            return refuse(
+                "cold experts in fewer bits",
+                moe.n_experts.to_string(),
+                expected,
+            );
         }
         self.warn(k);
         Ok(())
@@ -167,6 +182,7 @@ impl fmt::Display for Lossy {
             min_weight,
             prefer,
             self.drop_cold.map(|share| format!("drop-cold={share}")),
+            self.low_bit.map(|share| format!("low-bit={share}")),
         ];
         let rules: Vec<String> = rules.into_iter().flatten().collect();
         f.write_str(&rules.join(" "))
@@ -227,10 +243,11 @@ mod tests {
             }),
             prefer_cached: Some(PreferCached { keep: 2, among: 12 }),
             drop_cold: Some(0.75),
+            low_bit: Some(1.0),
         };
         assert_eq!(
             all.to_string(),
-            "top-k-experts=4 min-expert-weight=0.25 min-experts=2 prefer-cached=2,12 drop-cold=0.75"
+            "top-k-experts=4 min-expert-weight=0.25 min-experts=2 prefer-cached=2,12 drop-cold=0.75 low-bit=1"
         );
         assert!(all.asks_cache() && !all.is_none());
     }

@@ -43,10 +43,9 @@ pub(crate) type ExpertStore = Store<StoredExperts>;
 #[derive(Debug)]
 pub(crate) struct StoredExperts {
     compute: Arc<Compute>,
-    /// By layer, then expert.
+    /// By layer, then expert; after the experts of a layer come their copies in fewer bits, where there are any.
     experts: Vec<Vec<StoredExpert>>,
     activation: cadre_checkpoint::Activation,
-    float_activations: bool,
 }
 
 #[derive(Debug)]
@@ -58,6 +57,7 @@ struct StoredExpert {
     /// Which pieces each tensor is put together from.
     pieces_of: [Vec<u8>; 3],
     n_bytes: usize,
+    float_activations: bool,
     /// Whether its values have been found to be finite.
     is_checked: AtomicBool,
 }
@@ -91,9 +91,9 @@ pub(crate) fn embedding_bytes(checkpoint: &Checkpoint) -> u64 {
         .unwrap_or(0) as u64
 }
 
-/// The store of a checkpoint's experts; `None` for a model without.
+/// The store of a checkpoint's experts, and of the copies of them that `low_bit` has; `None` for a model without.
 pub(crate) fn open(
-    checkpoint: &Checkpoint,
+    (checkpoint, low_bit): (&Checkpoint, Option<&Checkpoint>),
     options: &LoadOptions,
     stream: &StreamOptions,
     compute: &Arc<Compute>,
@@ -121,11 +121,20 @@ pub(crate) fn open(
         });
     }
     let mut files = Vec::new();
-    let form = StoredExperts::find(checkpoint, config, compute, &mut files)?;
+    let mut form = StoredExperts::find(checkpoint, compute, &mut files)?;
+    let mut n_experts = moe.n_experts;
+    if let Some(low_bit) = low_bit {
+        same_sizes(checkpoint, low_bit)?;
+        let copies = StoredExperts::find(low_bit, compute, &mut files)?;
+        for (experts, copies) in form.experts.iter_mut().zip(copies.experts) {
+            experts.extend(copies);
+        }
+        n_experts *= 2;
+    }
     let layers = config.moe_layers().len();
     let mut store_options = stream.store;
     store_options.budget = stream.budget.saturating_sub(dense);
-    let store = Store::new(form, [layers, moe.n_experts], &files, &store_options)?;
+    let store = Store::new(form, [layers, n_experts], &files, &store_options)?;
     let needed = dense + store.n_bytes();
     if needed > stream.budget {
         return Err(EngineError::BudgetTooSmall {
@@ -147,13 +156,33 @@ pub(crate) fn open(
     Ok(Some(Arc::new(store)))
 }
 
+/// Refuses experts that could not take the place of the model's own.
+fn same_sizes(checkpoint: &Checkpoint, other: &Checkpoint) -> Result<()> {
+    let sizes = |checkpoint: &Checkpoint| {
+        let config = checkpoint.config();
+        let layers = config.moe_layers();
+        let counts: Vec<usize> = layers.iter().map(|l| config.n_experts_in(*l)).collect();
+        let (d, width) = (config.hidden_size, config.moe.intermediate_size);
+        let kind = (config.model_type.clone(), config.activation);
+        (kind, config.n_layers, layers, counts, d, width)
+    };
+    let (wanted, found) = (sizes(checkpoint), sizes(other));
+    if wanted == found {
+        return Ok(());
+    }
+    Err(EngineError::OtherModel {
+        found: other.origin().to_string(),
+        wanted: checkpoint.origin().to_string(),
+    })
+}
+
 impl StoredExperts {
     fn find(
         checkpoint: &Checkpoint,
-        config: &ModelConfig,
         compute: &Arc<Compute>,
         files: &mut Vec<PathBuf>,
     ) -> Result<Self> {
+        let config = checkpoint.config();
         let mut experts = Vec::new();
         for layer in config.moe_layers() {
             let mut of_layer = Vec::new();
@@ -168,7 +197,6 @@ impl StoredExperts {
             compute: Arc::clone(compute),
             experts,
             activation: config.activation,
-            float_activations: !checkpoint.is_gguf(),
         })
     }
 
@@ -230,12 +258,13 @@ impl StoredExpert {
             biases,
             pieces,
             pieces_of,
+            float_activations: !checkpoint.is_gguf(),
             is_checked: AtomicBool::new(false),
         })
     }
 
     /// The matrix of tensor `at`, over what was read.
-    fn matrix(&self, at: usize, pieces: &[Bytes], float_activations: bool) -> Result<Matrix> {
+    fn matrix(&self, at: usize, pieces: &[Bytes]) -> Result<Matrix> {
         let tensor = &self.tensors[at];
         let fail = |source| weight_error(tensor.stored_name(), source);
         let read = self.pieces_of[at]
@@ -245,7 +274,8 @@ impl StoredExpert {
         let &[n_out, n_in] = view.shape else {
             unreachable!("shapes were compared when the checkpoint was opened");
         };
-        let matrix = weights::matrix_of(&view, [n_out, n_in], !float_activations).map_err(fail)?;
+        let matrix =
+            weights::matrix_of(&view, [n_out, n_in], !self.float_activations).map_err(fail)?;
         if !self.is_checked.load(Ordering::Relaxed)
             && let Some((row, column)) = matrix.first_non_finite()
         {
@@ -300,7 +330,7 @@ impl Form for StoredExperts {
         memory: &mut PlacedMemory,
     ) -> Result<FeedForward> {
         let stored = self.get(expert);
-        let matrix = |at| stored.matrix(at, pieces, self.float_activations);
+        let matrix = |at| stored.matrix(at, pieces);
         let read = [matrix(0)?, matrix(1)?, matrix(2)?];
         stored.is_checked.store(true, Ordering::Relaxed);
         let placed = self.compute.place(memory, [&read[0], &read[1], &read[2]]);

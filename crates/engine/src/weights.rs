@@ -36,14 +36,14 @@ pub(crate) struct Weights<'a> {
 
 impl<'a> Weights<'a> {
     pub(crate) fn new(
-        checkpoint: &'a Checkpoint,
+        (checkpoint, low_bit): (&'a Checkpoint, Option<&Checkpoint>),
         options: &LoadOptions,
         compute: Arc<Compute>,
         progress: &'a Progress<'a>,
     ) -> Result<Self> {
         let store = match &options.stream {
             None => None,
-            Some(stream) => streaming::open(checkpoint, options, stream, &compute)?,
+            Some(stream) => streaming::open((checkpoint, low_bit), options, stream, &compute)?,
         };
         let embedding_stays_on_disk = options.stream.is_some_and(|stream| {
             let store_bytes = store.as_ref().map_or(0, |store| store.n_bytes());

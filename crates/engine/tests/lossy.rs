@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use cadre_checkpoint::Checkpoint;
+use cadre_checkpoint::{Checkpoint, Dtype};
 use cadre_engine::{
     EngineError, LoadOptions, Logits, Lossy, MinWeight, Model, Observer, PreferCached,
-    RoutingEvent, SessionOptions, StreamOptions, load,
+    RoutingEvent, SessionOptions, StreamOptions, load, load_with_low_bit,
 };
 use cadre_testkit::{TinyFolder, TinyMoe};
 
@@ -178,6 +178,68 @@ fn experts_in_memory_take_the_place_of_others() {
 }
 
 #[test]
+fn cold_experts_are_computed_by_copies_in_fewer_bits() {
+    let folder = folder();
+    let checkpoint = folder.open().unwrap();
+    let open_with = |low_bit: &Checkpoint, share, budget| {
+        let options = LoadOptions {
+            n_threads: Some(2),
+            stream: Some(StreamOptions::new(budget)),
+            lossy: Lossy {
+                low_bit: Some(share),
+                ..Lossy::default()
+            },
+            ..LoadOptions::default()
+        };
+        load_with_low_bit(&checkpoint, low_bit, &options, &|_| {})
+    };
+    let budget = budget(&checkpoint) * 2;
+    let (plain, picks) = read(&*open(&checkpoint, Lossy::default(), Some(budget)));
+    // The model itself lends what it has, and nothing is seen of it, but that copies are read as well.
+    let model = open_with(&checkpoint, 100.0, budget).unwrap();
+    let (bits, picked) = read(&*model);
+    assert!(bits == plain);
+    let ids = |picks: &[Picked]| -> Vec<Vec<u16>> {
+        picks.iter().map(|one| one.experts.clone()).collect()
+    };
+    assert_eq!(ids(&picked), ids(&picks));
+
+    // In half the bytes: other results, after a prompt that is read as it is.
+    let halved = TinyMoe::default().n_layers(4).top_k(K).dtype(Dtype::Bf16);
+    let halved = halved.build().unwrap();
+    let low_bit = halved.open().unwrap();
+    let never = open_with(&low_bit, 0.0, budget).unwrap();
+    assert!(read(&*never).0 == plain, "nothing is that light");
+    let model = open_with(&low_bit, 100.0, budget).unwrap();
+    let (bits, picked) = read(&*model);
+    let n_logits = plain.len() / 40;
+    assert!(bits[..N_PROMPT * n_logits] == plain[..N_PROMPT * n_logits]);
+    assert!(bits != plain);
+    assert!(
+        picked
+            .iter()
+            .all(|one| one.experts.iter().all(|id| *id < 8))
+    );
+    let near = bits
+        .iter()
+        .zip(&plain)
+        .map(|(a, b)| (f32::from_bits(*a) - f32::from_bits(*b)).abs());
+    assert!(
+        near.fold(0.0, f32::max) < 0.1,
+        "the same model but for its rounding"
+    );
+    let (with, without) = (model.store_stats().unwrap(), never.store_stats().unwrap());
+    assert!(with.bytes_read < without.bytes_read, "{with:?} {without:?}");
+
+    let other = TinyMoe::default().n_layers(3).top_k(K).build().unwrap();
+    let refused = open_with(&other.open().unwrap(), 1.0, budget).unwrap_err();
+    assert!(
+        matches!(refused, EngineError::OtherModel { .. }),
+        "{refused}"
+    );
+}
+
+#[test]
 fn what_makes_no_sense_is_refused() {
     let folder = folder();
     let checkpoint = folder.open().unwrap();
@@ -208,6 +270,13 @@ fn what_makes_no_sense_is_refused() {
     };
     assert!(refused(drop_cold(-1.0), streamed).contains("from 0"));
     assert!(refused(drop_cold(1.0), None).contains("drop-cold=1"));
+    let low_bit = |share| Lossy {
+        low_bit: Some(share),
+        ..Lossy::default()
+    };
+    assert!(refused(low_bit(f32::NAN), streamed).contains("from 0"));
+    assert!(refused(low_bit(1.0), None).contains("low-bit=1"));
+    assert!(refused(low_bit(1.0), streamed).contains("a model to read them from"));
     let prefer = |keep, among| Lossy {
         prefer_cached: Some(PreferCached { keep, among }),
         ..Lossy::default()

@@ -38,10 +38,12 @@ fn every_report_says_lossy() {
             "1,8",
             "--drop-cold",
             "0.75",
+            "--low-bit",
+            path,
             "--mem-budget",
             "64MiB",
         ];
-        let said = "min-expert-weight=0.5 min-experts=1 prefer-cached=1,8 drop-cold=0.75";
+        let said = "min-expert-weight=0.5 min-experts=1 prefer-cached=1,8 drop-cold=0.75 low-bit=1";
         assert_eq!(json(&more)["lossy"], said);
         let text = output(&[command, &more, &["--stats"]].concat());
         let text = String::from_utf8(text.stderr).unwrap();

@@ -21,7 +21,7 @@ pub(crate) enum Experts {
         store: Arc<ExpertStore>,
         /// Index of this layer among those that have experts.
         layer: u16,
-        /// How many there are.
+        /// How many there are, with copies in fewer bits.
         n_experts: usize,
     },
 }

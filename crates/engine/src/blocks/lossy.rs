@@ -28,7 +28,7 @@ type Pick = (u16, f32);
 
 impl LossyRules {
     /// Edits `routing`, which `logits` led to, `[tokens, n_experts]`. Where `asks_cache`, with the rules about what is in
-    /// memory; the scratch must say of each expert whether it is.
+    /// memory; the scratch must say of each expert whether it is. Ids from `n_experts` on are copies in fewer bits.
     pub(crate) fn edit(
         &self,
         logits: &[f32],
@@ -59,6 +59,9 @@ impl LossyRules {
             let is_same = picks.iter().map(|pick| pick.0).eq(experts.iter().copied());
             if !is_same && self.weighing.has_fixed_sum {
                 scale(picks, weights.iter().sum());
+            }
+            if let Some(share) = self.lossy.low_bit.filter(|_| asks_cache) {
+                use_copies(share, picks, (is_cached, n_experts));
             }
             for (expert, weight) in &*picks {
                 edited.push_pair(*expert, *weight);
@@ -134,8 +137,33 @@ impl LossyRules {
     }
 }
 
-/// Leaves out picks that are not in memory and have less than `share / picks` of the weight.
+/// Leaves out picks that are not in memory and have little weight.
 fn drop_cold(share: f32, picks: &mut Vec<Pick>, is_cached: &[bool]) {
+    let goes = cold_and_light(share, picks, is_cached);
+    let mut at = 0;
+    picks.retain(|pick| {
+        at += 1;
+        !goes(at - 1, pick)
+    });
+}
+
+/// Puts the copies in fewer bits, whose ids follow those of the `n_experts`, in the place of picks that are not in memory
+/// and have little weight.
+fn use_copies(share: f32, picks: &mut [Pick], (is_cached, n_experts): (&[bool], usize)) {
+    let goes = cold_and_light(share, picks, is_cached);
+    for (at, pick) in picks.iter_mut().enumerate() {
+        if goes(at, pick) {
+            pick.0 += n_experts as u16;
+        }
+    }
+}
+
+/// Tells which picks are not in memory and have less than `share / picks` of the weight; never the one of most weight.
+fn cold_and_light<'a>(
+    share: f32,
+    picks: &[Pick],
+    is_cached: &'a [bool],
+) -> impl Fn(usize, &Pick) -> bool + use<'a> {
     let total: f32 = picks.iter().map(|pick| pick.1).sum();
     let least = share * total / picks.len().max(1) as f32;
     let mut most = 0;
@@ -144,12 +172,10 @@ fn drop_cold(share: f32, picks: &mut Vec<Pick>, is_cached: &[bool]) {
             most = at;
         }
     }
-    let mut at = 0;
-    picks.retain(|(expert, weight)| {
-        let is_most = at == most;
-        at += 1;
-        is_most || *weight >= least || is_cached.get(usize::from(*expert)) == Some(&true)
-    });
+    move |at, (expert, weight)| {
+        let is_cached = is_cached.get(usize::from(*expert)) == Some(&true);
+        at != most && *weight < least && !is_cached
+    }
 }
 
 /// Scales weights to `sum`.
@@ -245,6 +271,29 @@ mod tests {
         let same = (PICKS.0.to_vec(), PICKS.1.to_vec());
         assert_eq!(edited(lossy(0.75), true, None), same);
         assert_eq!(edited(lossy(0.0), true, Some(&[])), same);
+    }
+
+    #[test]
+    fn cold_light_picks_are_taken_from_copies_at_the_same_weight() {
+        let lossy = |share| Lossy {
+            low_bit: Some(share),
+            ..Lossy::default()
+        };
+        let weights = PICKS.1.to_vec();
+        for has_fixed_sum in [true, false] {
+            let edited = |share, cached| edited(lossy(share), has_fixed_sum, cached);
+            // 0.75 / 3 = 0.25: only the last is lighter. Copies of 6 experts begin at 6.
+            assert_eq!(
+                edited(0.75, Some(&[])),
+                (vec![5, 4, 3 + 6], weights.clone())
+            );
+            assert_eq!(edited(0.75, Some(&[3])), (vec![5, 4, 3], weights.clone()));
+            assert_eq!(
+                edited(3000.0, Some(&[])),
+                (vec![5, 4 + 6, 3 + 6], weights.clone())
+            );
+            assert_eq!(edited(3000.0, None), (vec![5, 4, 3], weights.clone()));
+        }
     }
 
     #[test]

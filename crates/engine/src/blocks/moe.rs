@@ -213,6 +213,10 @@ impl Moe {
             ..
         } = scratch;
         let n_experts = self.router.n_logits();
+        let has_copies = self
+            .lossy
+            .as_ref()
+            .is_some_and(|r| r.lossy.low_bit.is_some());
         norms.clear();
         if observer.wants_norms() {
             output_norms(step.compute, &groups.rows, y_pd, d, norms);
@@ -222,12 +226,21 @@ impl Moe {
                 continue;
             }
             let rows = span.first_row..span.end();
-            let whole = rows.len() == routing.n_tokens();
+            let whole = rows.len() == routing.n_tokens() && !has_copies;
             if !whole {
                 part.clear();
                 for row in rows.clone() {
                     let (experts, weights) = routing.token(row);
-                    part.push_token(experts, weights);
+                    for (expert, weight) in experts.iter().zip(weights) {
+                        // A copy is the expert that it is a copy of.
+                        let id = if has_copies {
+                            expert % n_experts as u16
+                        } else {
+                            *expert
+                        };
+                        part.push_pair(id, *weight);
+                    }
+                    part.end_token();
                 }
             }
             let pairs =
