@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stats import jensen_shannon
 
-DOMAINS = ("arithmetic", "brackets", "words", "recall")
+DOMAINS = ("north", "east", "south", "west")
 # Routed experts that are taken away one at a time.
 N_ABLATED = 8
 

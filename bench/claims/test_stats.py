@@ -4,7 +4,9 @@ import json
 import math
 import sys
 import tempfile
+import types
 import unittest
+import unittest.mock
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -12,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import claims
 import probes
 import report
+import speed
 import stats
 import values
 from stats import FAILS, HOLDS, UNDECIDED
@@ -85,8 +88,9 @@ class Measures(unittest.TestCase):
 
 def record(arm, seed, nll, steps=600, **more):
     return {
-        "arm": arm, "seed": seed, "steps": steps, "data": "synthetic", "commit": "abc", "step_seconds": 0.1, "missing": {},
-        "values": {"nll": nll} | more,
+        "arm": arm, "seed": seed, "steps": steps, "data": "synthetic", "data_sha256": "1", "set": list(claims.ARMS[arm].set),
+        "recipe_sha256": claims.meaning(claims.ARMS[arm]), "commit": "abc", "step_seconds": 0.1, "machine": {"threads": 2}, "others": 0.0,
+        "missing": {}, "values": {"nll": nll} | more,
     }  # fmt: skip
 
 
@@ -110,6 +114,13 @@ class Records(unittest.TestCase):
         found, _, _ = report.by_arm(records, self.CLAIM)
         self.assertEqual(report.verdict_of(self.CLAIM, found), HOLDS)
 
+    def test_records_of_other_recipes_and_of_older_text_do_not_count(self):
+        stale = [one | {"recipe_sha256": "0", "values": {"nll": 9.0}} for one in self.records()]
+        older = [one | {"data_sha256": "0", "values": {"nll": 9.0}} for one in self.records()]
+        speed_of = {"kind": "speed", "arm": "top2", "recipe_sha256": "0", "step_seconds": 1.0}
+        found, _, used = report.by_arm(older + self.records() + stale + [speed_of], self.CLAIM)
+        self.assertEqual((len(used), found["top2"][1]["nll"]), (9, 1.0))
+
     def test_a_seed_that_is_missing_leaves_it_open(self):
         records = [one for one in self.records() if (one["arm"], one["seed"]) != ("top2", 2)]
         found, _, _ = report.by_arm(records, self.CLAIM)
@@ -127,13 +138,39 @@ class Records(unittest.TestCase):
         for claim in claims.CLAIMS:
             self.assertIn(f"## {claim.name}\n", text)
         self.assertIn("not testable at this size", text)
-        self.assertIn("not measured yet", report.document([]))
+        self.assertIn("not yet measured", report.document([]))
         found, _, _ = report.by_arm(self.records(), self.CLAIM)
         line = "| a | `top2` 1.1000 | `dense` 1.2500 | -0.1500 (-0.2000 to -0.0500) | 3 | holds |"
         self.assertEqual(report.row(self.CLAIM.checks[0], found), line)
 
 
 class Claims(unittest.TestCase):
+    def test_comments_do_not_change_what_a_recipe_means(self):
+        with tempfile.TemporaryDirectory() as folder, unittest.mock.patch.object(claims, "RECIPES", Path(folder)):
+            path = Path(folder) / "top2.toml"
+            path.write_text("# one\n[train]\nsteps = 3\n", encoding="utf-8")
+            plain, changed = claims.Arm("a", "top2"), claims.Arm("a", "top2", ("train.steps=4",))
+            first = claims.meaning(plain)
+            self.assertNotEqual(first, claims.meaning(changed))
+            path.write_text("# two\n\n[train]\n  steps = 3\n", encoding="utf-8")
+            self.assertEqual(first, claims.meaning(plain))
+            path.write_text("[train]\nsteps = 5\n", encoding="utf-8")
+            self.assertNotEqual(first, claims.meaning(plain))
+
+    def test_what_every_comparison_stands_beside(self):
+        for claim in claims.CLAIMS:
+            self.assertEqual([claims.ARMS[name].recipe for name in claim.baselines if name != "micro"][:2], ["dense", "switch"], claim.name)
+            self.assertEqual(len(claim.baselines), 4)
+
+    def test_teachers_come_before_students(self):
+        names = [arm.name for arm in claims.arms_of(claims.claim_named("mos"))]
+        self.assertLess(names.index("mos-teacher"), names.index("mos-staged"))
+        self.assertEqual(len(names), len(set(names)))
+
+    def test_equal_runs_have_one_name(self):
+        kinds = [claims.meaning(arm) for arm in claims.ARMS.values()]
+        self.assertEqual(len(kinds), len(set(kinds)))
+
     def test_every_recipe_is_used(self):
         recipes = {path.stem for path in claims.RECIPES.glob("*.toml")}
         self.assertLessEqual(recipes, {arm.recipe for arm in claims.ARMS.values()})
@@ -152,6 +189,43 @@ class Claims(unittest.TestCase):
     def test_every_claim_has_checks_or_says_why_not(self):
         for claim in claims.CLAIMS:
             self.assertNotEqual(bool(claim.checks), bool(claim.untestable), claim.name)
+
+
+class Speed(unittest.TestCase):
+    """Jobs are a plan's view of runs: an arm, a seed, steps, and whether there is a record."""
+
+    def job(self, arm, seed, steps=100, done=False):
+        args = types.SimpleNamespace(threads=2, no_record=True)
+        return types.SimpleNamespace(arm=claims.ARMS[arm], seed=seed, steps=steps, record=lambda: done or None, args=args)
+
+    def test_shared_runs_count_once_and_recorded_ones_are_not_left(self):
+        jobs = {"sparse": [self.job("dense", 1, done=True), self.job("top2", 1)], "deepseek": [self.job("top2", 1), self.job("deepseek", 1)]}
+        times = {"dense": (3600.0, True), "top2": (60.0, True), "deepseek": (120.0, False)}
+        chosen = [claims.claim_named(name) for name in jobs]
+        lines = list(speed.plan(lambda claim: jobs[claim.name], chosen, lambda job: times[job.arm.name]))
+        self.assertEqual(lines[1].split(), "sparse 2 2 1 61.0 61.0 over 45 minutes".split())
+        self.assertEqual(lines[2].split(), "deepseek 2 2 0 3.0 2.0".split())
+        self.assertEqual(lines[3], "3 runs, 1.1 hours in all, one at a time; 0.1 hours of it not recorded yet")
+        self.assertTrue(lines[4].endswith("too slow: deepseek"))
+
+    def test_an_idle_machine_tells_more_than_a_busy_one_and_another_recipe_tells_nothing(self):
+        busy = [record("top2", seed, 1.0) | {"others": 0.5, "step_seconds": slow} for seed, slow in ((1, 0.9), (2, 0.6))]
+        job = self.job("top2", 1)
+        self.assertEqual(speed.seconds_of(job, busy, measure=False), (0.6 * speed.WITH_EVALUATION * 100, False))
+        idle = [record("top2", 1, 1.0) | {"step_seconds": 0.2}]
+        self.assertEqual(speed.seconds_of(job, busy + idle, measure=False), (0.2 * speed.WITH_EVALUATION * 100, True))
+        self.assertIsNone(speed.seconds_of(job, [idle[0] | {"recipe_sha256": "0"}], measure=False))
+
+    def test_what_others_take_is_a_share(self):
+        with speed.Others() as others:
+            pass
+        self.assertGreaterEqual(others.share, 0.0)
+
+    def test_tokens_of_a_step(self):
+        usual = claims.ARMS["top2"]
+        for arm in (usual, claims.ARMS["top2-pool"], claims.ARMS["switch-long"]):
+            job = types.SimpleNamespace(arm=arm, recipe=claims.recipe_of(arm))
+            self.assertEqual(speed.tokens_per_step(job), 2048, arm.name)
 
 
 class Values(unittest.TestCase):

@@ -43,6 +43,8 @@ pub struct MoeParts {
     pub residual: Option<(Residual, usize)>,
     /// Width of the state of the recurrent router (RMoE).
     pub recurrent_router: Option<usize>,
+    /// Whether that state starts anew in every layer.
+    pub recurrent_restarts: bool,
 }
 
 /// How a dense feed-forward joins the experts.
@@ -81,6 +83,7 @@ impl Architecture {
                 (kind, residual.intermediate_size)
             }),
             recurrent_router: moe.recurrent_router,
+            recurrent_restarts: false,
         };
         let counts: Vec<usize> = moe.counts().collect();
         let mut config = config.clone();

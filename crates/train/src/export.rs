@@ -103,6 +103,10 @@ fn stored_moe(exported: Exported<'_>) -> Result<MoeConfig> {
     let Some(first) = architecture.moe.first() else {
         return Ok(MoeConfig::default());
     };
+    if architecture.parts.recurrent_restarts && architecture.recurrent_router().is_some() {
+        let what = "a recurrent router that starts anew in every layer".to_owned();
+        return Err(TrainError::Unexportable { what });
+    }
     let base = &architecture.config.moe;
     let counts = architecture.moe.iter();
     let counts: Vec<usize> = counts.map(|moe| moe.router.n_real_experts()).collect();

@@ -176,6 +176,7 @@ impl LanguageModel {
         let mut attention = Vec::new();
         let mut rules = architecture.moe.iter();
         let cell = self.router_gru.as_ref();
+        let restarts = architecture.parts.recurrent_restarts;
         let mut state = cell.map(|cell| (cell, cell.start(batch.tokens.len())));
         for (index, layer) in self.layers.iter().enumerate() {
             let rule = pass.attention_rule(architecture, index, batch.seq_len);
@@ -187,6 +188,9 @@ impl LanguageModel {
                 FeedForward::Moe(moe) => {
                     let rule = rules.next().expect("a rule for every MoE layer");
                     let context = pass.context(index, routed.len(), batch.seq_len);
+                    if let Some((cell, state)) = state.as_mut().filter(|_| restarts) {
+                        *state = cell.start(batch.tokens.len());
+                    }
                     let state = state.as_mut().map(|(cell, state)| (*cell, state));
                     let (y, decided) = moe.forward(normed, rule, &context, state, pass.numerics)?;
                     routed.push(decided);

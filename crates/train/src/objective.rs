@@ -2,10 +2,11 @@
 
 use crate::architecture::Architecture;
 use crate::lm::{Batch, Forward, LanguageModel, Losses, Pass};
+use crate::losses::{self, LossWeights};
 use crate::methods::balance_scope::{ScopedLoads, merge};
 use crate::methods::consistency::consistency;
 use crate::methods::distill::Teacher;
-use crate::recipe::LossWeights;
+use crate::routers::Routed;
 use burn::tensor::Tensor;
 use cadre_routing::{Loads, RoutingError};
 use std::collections::BTreeMap;
@@ -61,6 +62,10 @@ impl Objective<'_> {
             parts.cross_entropy = 0.5 * (parts.cross_entropy + other.cross_entropy);
             parts.balance = 0.5 * (parts.balance + other.balance);
             parts.z = 0.5 * (parts.z + other.z);
+            for (name, value) in other.further {
+                let both = |first: &mut f64| *first = 0.5 * (*first + value);
+                parts.further.entry(name).and_modify(both);
+            }
             merge(&mut parts.loads, other.loads.iter())?;
             merge(&mut parts.attention, other.attention.iter())?;
             parts.insert("consistency", disagreement);
@@ -97,15 +102,21 @@ impl Objective<'_> {
             routed,
             attention,
         } = losses;
-        let parts = Parts {
+        let mut parts = Parts {
             loss,
             cross_entropy: value(cross_entropy),
             balance: value(balance),
             z: value(z),
             further: BTreeMap::new(),
-            loads: routed.into_iter().map(|r| r.loads).collect(),
+            loads: routed.iter().map(|r| r.loads.clone()).collect(),
             attention: attention.into_iter().map(|r| r.loads).collect(),
         };
+        if weights.entropy != 0.0
+            && let Some(entropy) = mean_entropy(&routed)
+        {
+            parts.loss = parts.loss + entropy.clone() * weights.entropy;
+            parts.insert("entropy", entropy);
+        }
         Ok((hidden, parts))
     }
 
@@ -132,6 +143,13 @@ impl Parts {
     fn insert(&mut self, name: &str, part: Tensor<1>) {
         self.further.insert(name.to_owned(), value(part));
     }
+}
+
+/// Entropy of the routers, mean over layers; `None` without layers that have one.
+fn mean_entropy(routed: &[Routed]) -> Option<Tensor<1>> {
+    let layers = routed.iter().map(|r| losses::entropy(r.logits.clone()));
+    let sum = layers.reduce(|sum, layer| sum + layer)?;
+    Some(sum / routed.len() as f32)
 }
 
 /// The value of a loss.

@@ -6,8 +6,8 @@ pub use model::{Experts, Model};
 
 use crate::architecture::{Architecture, MoeParts};
 use crate::error::{Result, TrainError};
+pub use crate::losses::LossWeights;
 use crate::methods::balance_bias::BalanceBias;
-use crate::methods::balance_scope::Scope;
 use crate::methods::distill::Distill;
 use crate::methods::evolve::Evolve;
 use crate::methods::start::Start;
@@ -114,31 +114,6 @@ pub struct Train {
     /// What the backward pass computes again so that it need not be kept: `"none"` or `"experts"`.
     #[serde(default)]
     pub recompute: Recompute,
-}
-
-/// Coefficients of the router losses (means over layers).
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct LossWeights {
-    /// Load-balance loss, whose value is 1 at perfect balance.
-    pub balance: f32,
-    /// Router z-loss.
-    pub z: f32,
-    /// Over which tokens the balance loss counts loads.
-    pub scope: Scope,
-    /// Agreement of two passes; 0 runs one.
-    pub consistency: f32,
-}
-
-impl Default for LossWeights {
-    fn default() -> Self {
-        Self {
-            balance: 0.01,
-            z: 0.001,
-            scope: Scope::Micro,
-            consistency: 0.0,
-        }
-    }
 }
 
 /// Where results go.
@@ -291,6 +266,7 @@ impl Recipe {
             shared: m.shared_intermediate_size,
             residual: m.residual.map(|kind| (kind, residual_width)),
             recurrent_router: m.recurrent_router,
+            recurrent_restarts: m.recurrent_restarts,
         };
         let mut architecture = Architecture::with_parts(config, &options, &counts, parts)?;
         // As checkpoints have it, but for what they cannot say.
@@ -501,6 +477,8 @@ mod tests {
             refused("n_experts = 4\nresidual_intermediate_size = 3").contains("model.residual")
         );
         assert!(refused("n_experts = 4\nrecurrent_router = 0").contains("recurrent_router"));
+        let restarts = "n_experts = 4\nrecurrent_restarts = true";
+        assert!(refused(restarts).contains("model.recurrent_router"));
         assert!(refused("n_experts = 4\nresidual = 'product'").contains("product"));
         assert!(refused("n_experts = 0\nrecurrent_router = 4").contains("none"));
     }

@@ -205,6 +205,63 @@ fn the_balance_bias_moves_after_a_step_and_resumes_exactly() {
 }
 
 #[test]
+fn the_entropy_of_routers_is_a_loss() {
+    let folder = tempfile::tempdir().unwrap();
+    let weight = |weight: &str| table(&format!("{LOSSES}entropy = {weight}"));
+    let whole = resumes(folder.path(), &[(TABLE, &weight("2.0"))]);
+    let plain = recipe_with(folder.path(), "plain", &[(TABLE, &weight("0.0"))]);
+    run(&plain, None);
+    let (with, without) = (trajectory(&whole), trajectory(&plain));
+    let number = |step: &serde_json::Value, key: &str| step[key].as_f64().unwrap();
+    let mean = |step: &serde_json::Value| {
+        let layers = step["layers"].as_array().unwrap();
+        layers.iter().map(|l| number(l, "entropy")).sum::<f64>() / layers.len() as f64
+    };
+    let first = &with[0];
+    let part = number(&first["parts"], "entropy");
+    assert!((part - mean(first)).abs() < 1e-5, "{part} {}", mean(first));
+    let others = number(first, "cross_entropy")
+        + 0.01 * number(first, "balance")
+        + 0.001 * number(first, "z");
+    assert!((number(first, "loss") - others - 2.0 * part).abs() < 1e-5);
+    assert!(without[0]["parts"].is_null(), "not computed without weight");
+    let last = |log: &[serde_json::Value]| {
+        let mut steps = log.iter().filter(|line| line["loss"].is_f64());
+        mean(steps.next_back().unwrap())
+    };
+    assert!(last(&with) < last(&without));
+}
+
+#[test]
+fn a_recurrent_state_that_restarts_forgets_the_layer_below() {
+    let folder = tempfile::tempdir().unwrap();
+    let of = |name: &str, restarts: bool| {
+        let keys = format!("top_k = 2\nrecurrent_router = 4\nrecurrent_restarts = {restarts}");
+        recipe_with(folder.path(), name, &[("top_k = 2", &keys)])
+    };
+    let logits = |recipe: &Recipe| -> Vec<Vec<f32>> {
+        let architecture = recipe.architecture().unwrap();
+        let forward = model(recipe).forward(&architecture, &batch(2, 0), &Pass::default());
+        let routed = forward.unwrap().routed.into_iter();
+        routed
+            .map(|r| r.logits.to_data().try_to_vec().unwrap())
+            .collect()
+    };
+    let (memory, restarts) = (of("memory", false), of("restarts", true));
+    let (a, b) = (logits(&memory), logits(&restarts));
+    assert_eq!(a[0], b[0], "below the first layer there is nothing");
+    assert_ne!(a[1], b[1]);
+    let architecture = restarts.architecture().unwrap();
+    let exported = export::Exported {
+        architecture: &architecture,
+        biases: &[],
+        step: 1,
+    };
+    let text = export::stored_config(exported).unwrap_err().to_string();
+    assert!(text.contains("recurrent"), "{text}");
+}
+
+#[test]
 fn consistency_resumes_exactly_and_is_nothing_with_one_expert() {
     let folder = tempfile::tempdir().unwrap();
     let uniform = table("[router]\nname = \"uniform\"\n[losses]\nconsistency = 2.0");
@@ -407,6 +464,7 @@ fn methods_that_make_no_sense_are_refused() {
         ),
         ("[losses]\nconsistency = -1.0", "losses.consistency"),
         ("[losses]\nbalance = inf", "losses.balance"),
+        ("[losses]\nentropy = nan", "losses.entropy"),
         ("[losses]\nscope = \"world\"", "world"),
         (
             "[start]\nfreeze = [\"router\", \"experts\", \"dense\"]",

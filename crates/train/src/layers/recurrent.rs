@@ -4,6 +4,7 @@
 //! Rule: `u = W1 x` (per layer), `h' = GRU(u, h)` (shared; h starts at 0 for every token), `l = W2 h'` (per layer); dense
 //! layers pass h on untouched. Gradient flows through h, from a layer's routing into the layers before it.
 //! Shapes: x [T, d], u and h [T, p], logits [T, E].
+//! Recipe: `model.recurrent_router = p`; with `model.recurrent_restarts` h is 0 in every layer (the paper's Table 4).
 //! Differs from paper: no output bias, no mixed-in shared expert.
 //! Check: layers::recurrent::tests (torch.nn.GRUCell), tests/layers.rs.
 

@@ -11,6 +11,7 @@ mod entropy;
 mod load_balance;
 mod sequence;
 mod symmetric_kl;
+mod weights;
 mod z_loss;
 
 pub use distillation::distillation;
@@ -18,6 +19,7 @@ pub use entropy::entropy;
 pub use load_balance::{load_balance, null_load_balance};
 pub use sequence::sequence_balance;
 pub use symmetric_kl::symmetric_kl;
+pub use weights::LossWeights;
 pub use z_loss::z_loss;
 
 use burn::tensor::{Tensor, TensorData};

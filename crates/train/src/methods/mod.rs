@@ -11,24 +11,11 @@ pub mod evolve;
 pub mod start;
 
 use crate::architecture::Architecture;
-use crate::recipe::{LossWeights, Recipe};
+use crate::recipe::Recipe;
 
 /// Refuses methods that cannot work, in one sentence that names the key.
 pub(crate) fn check(recipe: &Recipe, architecture: &Architecture) -> Result<(), String> {
-    let LossWeights { balance, z, .. } = recipe.losses;
-    for (key, weight) in [("balance", balance), ("z", z)] {
-        if !weight.is_finite() {
-            return Err(format!(
-                "`losses.{key}` = {weight}, expected a finite number"
-            ));
-        }
-    }
-    let consistency = recipe.losses.consistency;
-    if !(0.0..f32::INFINITY).contains(&consistency) {
-        return Err(format!(
-            "`losses.consistency` = {consistency}, expected at least 0"
-        ));
-    }
+    recipe.losses.check()?;
     if let Some(rule) = &recipe.balance_bias {
         rule.check(architecture)?;
     }

@@ -45,6 +45,9 @@ pub struct Model {
     /// Width of the state that routers hand from layer to layer (RMoE); absent for linear routers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recurrent_router: Option<usize>,
+    /// Whether that state starts anew in every layer: the same parameters without the memory, for comparisons.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub recurrent_restarts: bool,
     /// Attention cut by heads into experts (Union of Experts); absent for attention by all heads.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention_experts: Option<attention_experts::Options>,
@@ -127,6 +130,12 @@ impl Model {
         if let Some(experts) = m.attention_experts {
             let rule = experts.rule();
             rule.map_err(|e| format!("`model.attention_experts`: {e}"))?;
+        }
+        if m.recurrent_restarts && m.recurrent_router.is_none() {
+            return Err(
+                "`model.recurrent_restarts` needs `model.recurrent_router`, the width of the state"
+                    .to_owned(),
+            );
         }
         let widths = [
             ("shared_intermediate_size", m.shared_intermediate_size),
