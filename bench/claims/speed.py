@@ -87,7 +87,7 @@ def calibrate(job):
 def first_step(job, folder):
     """The model that an arm has after one step: as fast as any that it could have."""
     words = job.command("--set", "train.steps=1", "--set", "train.warmup_steps=0", "--set", f"output.dir={folder}")
-    subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+    subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     shutil.rmtree(folder / "snapshots", ignore_errors=True)
     return folder / "model"
 
