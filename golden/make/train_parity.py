@@ -1,6 +1,6 @@
 """Makes golden/train/: five training steps of a tiny Qwen3-MoE by PyTorch and transformers, for holding our trainer to.
 
-    PY="$(bash golden/make/env.sh)" && "$PY" golden/make/checkpoints.py qwen3_moe "$PY" golden/make/checkpoints.py && "$PY" golden/make/train_parity.py"$PY" golden/make/checkpoints.py && "$PY" golden/make/train_parity.py "$PY" golden/make/train_parity.py
+    PY="$(bash golden/make/env.sh)" && "$PY" golden/make/checkpoints.py qwen3_moe && "$PY" golden/make/train_parity.py
 
 Two trajectories start from checkpoints of golden/qwen3_moe/:
     qwen3_moe_tiny       from tied_v4:  tied embeddings, weights renormalised over the top-2

@@ -140,12 +140,34 @@ fn extend<T: Copy + Send + Sync>(values: &mut Vec<T>, n: usize, value: T) {
     values.reserve_exact(more);
     let per_task = SOME * size_of::<f32>() / size_of::<T>().max(1);
     let room = &mut values.spare_capacity_mut()[..more];
+    ask_for_large_pages(room);
     let clear = |room: &mut [MaybeUninit<T>]| {
         room.fill(MaybeUninit::new(value));
     };
     room.par_chunks_mut(per_task.max(1)).for_each(clear);
     // SAFETY: `more` values after the last were just written.
     unsafe { values.set_len(n) };
+}
+
+/// Asks the system for large pages under `room`, where it gives them on request only: fewer faults when it is touched
+/// first, and fewer misses in the table of pages ever after.
+fn ask_for_large_pages<T>(room: &mut [MaybeUninit<T>]) {
+    #[cfg(target_os = "linux")]
+    {
+        /// A multiple of every size that small pages have.
+        const PAGE: usize = 64 << 10;
+        let (start, n_bytes) = (room.as_mut_ptr().cast::<u8>(), size_of_val(room));
+        let skipped = start.align_offset(PAGE).min(n_bytes);
+        let len = (n_bytes - skipped) / PAGE * PAGE;
+        if len > 0 {
+            let start = start.wrapping_add(skipped).cast();
+            // SAFETY: whole pages inside of `room`, which is ours alone; the advice changes no contents. Where it fails,
+            // pages are small.
+            unsafe { libc::madvise(start, len, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = room;
 }
 
 /// Tells the C library to keep freed memory instead of giving it back to the system.

@@ -117,6 +117,14 @@ pub enum TrainError {
         /// The newest snapshot, from before the divergence.
         kept: Option<PathBuf>,
     },
+    /// The device of a recipe cannot be used.
+    #[error("train.device = \"{device}\": {problem}")]
+    Device {
+        /// As the recipe names it.
+        device: &'static str,
+        /// Why, and what to do.
+        problem: String,
+    },
     /// A checkpoint cannot be read or written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),

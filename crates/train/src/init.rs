@@ -24,10 +24,12 @@ impl Init {
     pub fn normal<const D: usize>(&self, name: &str, shape: [usize; D], scale: f32) -> Tensor<D> {
         let mut rng = stream(self.seed, name);
         let std = self.std * scale;
-        let values = (0..shape.iter().product::<usize>().div_ceil(2))
-            .flat_map(|_| normal_pair(&mut rng).map(|x| x * std))
-            .take(shape.iter().product())
-            .collect::<Vec<f32>>();
+        let mut values = cadre_kernels::zeros(shape.iter().product());
+        for pair in values.chunks_mut(2) {
+            for (value, drawn) in pair.iter_mut().zip(normal_pair(&mut rng)) {
+                *value = drawn * std;
+            }
+        }
         Tensor::from_data(TensorData::new(values, shape), &self.device)
     }
 

@@ -6,12 +6,14 @@
 pub mod architecture;
 pub mod collapse;
 pub mod data;
+pub mod device;
 mod error;
 pub mod export;
 mod files;
 mod import;
 pub mod init;
 pub mod layers;
+mod layerwise;
 pub mod lm;
 pub mod log;
 pub mod losses;

@@ -159,53 +159,27 @@ impl LanguageModel {
         batch: &Batch,
         pass: &Pass<'_>,
     ) -> Result<Forward, RoutingError> {
-        let config = &architecture.config;
-        let eps = config.norm_eps as f32;
-        let shape = AttentionShape {
-            batch: batch.tokens.len() / batch.seq_len,
-            seq_len: batch.seq_len,
-            n_heads: config.n_heads,
-            n_kv_heads: config.n_kv_heads,
-            head_dim: config.head_dim,
-            rope_theta: config.rope.theta,
-            eps,
-            precision: pass.numerics.precision,
-        };
-        let mut x = ops::embedding(self.embed_tokens.val(), batch.tokens.clone());
-        let mut routed = Vec::with_capacity(architecture.moe.len());
-        let mut attention = Vec::new();
-        let mut rules = architecture.moe.iter();
-        let cell = self.router_gru.as_ref();
-        let restarts = architecture.parts.recurrent_restarts;
-        let mut state = cell.map(|cell| (cell, cell.start(batch.tokens.len())));
-        for (index, layer) in self.layers.iter().enumerate() {
-            let rule = pass.attention_rule(architecture, index, batch.seq_len);
-            let (attended, decided) = layer.attend(x, shape, rule)?;
-            x = attended;
-            attention.extend(decided);
-            let normed = ops::rms_norm(x.clone(), layer.post_attention_layernorm.val(), eps);
-            let y = match &layer.mlp {
-                FeedForward::Moe(moe) => {
-                    let rule = rules.next().expect("a rule for every MoE layer");
-                    let context = pass.context(index, routed.len(), batch.seq_len);
-                    if let Some((cell, state)) = state.as_mut().filter(|_| restarts) {
-                        *state = cell.start(batch.tokens.len());
-                    }
-                    let state = state.as_mut().map(|(cell, state)| (*cell, state));
-                    let (y, decided) = moe.forward(normed, rule, &context, state, pass.numerics)?;
-                    routed.push(decided);
-                    y
-                }
-                FeedForward::Dense(mlp) => mlp.forward(normed, pass.numerics),
-            };
-            x = x + y;
+        let walk = Walk::new(self, architecture, batch, pass);
+        let mut x = self.embedded(batch);
+        let mut state = self.router_start(batch);
+        let mut decided = Vec::with_capacity(self.layers.len());
+        for index in 0..self.layers.len() {
+            let (next, picks) = walk.layer(index, x, state.as_mut())?;
+            x = next;
+            decided.push(picks);
         }
-        Ok(Forward {
-            hidden: ops::rms_norm(x, self.norm.val(), eps),
-            routed,
-            attention,
-            precision: pass.numerics.precision,
-        })
+        Ok(walk.finish(x, decided))
+    }
+
+    /// `[T, d_model]`, what the first layer reads.
+    pub(crate) fn embedded(&self, batch: &Batch) -> Tensor<2> {
+        ops::embedding(self.embed_tokens.val(), batch.tokens.clone())
+    }
+
+    /// The recurrent router's state `[T, p]` before the first layer.
+    pub(crate) fn router_start(&self, batch: &Batch) -> Option<Tensor<2>> {
+        let cell = self.router_gru.as_ref();
+        cell.map(|cell| cell.start(batch.tokens.len()))
     }
 
     /// The matrix `[vocab, d_model]` that turns hidden states into logits.
@@ -260,6 +234,103 @@ impl LanguageModel {
             z,
             routed,
             attention,
+        }
+    }
+}
+
+/// What the routers of one layer decided.
+#[derive(Debug)]
+pub(crate) struct Decided {
+    /// Of its attention, where that has experts.
+    pub(crate) attention: Option<Routed>,
+    /// Of its feed-forward, where that has experts.
+    pub(crate) moe: Option<Routed>,
+}
+
+/// A forward pass, layer by layer.
+#[derive(Debug)]
+pub(crate) struct Walk<'a> {
+    model: &'a LanguageModel,
+    architecture: &'a Architecture,
+    pass: &'a Pass<'a>,
+    shape: AttentionShape,
+}
+
+impl<'a> Walk<'a> {
+    pub(crate) fn new(
+        model: &'a LanguageModel,
+        architecture: &'a Architecture,
+        batch: &Batch,
+        pass: &'a Pass<'a>,
+    ) -> Self {
+        let config = &architecture.config;
+        let shape = AttentionShape {
+            batch: batch.tokens.len() / batch.seq_len,
+            seq_len: batch.seq_len,
+            n_heads: config.n_heads,
+            n_kv_heads: config.n_kv_heads,
+            head_dim: config.head_dim,
+            rope_theta: config.rope.theta,
+            eps: config.norm_eps as f32,
+            precision: pass.numerics.precision,
+        };
+        Self {
+            model,
+            architecture,
+            pass,
+            shape,
+        }
+    }
+
+    /// `x [T, d_model]` through layer `index`, and what its routers decided. `state`, the recurrent router's, is moved
+    /// on.
+    ///
+    /// # Errors
+    /// Router logits that are not finite.
+    pub(crate) fn layer(
+        &self,
+        index: usize,
+        x: Tensor<2>,
+        state: Option<&mut Tensor<2>>,
+    ) -> Result<(Tensor<2>, Decided), RoutingError> {
+        let (layer, pass) = (&self.model.layers[index], self.pass);
+        let rule = pass.attention_rule(self.architecture, index, self.shape.seq_len);
+        let (x, attention) = layer.attend(x, self.shape, rule)?;
+        let norm = layer.post_attention_layernorm.val();
+        let normed = ops::rms_norm(x.clone(), norm, self.shape.eps);
+        let (y, moe) = match &layer.mlp {
+            FeedForward::Moe(moe) => {
+                let mut rules = self.architecture.moe.iter().enumerate();
+                let rule = rules.find(|(_, rule)| rule.layer == index);
+                let (nth, rule) = rule.expect("a rule for every MoE layer");
+                let context = pass.context(index, nth, self.shape.seq_len);
+                let mut state = self.model.router_gru.as_ref().zip(state);
+                if let Some((cell, state)) = state
+                    .as_mut()
+                    .filter(|_| self.architecture.parts.recurrent_restarts)
+                {
+                    **state = cell.start(self.shape.batch * self.shape.seq_len);
+                }
+                let (y, decided) = moe.forward(normed, rule, &context, state, pass.numerics)?;
+                (y, Some(decided))
+            }
+            FeedForward::Dense(mlp) => (mlp.forward(normed, pass.numerics), None),
+        };
+        Ok((x + y, Decided { attention, moe }))
+    }
+
+    /// What is left of the pass when `x` has come out of the last layer.
+    pub(crate) fn finish(&self, x: Tensor<2>, decided: Vec<Decided>) -> Forward {
+        let (mut routed, mut attention) = (Vec::new(), Vec::new());
+        for layer in decided {
+            routed.extend(layer.moe);
+            attention.extend(layer.attention);
+        }
+        Forward {
+            hidden: ops::rms_norm(x, self.model.norm.val(), self.shape.eps),
+            routed,
+            attention,
+            precision: self.pass.numerics.precision,
         }
     }
 }

@@ -1,11 +1,14 @@
 //! What one micro-batch is trained on: its text, the routers' losses, and what training methods add.
 
 use crate::architecture::Architecture;
+use crate::layerwise::{self, Kept, Replay};
 use crate::lm::{Batch, Forward, LanguageModel, Losses, Pass};
 use crate::losses::{self, LossWeights};
 use crate::methods::balance_scope::{ScopedLoads, merge};
 use crate::methods::consistency::consistency;
 use crate::methods::distill::Teacher;
+use crate::ops::Recompute;
+use crate::optimizer::GradientSum;
 use crate::routers::Routed;
 use burn::tensor::Tensor;
 use cadre_routing::{Loads, RoutingError};
@@ -33,6 +36,8 @@ pub(crate) struct Parts {
     pub(crate) loads: Vec<Loads>,
     /// Picks of each layer's attention, where it has experts.
     pub(crate) attention: Vec<Loads>,
+    /// What layers are computed again from, per pass, and the loads that its balance losses counted.
+    kept: Vec<(Kept, Vec<Loads>)>,
 }
 
 impl Objective<'_> {
@@ -49,14 +54,10 @@ impl Objective<'_> {
         pass: &Pass<'_>,
         scoped: &mut ScopedLoads,
     ) -> Result<Parts, RoutingError> {
-        let n_passes = self.n_passes();
-        let nth = |i: usize| Pass {
-            index: pass.index * n_passes + i,
-            ..*pass
-        };
-        let (hidden, mut parts) = self.one_pass(model, batch, &nth(0), scoped)?;
-        if n_passes == 2 {
-            let (second, other) = self.one_pass(model, batch, &nth(1), scoped)?;
+        let (hidden, mut parts) = self.one_pass(model, batch, &self.nth(pass, 0), scoped)?;
+        if self.n_passes() == 2 {
+            let (second, other) = self.one_pass(model, batch, &self.nth(pass, 1), scoped)?;
+            parts.kept.extend(other.kept);
             let disagreement = consistency(hidden.clone(), second, model.head());
             parts.loss = parts.loss + other.loss + disagreement.clone() * self.weights.consistency;
             parts.cross_entropy = 0.5 * (parts.cross_entropy + other.cross_entropy);
@@ -80,6 +81,44 @@ impl Objective<'_> {
         Ok(parts)
     }
 
+    /// The `i`-th pass over the micro-batch of `pass.index`.
+    fn nth<'a>(&self, pass: &Pass<'a>, i: usize) -> Pass<'a> {
+        let index = pass.index * self.n_passes() + i;
+        Pass { index, ..*pass }
+    }
+
+    /// Adds `share` times the gradients of `parts`, which [`Objective::of`] made of the same model, batch and pass.
+    pub(crate) fn add_gradients(
+        &self,
+        (model, batch, pass): (&LanguageModel, &Batch, &Pass<'_>),
+        parts: Parts,
+        share: f32,
+        into: &mut GradientSum,
+    ) -> Result<(), RoutingError> {
+        let mut gradients = parts.loss.backward();
+        if parts.kept.is_empty() {
+            into.add(model, &mut gradients, share);
+            return Ok(());
+        }
+        let above = ["consistency", "distillation"];
+        let further = above.iter().any(|name| parts.further.contains_key(*name));
+        let mut sum = GradientSum::default();
+        sum.add(model, &mut gradients, 1.0);
+        for (i, (kept, loads)) in parts.kept.into_iter().enumerate() {
+            let replay = Replay {
+                model,
+                architecture: self.architecture,
+                batch,
+                pass: &self.nth(pass, i),
+                weights: self.weights,
+                further,
+            };
+            kept.backward(&replay, &loads, &mut gradients, &mut sum)?;
+        }
+        into.merge(sum, share);
+        Ok(())
+    }
+
     fn one_pass(
         &self,
         model: &LanguageModel,
@@ -87,7 +126,15 @@ impl Objective<'_> {
         pass: &Pass<'_>,
         scoped: &mut ScopedLoads,
     ) -> Result<(Tensor<2>, Parts), RoutingError> {
-        let forward = model.forward(self.architecture, batch, pass)?;
+        let (forward, kept) = match pass.numerics.recompute {
+            Recompute::Layer => {
+                let (forward, kept) = layerwise::forward(model, self.architecture, batch, pass)?;
+                (forward, Some(kept))
+            }
+            Recompute::None | Recompute::Experts => {
+                (model.forward(self.architecture, batch, pass)?, None)
+            }
+        };
         let loads = scoped.of(self.architecture.balance_loads(&forward.routed))?;
         let hidden = forward.hidden.clone();
         let losses = model.score(self.architecture, forward, batch, &loads);
@@ -110,6 +157,7 @@ impl Objective<'_> {
             further: BTreeMap::new(),
             loads: routed.iter().map(|r| r.loads.clone()).collect(),
             attention: attention.into_iter().map(|r| r.loads).collect(),
+            kept: kept.map(|kept| (kept, loads)).into_iter().collect(),
         };
         if weights.entropy != 0.0
             && let Some(entropy) = mean_entropy(&routed)
@@ -128,10 +176,8 @@ impl Objective<'_> {
         pass: &Pass<'_>,
         scoped: &mut ScopedLoads,
     ) -> Result<(), RoutingError> {
-        let n_passes = self.n_passes();
-        for i in 0..n_passes {
-            let index = pass.index * n_passes + i;
-            let pass = Pass { index, ..*pass };
+        for i in 0..self.n_passes() {
+            let pass = self.nth(pass, i);
             let Forward { routed, .. } = valid.forward(self.architecture, batch, &pass)?;
             scoped.count(&self.architecture.balance_loads(&routed))?;
         }

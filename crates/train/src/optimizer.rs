@@ -6,7 +6,7 @@
 
 use burn::backend::Flex;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Gradients, Tensor};
+use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
@@ -74,6 +74,25 @@ impl GradientSum {
         });
     }
 
+    /// Adds `scale` times the sums of `other`.
+    pub fn merge(&mut self, other: Self, scale: f32) {
+        for (path, values) in other.sums {
+            self.add_to(path, values, scale);
+        }
+    }
+
+    fn add_to(&mut self, path: String, mut values: Vec<f32>, scale: f32) {
+        match self.sums.get_mut(&path) {
+            Some(sum) => crate::ops::add_scaled(sum, scale, &values),
+            None => {
+                if scale != 1.0 {
+                    values.iter_mut().for_each(|g| *g *= scale);
+                }
+                self.sums.insert(path, values);
+            }
+        }
+    }
+
     /// Drops the gradients of all paths that `keep` refuses: those parameters do not move.
     pub fn retain(&mut self, keep: impl Fn(&str) -> bool) {
         self.sums.retain(|path, _| keep(path));
@@ -105,6 +124,11 @@ impl GradientSum {
         let parts = parts.into_iter();
         let named = parts.map(|((_, name), square)| (name, f64::sqrt(square)));
         (all.sqrt(), named.collect())
+    }
+
+    /// The parameters that have a gradient.
+    pub fn paths(&self) -> impl Iterator<Item = &str> {
+        self.sums.keys().map(String::as_str)
     }
 
     /// The sum of one parameter's gradients.
@@ -146,19 +170,11 @@ impl ModuleVisitor for Collector<'_> {
         let Some(gradient) = param.val().grad_remove(self.gradients) else {
             return;
         };
-        let mut values = gradient
+        let values = gradient
             .into_data()
             .try_into_vec::<f32>()
             .expect("gradients are f32");
-        match self.into.sums.get_mut(&self.path.join(".")) {
-            Some(sum) => crate::ops::add_scaled(sum, self.scale, &values),
-            None => {
-                if self.scale != 1.0 {
-                    values.iter_mut().for_each(|g| *g *= self.scale);
-                }
-                self.into.sums.insert(self.path.join("."), values);
-            }
-        }
+        self.into.add_to(self.path.join("."), values, self.scale);
     }
 }
 
@@ -226,27 +242,35 @@ impl ModuleMapper for Updater<'_> {
             return param;
         };
         let moments = self.moments.entry(path).or_insert_with(|| Moments {
-            first: vec![0.0; gradient.len()],
-            second: vec![0.0; gradient.len()],
+            first: cadre_kernels::zeros(gradient.len()),
+            second: cadre_kernels::zeros(gradient.len()),
         });
         let mut constants = self.constants;
         if D < 2 {
             constants.keep = 1.0;
         }
         let (id, tensor, mapper) = param.consume();
-        let mut primitive = tensor
-            .inner()
-            .try_into_primitive::<Flex>()
-            .expect("training runs on the Flex backend");
-        update(
-            primitive.storage_mut::<f32>(),
-            &gradient,
-            moments,
-            constants,
-        );
-        let tensor = Tensor::<D>::from_primitive::<Flex>(primitive);
+        let tensor = updated(tensor.inner(), |values| {
+            update(values, &gradient, moments, constants);
+        });
         Param::from_mapped_value(id, tensor.autodiff().require_grad(), mapper)
     }
+}
+
+/// `tensor` after `change`: in place where its memory is ours, else by way of a copy.
+fn updated<const D: usize>(tensor: Tensor<D>, change: impl FnOnce(&mut [f32])) -> Tensor<D> {
+    let device = tensor.device();
+    if device == Device::flex() {
+        let mut primitive = tensor
+            .try_into_primitive::<Flex>()
+            .expect("a tensor of the Flex device");
+        change(primitive.storage_mut::<f32>());
+        return Tensor::from_primitive::<Flex>(primitive);
+    }
+    let dims = tensor.dims();
+    let mut values = crate::params::values(&tensor);
+    change(&mut values);
+    Tensor::from_data(TensorData::new(values, dims), &device)
 }
 
 fn update(values: &mut [f32], gradient: &[f32], moments: &mut Moments, c: Constants) {

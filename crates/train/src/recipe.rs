@@ -5,6 +5,7 @@ mod model;
 pub use model::{Experts, Model};
 
 use crate::architecture::{Architecture, MoeParts};
+use crate::device::Place;
 use crate::error::{Result, TrainError};
 pub use crate::losses::LossWeights;
 use crate::methods::balance_bias::BalanceBias;
@@ -111,9 +112,12 @@ pub struct Train {
     /// What the large products are made of: `"f32"`, or `"bf16"` where the CPU multiplies that (elsewhere f32).
     #[serde(default)]
     pub precision: Precision,
-    /// What the backward pass computes again so that it need not be kept: `"none"` or `"experts"`.
+    /// What the backward pass computes again so that it need not be kept: `"none"`, `"experts"` or `"layer"`.
     #[serde(default)]
     pub recompute: Recompute,
+    /// Where tensors live: `"cpu"`, or `"vulkan"`, `"cuda"` or `"metal"` in a build with that feature.
+    #[serde(default, skip_serializing_if = "Place::is_cpu")]
+    pub device: Place,
 }
 
 /// Where results go.
@@ -301,6 +305,7 @@ impl Recipe {
                 self.train.lr
             ));
         }
+        self.train.check_device()?;
         let Some(data) = &self.data else {
             return Ok(());
         };

@@ -16,7 +16,6 @@ use crate::optimizer::{AdamW, GradientSum};
 use crate::recipe::Recipe;
 use crate::snapshot;
 use burn::module::Module;
-use burn::tensor::Device;
 use cadre_routing::{Loads, RoutingError};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -60,7 +59,7 @@ impl<'a> Run<'a> {
                 asked.here().name()
             );
         }
-        let device = Device::flex().autodiff();
+        let device = recipe.train.device.open()?.autodiff();
         let init = Init {
             seed: recipe.seed,
             std: recipe.model.initializer_range,
@@ -76,7 +75,13 @@ impl<'a> Run<'a> {
             biases = balance_bias::zeros(&architecture);
         }
         let teacher = recipe.distill.as_ref();
-        let teacher = teacher.map(|options| Teacher::open(options, recipe.model.vocab_size));
+        let teacher = teacher.map(|options| {
+            Teacher::open(
+                options,
+                recipe.model.vocab_size,
+                &device.clone().without_autodiff(),
+            )
+        });
         Ok(Self {
             model: Some(model),
             optimizer: AdamW::new(recipe.optimizer),
@@ -231,12 +236,14 @@ impl<'a> Run<'a> {
             totals.cross_entropy += share_of(parts.cross_entropy);
             totals.balance += share_of(parts.balance);
             totals.z += share_of(parts.z);
-            for (name, x) in parts.further {
-                *totals.further.entry(name).or_default() += share_of(x);
+            for (name, x) in &parts.further {
+                *totals.further.entry(name.clone()).or_default() += share_of(*x);
             }
             merge(&mut totals.loads, parts.loads.iter())?;
             merge(&mut totals.attention, parts.attention.iter())?;
-            gradients.add(self.model(), &mut parts.loss.backward(), share);
+            let of = (self.model(), &batch, &pass);
+            let added = objective.add_gradients(of, parts, share, &mut gradients);
+            added.map_err(|e| self.routing_error(step, e))?;
         }
         Ok((gradients, totals))
     }

@@ -205,3 +205,44 @@ fn divergence_stops_the_run_names_step_and_layer_and_keeps_the_last_good_snapsho
     assert!(error.contains("step 1: the parameter "), "{error}");
     assert!(!recipe.output.dir.join("snapshots").exists());
 }
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run_and_leaves_a_snapshot_that_loads() {
+    let folder = tempfile::tempdir().unwrap();
+    // Without routers, whose logits would be the first to be looked at. After the first update, weights of 1e18 meet
+    // each other in the forward pass, beyond the range of f32.
+    let changes = [
+        ("n_experts = 4", "n_experts = 0"),
+        ("top_k = 2", "intermediate_size = 8"),
+        ("moe_intermediate_size = 8", ""),
+        ("lr = 1e-2", "lr = 1e18"),
+        ("warmup_steps = 2", "warmup_steps = 0"),
+        ("snapshot_every = 2", "snapshot_every = 1"),
+    ];
+    let recipe = recipe_with(folder.path(), "run", &changes);
+    for started_at in [0, 1] {
+        let mut watch = Watch::default();
+        let error = trainer::train(&recipe, &mut watch).unwrap_err();
+        let message = error.to_string();
+        // The second time the run goes on from what the first one kept.
+        assert_eq!((watch.started_at, watch.refused.len()), (started_at, 0));
+        let TrainError::Diverged {
+            step: 2,
+            what,
+            largest,
+            kept: Some(kept),
+        } = error
+        else {
+            panic!("{message}");
+        };
+        assert_eq!(what, "the loss", "{message}");
+        assert_eq!(snapshots(&recipe), [kept]);
+        // The gradients of step 1 are gone with the process that computed them.
+        assert_eq!(largest.is_some(), started_at == 0, "{message}");
+        if let Some(largest) = largest {
+            assert!(largest.norm.is_finite() && largest.step == 1, "{message}");
+            assert!(message.contains(&format!("step 1 is in {}", largest.part)));
+            assert!(message.contains("step-00000001"), "{message}");
+        }
+    }
+}

@@ -74,12 +74,12 @@ pub struct Teacher {
 }
 
 impl Teacher {
-    /// Opens the teacher of `options` for a student with `vocab_size` tokens.
+    /// Opens the teacher of `options` for a student with `vocab_size` tokens, on a device without gradients.
     ///
     /// # Errors
     /// A folder that is no checkpoint, a layout that the trainer does not know, another vocabulary.
-    pub fn open(options: &Distill, vocab_size: usize) -> Result<Self> {
-        let opened = export::open(&options.teacher, &Device::flex())?;
+    pub fn open(options: &Distill, vocab_size: usize, device: &Device) -> Result<Self> {
+        let opened = export::open(&options.teacher, device)?;
         let theirs = opened.architecture.config.vocab_size;
         if theirs != vocab_size {
             return Err(crate::TrainError::DoesNotFit {

@@ -50,19 +50,19 @@ impl AttentionShape {
         self.n_kv_heads * self.head_dim
     }
 
-    fn scale(&self) -> f32 {
+    pub(super) fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
     }
 }
 
 /// Cosines and sines, `[seq_len, head_dim / 2]` each.
-struct Rope {
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+pub(super) struct Rope {
+    pub(super) cos: Vec<f32>,
+    pub(super) sin: Vec<f32>,
 }
 
 impl Rope {
-    fn new(shape: &AttentionShape) -> Self {
+    pub(super) fn new(shape: &AttentionShape) -> Self {
         let half = shape.head_dim / 2;
         let angles = (0..shape.seq_len).flat_map(|position| {
             (0..half).map(move |i| {

@@ -87,7 +87,7 @@ pub(super) fn forward(
     }
     let y = dispatch.combine(&out, Some(all.weights), d);
     let saved = match numerics.recompute {
-        Recompute::None => tensor(gate_up, [n_pairs, 2 * width]),
+        Recompute::None | Recompute::Layer => tensor(gate_up, [n_pairs, 2 * width]),
         Recompute::Experts => tensor(Vec::new(), [0, 2 * width]),
     };
     [tensor(y, [dispatch.n_tokens(), d]), saved]
@@ -154,11 +154,11 @@ pub(super) fn backward(
     let all = inputs_of(inputs, dispatch);
     let Sizes { d, width } = all.sizes;
     let again = match numerics.recompute {
-        Recompute::None => Vec::new(),
+        Recompute::None | Recompute::Layer => Vec::new(),
         Recompute::Experts => gate_up_again(all, numerics.precision),
     };
     let saved = match numerics.recompute {
-        Recompute::None => saved.values(),
+        Recompute::None | Recompute::Layer => saved.values(),
         Recompute::Experts => &again,
     };
     let dy = dy.values();

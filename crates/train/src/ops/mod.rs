@@ -2,7 +2,8 @@
 //!
 //! Each file owns one operation: its safe numeric code on slices (`forward`, `backward`), and its place in the
 //! autodiff graph. [`Fused`] is what the model calls (through the free functions here, on `Tensor`s);
-//! [`Kernels`] is what a Burn backend supplies. Today that is Flex, the CPU backend.
+//! [`Kernels`] is what a Burn backend supplies. Today that is Flex, the CPU backend; on other devices the free functions
+//! take Burn's own operations (`plain.rs`).
 //! Every operation is held to finite differences in `tests/gradients.rs`.
 
 mod attention;
@@ -16,6 +17,7 @@ mod flex;
 mod graph;
 mod linear;
 mod math;
+mod plain;
 mod precision;
 mod rms_norm;
 
@@ -133,6 +135,9 @@ pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
 /// RMSNorm of `x [T, D]` over its last axis with weight `w [D]`.
 #[must_use]
 pub fn rms_norm(x: Tensor<2>, w: Tensor<1>, eps: f32) -> Tensor<2> {
+    if plain::wanted(&x.device()) {
+        return plain::rms_norm(x, w, eps);
+    }
     Tensor::from_dispatch(Routed::rms_norm(x.into_dispatch(), w.into_dispatch(), eps))
 }
 
@@ -142,6 +147,9 @@ pub fn rms_norm(x: Tensor<2>, w: Tensor<1>, eps: f32) -> Tensor<2> {
 /// If an id is not below `V`.
 #[must_use]
 pub fn embedding(w: Tensor<2>, ids: Arc<Vec<u32>>) -> Tensor<2> {
+    if plain::wanted(&w.device()) {
+        return plain::embedding(w, &ids);
+    }
     Tensor::from_dispatch(Routed::embed(w.into_dispatch(), ids))
 }
 
@@ -152,6 +160,9 @@ pub fn attention(
     [q_norm, k_norm]: [Tensor<1>; 2],
     shape: AttentionShape,
 ) -> Tensor<2> {
+    if plain::wanted(&q.device()) {
+        return plain::attention([q, k, v], [q_norm, k_norm], shape);
+    }
     Tensor::from_dispatch(Routed::attend(
         q.into_dispatch(),
         k.into_dispatch(),
@@ -184,12 +195,18 @@ impl Precision {
     /// `y [T, out] = x [T, in] w[out, in]^T`.
     #[must_use]
     pub fn linear(self, x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
+        if plain::wanted(&x.device()) {
+            return plain::linear(x, w);
+        }
         Tensor::from_dispatch(Routed::project(x.into_dispatch(), w.into_dispatch(), self))
     }
 
     /// Mean over tokens of `-log softmax(x w^T)[target]`: `x [T, D]`, `w [V, D]`, nats, shape `[1]`.
     #[must_use]
     pub fn cross_entropy(self, x: Tensor<2>, w: Tensor<2>, targets: Arc<Vec<u32>>) -> Tensor<1> {
+        if plain::wanted(&x.device()) {
+            return plain::cross_entropy(x, w, &targets);
+        }
         Tensor::from_dispatch(Routed::cross_entropy(
             x.into_dispatch(),
             w.into_dispatch(),
@@ -214,6 +231,9 @@ impl Numerics {
         weights: Tensor<1>,
         dispatch: Arc<Dispatch>,
     ) -> Tensor<2> {
+        if plain::wanted(&x.device()) {
+            return plain::experts(x, [gate_up, down], weights, &dispatch);
+        }
         Tensor::from_dispatch(Routed::experts(
             x.into_dispatch(),
             gate_up.into_dispatch(),

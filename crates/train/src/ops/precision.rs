@@ -25,6 +25,8 @@ pub enum Recompute {
     /// The gate and up products of experts: a ninth more work in them, and as many values less per layer as picks times
     /// twice an expert's width.
     Experts,
+    /// Whole decoder layers: of the forward pass stay the inputs of layers, and each layer is computed twice.
+    Layer,
 }
 
 /// How experts are computed.
