@@ -262,6 +262,11 @@ mod tests {
                 losses.to_owned(),
             ),
             ("top_k = 2", format!("{losses}consistency = 0.5")),
+            ("top_k = 2", format!("{losses}entropy = 0.3")),
+            (
+                "top_k = 2\nrecurrent_router = 6\nrecurrent_restarts = true",
+                losses.to_owned(),
+            ),
             ("", router("name = 'switch'\ncapacity = { factor = 0.8 }")),
             ("", router("name = 'top_p'\ntop_p = 0.6")),
             ("top_k = 2", router("name = 'null_experts'\nn_null = 3")),
