@@ -132,8 +132,9 @@ fn check_space(output: &Path, n_bytes: u64) -> Result<()> {
         .with_context(|| format!("cannot ask for free space at {}", folder.display()))?;
     if free < n_bytes.saturating_add(RESERVE) {
         return Err(Failure::new(format!(
-            "the output needs {}, but {} has {} free",
+            "the output needs {} beside {} that stay free, but {} has {}",
             bytes(n_bytes),
+            bytes(RESERVE),
             folder.display(),
             bytes(free)
         ))
