@@ -7,7 +7,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use cadre_checkpoint::{Checkpoint, Holding, Tokenizer};
 use cadre_engine::{
-    LoadOptions, Model, Quant, SessionOptions, dense_bytes, load_watched, load_with_low_bit,
+    LoadOptions, Model, Progress, Quant, SessionOptions, dense_bytes, load_watched,
+    load_with_low_bit,
 };
 use clap::ValueEnum;
 use tempfile::TempDir;
@@ -32,12 +33,21 @@ pub(crate) struct CheckpointArg {
 }
 
 impl CheckpointArg {
-    /// Another one, found in the same way.
-    fn like(&self, model: &Path) -> Self {
-        Self {
-            model: Some(model.to_path_buf()),
+    /// The model that lends its experts in fewer bits, found in the same way, if one is asked for.
+    pub(crate) fn low_bit(
+        &self,
+        app: &App,
+        lossy: &LossyArgs,
+        is_streamed: bool,
+    ) -> Result<Option<Checkpoint>> {
+        let Some(model) = lossy.low_bit(is_streamed) else {
+            return Ok(None);
+        };
+        let other = Self {
+            model: Some(model.clone()),
             offline: self.offline,
-        }
+        };
+        other.open(app).map(Some)
     }
 
     /// Whether a checkpoint was named.
@@ -189,15 +199,28 @@ impl Loaded {
     }
 }
 
+/// Loads a model, with experts in fewer bits beside its own where there are any.
+pub(crate) fn load_from(
+    (checkpoint, low_bit): (&Checkpoint, Option<&Checkpoint>),
+    options: &LoadOptions,
+    progress: &Progress<'_>,
+) -> Result<Arc<dyn Model>> {
+    let model = match low_bit {
+        None => load_watched(checkpoint, options, progress),
+        Some(low_bit) => load_with_low_bit(checkpoint, low_bit, options, progress),
+    };
+    model.with_context(|| format!("cannot load {}", checkpoint.origin()))
+}
+
 impl ModelArgs {
     /// Opens and loads the model for a session like `session`, with a bar while it takes.
     pub(crate) fn load(&self, app: &App, session: &SessionOptions) -> Result<Loaded> {
         let checkpoint = self.checkpoint.open(app)?;
         let what = format!("loading {}", checkpoint.origin());
         let stream = self.stream.options(&checkpoint, (*session, 1))?;
-        let low_bit = self.lossy.low_bit(stream.is_some());
-        let low_bit = low_bit.map(|path| self.checkpoint.like(path).open(app));
-        let low_bit = low_bit.transpose()?;
+        let low_bit = self
+            .checkpoint
+            .low_bit(app, &self.lossy, stream.is_some())?;
         let to_load = match stream {
             None => checkpoint.data_bytes(),
             Some(_) => dense_bytes(&checkpoint),
@@ -211,12 +234,8 @@ impl ModelArgs {
             stream,
             ..LoadOptions::default()
         };
-        let progress = |n_bytes| bar.inc(n_bytes);
-        let model = match &low_bit {
-            None => load_watched(&checkpoint, &options, &progress),
-            Some(low_bit) => load_with_low_bit(&checkpoint, low_bit, &options, &progress),
-        };
-        let model = model.with_context(|| format!("cannot load {}", checkpoint.origin()));
+        let sources = (&checkpoint, low_bit.as_ref());
+        let model = load_from(sources, &options, &|n_bytes| bar.inc(n_bytes));
         bar.finish_and_clear();
         let model = model?;
         if self.stream.preload {

@@ -2,11 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cadre_checkpoint::{Checkpoint, Dtype, held_sizes, model_sizes};
-use cadre_engine::{
-    LoadOptions, Model, SessionOptions, StoreOptions, StreamOptions, dense_bytes, load,
-};
+use cadre_engine::{LoadOptions, Model, SessionOptions, StoreOptions, StreamOptions, dense_bytes};
 use cadre_kernels::doctor::{bandwidth, peaks, reading};
 use cadre_store::probe::{self, Plan};
 use cadre_store::reader::{OpenFile, best};
@@ -20,7 +18,7 @@ use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::failure::Failure;
 use crate::lossy::LossyArgs;
-use crate::model::{CheckpointArg, QuantArg};
+use crate::model::{CheckpointArg, QuantArg, load_from};
 use crate::output::{Out, spinner};
 use crate::streaming::StreamArgs;
 
@@ -170,8 +168,10 @@ fn measure(
         stream,
         ..LoadOptions::default()
     };
-    let model = load(checkpoint, &options)
-        .with_context(|| format!("cannot load {}", checkpoint.origin()))?;
+    let low_bit = args
+        .checkpoint
+        .low_bit(app, &args.lossy, stream.is_some())?;
+    let model = load_from((checkpoint, low_bit.as_ref()), &options, &|_| {})?;
     let pool = model.compute().pool();
     let held = held_sizes(checkpoint, args.quant.holding());
     let disk = stream

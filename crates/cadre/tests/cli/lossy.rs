@@ -60,9 +60,11 @@ fn every_report_says_lossy() {
     let bench: Vec<&str> = "bench -p 4 -n 2 -r 1 --no-warmup -o jsonl"
         .split(' ')
         .collect();
+    let low_bit = ["-m", path, "--mem-budget", "64MiB", "--low-bit", path];
     for (more, said) in [
         (&[][..], Value::Bool(false)),
         (&TOP_1, "top-k-experts=1".into()),
+        (&low_bit, "low-bit=1".into()),
     ] {
         for line in stdout(&[&bench, more].concat()).lines() {
             let record: Value = serde_json::from_str(line).unwrap();
