@@ -303,7 +303,7 @@ impl<'a> Walk<'a> {
                 let mut rules = self.architecture.moe.iter().enumerate();
                 let rule = rules.find(|(_, rule)| rule.layer == index);
                 let (nth, rule) = rule.expect("a rule for every MoE layer");
-                let context = pass.context(index, nth, self.shape.seq_len);
+                let context = pass.context(index, Some(nth), self.shape.seq_len);
                 let mut state = self.model.router_gru.as_ref().zip(state);
                 if let Some((cell, state)) = state
                     .as_mut()
@@ -336,8 +336,9 @@ impl<'a> Walk<'a> {
 }
 
 impl<'a> Pass<'a> {
-    /// What the router of decoder layer `layer`, the `nth` with experts, is told.
-    fn context(&self, layer: usize, nth: usize, seq_len: usize) -> RouteContext<'a> {
+    /// What a router of decoder layer `layer` is told; the `nth` layer with experts may have a bias.
+    fn context(&self, layer: usize, nth: Option<usize>, seq_len: usize) -> RouteContext<'a> {
+        let bias = nth.and_then(|nth| self.biases.get(nth));
         RouteContext {
             seed: self.seed,
             step: self.step,
@@ -345,29 +346,19 @@ impl<'a> Pass<'a> {
             pass: self.index,
             training: self.training,
             seq_len,
-            bias: self.biases.get(nth).map(Vec::as_slice),
+            bias: bias.map(Vec::as_slice),
         }
     }
-}
 
-impl Pass<'_> {
     /// The rule by which decoder layer `layer` picks experts of its attention, and what it is told.
     fn attention_rule<'b>(
         &self,
         architecture: &'b Architecture,
         layer: usize,
         seq_len: usize,
-    ) -> Option<(&'b dyn Route, RouteContext<'static>)> {
+    ) -> Option<(&'b dyn Route, RouteContext<'a>)> {
         let rule: &dyn Route = architecture.attention.as_ref()?;
-        let context = RouteContext {
-            seed: self.seed,
-            step: self.step,
-            layer,
-            pass: self.index,
-            training: self.training,
-            seq_len,
-            bias: None,
-        };
+        let context = self.context(layer, None, seq_len);
         Some((rule, context))
     }
 }
