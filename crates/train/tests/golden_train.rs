@@ -2,6 +2,8 @@
 //! `golden/make/train_parity.py`): losses, gradient norms, first gradients and final weights.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod golden_steps;
+
 use burn::tensor::Device;
 use cadre_checkpoint::Checkpoint;
 use cadre_train::architecture::Architecture;
@@ -10,6 +12,7 @@ use cadre_train::lm::{Batch, LanguageModel, Pass};
 use cadre_train::optimizer::{AdamW, AdamWConfig, GradientSum};
 use cadre_train::params;
 use cadre_train::routers::RouterOptions;
+use golden_steps::{Settings, Step};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -31,26 +34,6 @@ struct Golden {
     batches: Vec<Vec<Vec<u32>>>,
     steps: Vec<Step>,
     grad_l2: BTreeMap<String, f64>,
-}
-
-#[derive(Deserialize)]
-struct Settings {
-    lr: f64,
-    betas: [f32; 2],
-    eps: f32,
-    weight_decay: f32,
-    clip_norm: f64,
-    balance_coef: f64,
-    z_coef: f64,
-}
-
-#[derive(Debug, Deserialize)]
-struct Step {
-    loss: f64,
-    ce: f64,
-    balance: f64,
-    z: f64,
-    grad_norm: f64,
 }
 
 /// What one trajectory of ours produced.

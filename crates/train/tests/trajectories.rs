@@ -3,6 +3,8 @@
 //! the others, which holds us to yesterday's numbers only.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod golden_steps;
+
 use burn::tensor::{Device, Tensor};
 use cadre_checkpoint::Checkpoint;
 use cadre_routing::filters::{Capacity, Rounding};
@@ -12,6 +14,7 @@ use cadre_train::lm::{Batch, Pass};
 use cadre_train::methods::balance_bias::BalanceBias;
 use cadre_train::optimizer::{AdamW, AdamWConfig, GradientSum};
 use cadre_train::routers::{Order, RouterOptions, names};
+use golden_steps::{Settings, Step};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -28,17 +31,6 @@ struct Golden {
     runs: BTreeMap<String, Run>,
 }
 
-#[derive(Clone, Copy, Deserialize)]
-struct Settings {
-    lr: f64,
-    betas: [f32; 2],
-    eps: f32,
-    weight_decay: f32,
-    clip_norm: f64,
-    balance_coef: f64,
-    z_coef: f64,
-}
-
 #[derive(Clone, Deserialize)]
 struct Run {
     start: String,
@@ -47,15 +39,6 @@ struct Run {
     noise: f64,
     batches: Vec<Vec<Vec<u32>>>,
     steps: Vec<Step>,
-}
-
-#[derive(Clone, Copy, Debug, Deserialize)]
-struct Step {
-    loss: f64,
-    ce: f64,
-    balance: f64,
-    z: f64,
-    grad_norm: f64,
 }
 
 fn golden() -> Golden {
