@@ -221,33 +221,8 @@ impl Recipe {
             .check_parts(self.model_config().moe.layers.len())?;
         let architecture = self.architecture();
         let architecture = architecture.map_err(|e| format!("[router]: {e}"))?;
-        let leaks = |r: &dyn Route| !(r.causal() && r.batch_invariant());
-        let sorts = options
-            .capacity()
-            .is_some_and(|(_, order)| !order.with_seed(0).causal());
-        if options.allow_non_causal {
-            return Ok(());
-        }
-        if sorts {
-            return Err(
-                "`router.drop_order` other than `position` drops a token's pairs in favour of later tokens, which a model \
-                 that generates does not have; to train one all the same, set `router.allow_non_causal = true`"
-                    .to_owned(),
-            );
-        }
-        if architecture.attention.iter().any(|rule| leaks(rule)) {
-            return Err(
-                "`model.attention_experts.keep` below 1 lets the attention experts of a token depend on later tokens, which \
-                 a model that generates does not have; to train one all the same, set `router.allow_non_causal = true`"
-                    .to_owned(),
-            );
-        }
-        if architecture.moe.iter().any(|m| leaks(&*m.router)) {
-            return Err(format!(
-                "router `{}` lets the experts of a token depend on later tokens or other sequences, which a model that \
-                 generates does not have; to train one all the same, set `router.allow_non_causal = true`",
-                options.name
-            ));
+        if !options.allow_non_causal {
+            check_causal(&options, &architecture)?;
         }
         crate::methods::check(self, &architecture)
     }
@@ -378,6 +353,36 @@ fn set(table: &mut toml::Table, key: &str, value: toml::Value) -> Result<(), Str
     }
 }
 
+/// Refuses rules under which the experts of a token depend on later tokens or other sequences.
+fn check_causal(options: &RouterOptions, architecture: &Architecture) -> Result<(), String> {
+    let leaks = |r: &dyn Route| !(r.causal() && r.batch_invariant());
+    let sorts = options
+        .capacity()
+        .is_some_and(|(_, order)| !order.with_seed(0).causal());
+    if sorts {
+        return Err(
+            "`router.drop_order` other than `position` drops a token's pairs in favour of later tokens, which a model \
+             that generates does not have; to train one all the same, set `router.allow_non_causal = true`"
+                .to_owned(),
+        );
+    }
+    if architecture.attention.iter().any(|rule| leaks(rule)) {
+        return Err(
+            "`model.attention_experts.keep` below 1 lets the attention experts of a token depend on later tokens, which \
+             a model that generates does not have; to train one all the same, set `router.allow_non_causal = true`"
+                .to_owned(),
+        );
+    }
+    if architecture.moe.iter().any(|m| leaks(&*m.router)) {
+        return Err(format!(
+            "router `{}` lets the experts of a token depend on later tokens or other sequences, which a model that \
+             generates does not have; to train one all the same, set `router.allow_non_causal = true`",
+            options.name
+        ));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -454,7 +459,9 @@ mod tests {
         assert!(refused("name = 'switch'").contains("model.top_k"));
         assert!(refused("name = 'group_limited'\nn_groups = 3").contains("n_groups = 3"));
         assert!(refused("name = 'expert_choice'").contains("allow_non_causal"));
-        assert!(with("name = 'expert_choice'\nallow_non_causal = true").is_ok());
+        let allowed = "name = 'expert_choice'\nallow_non_causal = true";
+        assert!(with(allowed).is_ok());
+        assert!(refused(&format!("{allowed}\n[losses]\nconsistency = -1.0")).contains("losses.consistency"));
         let drop = "name = 'top_k'\ncapacity = { factor = 1.5 }\ndrop_order = ";
         assert!(refused(&format!("{drop}'priority'")).contains("drop_order"));
         assert!(with(&format!("{drop}'position'")).is_ok());
