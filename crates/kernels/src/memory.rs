@@ -185,6 +185,8 @@ pub fn keep_freed_memory() {
             libc::mallopt(libc::M_MMAP_THRESHOLD, LARGEST_PIECE);
             libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
             libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+            // Arenas of further threads give back what they free, whatever the numbers above say.
+            libc::mallopt(libc::M_ARENA_MAX, 1);
         }
     }
 }
