@@ -461,7 +461,10 @@ mod tests {
         assert!(refused("name = 'expert_choice'").contains("allow_non_causal"));
         let allowed = "name = 'expert_choice'\nallow_non_causal = true";
         assert!(with(allowed).is_ok());
-        assert!(refused(&format!("{allowed}\n[losses]\nconsistency = -1.0")).contains("losses.consistency"));
+        assert!(
+            refused(&format!("{allowed}\n[losses]\nconsistency = -1.0"))
+                .contains("losses.consistency")
+        );
         let drop = "name = 'top_k'\ncapacity = { factor = 1.5 }\ndrop_order = ";
         assert!(refused(&format!("{drop}'priority'")).contains("drop_order"));
         assert!(with(&format!("{drop}'position'")).is_ok());
