@@ -10,7 +10,8 @@ use crate::cache::spelled_out;
 #[cfg(feature = "train")]
 use crate::commands::train;
 use crate::commands::{
-    bench, chat, completions, convert, doctor, eval, fit, inspect, logits, pull, run, trace,
+    apply, bench, chat, completions, convert, doctor, eval, fit, inspect, logits, plan, pull, run,
+    trace,
 };
 use crate::env::{self, Env};
 use crate::interrupt::Interrupt;
@@ -43,6 +44,10 @@ enum Command {
     Chat(chat::Args),
     /// Record which experts every token uses, or show a recording.
     Trace(trace::Args),
+    /// Decide from a recording which experts a model can do without, or show such a plan.
+    Plan(plan::Args),
+    /// Write a model as a plan says: with fewer experts, or merged ones.
+    Apply(apply::Args),
     /// Train a model from a recipe, draw its curves, or measure training speed.
     #[cfg(feature = "train")]
     Train(train::Args),
@@ -92,6 +97,8 @@ pub(crate) fn run() -> Result<()> {
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(&app, &args),
         Command::Trace(args) => trace::run(&app, &args),
+        Command::Plan(args) => plan::run(&app, &args),
+        Command::Apply(args) => apply::run(&app, &args),
         Command::Logits(args) => logits::run(&app, &args),
         Command::Bench(args) => bench::run(&app, &args),
         Command::Eval(args) => eval::run(&app, &args),

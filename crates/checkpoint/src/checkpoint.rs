@@ -266,6 +266,28 @@ impl Checkpoint {
         self.maps.iter().chain(of_gguf)
     }
 
+    /// Asks the system to read these mapped bytes and returns before they are there.
+    pub(crate) fn ask_for(&self, bytes: &[u8]) {
+        let found = self
+            .maps()
+            .find_map(|map| Some((map, map.range_of(bytes)?)));
+        if let Some((map, range)) = found {
+            map.ask_for(range);
+        }
+    }
+
+    /// A large file of the checkpoint, by the map that it was opened with where there is one.
+    pub(crate) fn blob(&self, name: &str) -> Result<Option<Blob>> {
+        let is_it = |map: &&FileMap| map.path().file_name().is_some_and(|file| file == name);
+        match self.maps.iter().find(is_it) {
+            Some(map) => Ok(Some(Blob {
+                bytes: map.bytes(),
+                map: Some(map.clone()),
+            })),
+            None => self.source.blob(name),
+        }
+    }
+
     /// Number format and shape of a tensor, without touching its values.
     #[must_use]
     pub fn tensor_info(&self, name: &str) -> Option<(Dtype, &[usize])> {

@@ -119,6 +119,14 @@ pub enum CheckpointError {
         /// Name of the checkpoint.
         origin: String,
     },
+    /// The experts of a model cannot be changed as asked for.
+    #[error("the experts of {origin} cannot be changed: {problem}")]
+    Experts {
+        /// Folder, file, or name of the embedded checkpoint.
+        origin: String,
+        /// What is in the way, with the layer or tensor, and what to do.
+        problem: String,
+    },
     /// A tensor that the architecture needs is not there.
     #[error(
         "checkpoint {origin}: tensor `{name}` of shape {shape:?} is missing ({n_missing} missing in all)"

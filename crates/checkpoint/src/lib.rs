@@ -42,7 +42,9 @@ pub use config::{
     Activation, AttentionConfig, AttentionExperts, MlaConfig, ModelConfig, MoeConfig, NormKind,
     QkNorm, ResidualMlp, RouterConfig, Scales, Score, SharedExpert,
 };
-pub use convert::{Conversion, ConvertOptions, ConvertTo, Mixture, TargetDtype};
+pub use convert::{
+    Conversion, ConvertOptions, ConvertTo, Mixer, Mixture, NewExpert, NewExperts, TargetDtype,
+};
 pub use error::{CheckpointError, Result};
 pub use on_disk::{FileRange, TensorOnDisk};
 pub use rope::{RopeConfig, RopeScaling};

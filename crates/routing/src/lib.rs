@@ -8,6 +8,7 @@
 //! - [`registry`]: the explicit list of policies by name.
 //! - [`filters`]: capacity limits, a stage applied to a finished [`Routing`].
 //! - [`loads`]: load statistics, one implementation for the trainer and the engine.
+//! - [`plan`]: what is to become of a model's experts: the types of a plan and what must hold of them.
 //!
 //! Legend used in this crate: `T` tokens, `E` experts (`n_experts`), `k` picks per token (`top_k`).
 #![forbid(unsafe_code)]
@@ -15,6 +16,7 @@
 mod error;
 pub mod filters;
 pub mod loads;
+pub mod plan;
 pub mod policies;
 mod policy;
 pub mod registry;

@@ -16,6 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("trace", &["routing"]),
     ("engine", &["checkpoint", "kernels", "routing", "store"]),
     ("train", &["checkpoint", "kernels", "routing"]),
+    ("reshape", &["checkpoint", "kernels", "routing", "trace"]),
     ("testkit", &["checkpoint"]),
     (
         "cadre",
@@ -23,6 +24,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "checkpoint",
             "engine",
             "kernels",
+            "reshape",
             "routing",
             "store",
             "trace",

@@ -38,19 +38,8 @@ pub(crate) struct Args {
 /// Plans, shows what is special about it, and writes.
 pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let checkpoint = args.checkpoint.open(app)?;
-    let is_gguf = args
-        .output
-        .extension()
-        .is_some_and(|extension| extension == "gguf");
     let options = ConvertOptions {
-        target: match is_gguf {
-            true => ConvertTo::Gguf {
-                max_part_bytes: args.max_shard_size,
-            },
-            false => ConvertTo::Folder {
-                max_shard_bytes: args.max_shard_size.unwrap_or(5_000_000_000),
-            },
-        },
+        target: target(&args.output, args.max_shard_size),
         dtype: args.dtype,
         allow_differences: args.allow_differences,
     };
@@ -62,31 +51,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     for difference in conversion.differences() {
         tracing::warn!("computed otherwise from the output: {difference}");
     }
-    check_space(&args.output, conversion.n_bytes())?;
-    let _guard = app.interrupt.guard();
-    let bar = bytes_bar(
-        &app.env,
-        conversion.n_bytes(),
-        args.output.display().to_string(),
-    );
-    let paths = conversion.write(&args.output, &mut |done| {
-        bar.set_position(done);
-        !app.interrupt.requested()
-    });
-    bar.finish_and_clear();
-    let paths = match paths {
-        Err(CheckpointError::Interrupted { path }) => {
-            note(
-                &app.env,
-                &format!(
-                    "{} is not complete; run the same again to go on",
-                    path.display()
-                ),
-            );
-            return Err(Failure::interrupted().into());
-        }
-        paths => paths?,
-    };
+    let paths = write(app, &conversion, &args.output)?;
     let mut out = Out::new();
     for path in paths {
         out.write(&format!("{}\n", path.display()))?;
@@ -102,6 +67,40 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         formats.join(", ")
     ))?;
     out.finish()
+}
+
+/// What the name of an output stands for: a file in .gguf, or a folder.
+pub(crate) fn target(output: &Path, max_shard_size: Option<u64>) -> ConvertTo {
+    match output.extension() {
+        Some(extension) if extension == "gguf" => ConvertTo::Gguf {
+            max_part_bytes: max_shard_size,
+        },
+        _ => ConvertTo::Folder {
+            max_shard_bytes: max_shard_size.unwrap_or(5_000_000_000),
+        },
+    }
+}
+
+/// Writes with a bar; says how to go on when interrupted.
+pub(crate) fn write(app: &App, conversion: &Conversion<'_>, output: &Path) -> Result<Vec<PathBuf>> {
+    check_space(output, conversion.n_bytes())?;
+    let _guard = app.interrupt.guard();
+    let what = output.display().to_string();
+    let bar = bytes_bar(&app.env, conversion.n_bytes(), what);
+    let paths = conversion.write(output, &mut |done| {
+        bar.set_position(done);
+        !app.interrupt.requested()
+    });
+    bar.finish_and_clear();
+    match paths {
+        Err(CheckpointError::Interrupted { path }) => {
+            let path = path.display();
+            let text = format!("{path} is not complete; run the same again to go on");
+            note(&app.env, &text);
+            Err(Failure::interrupted().into())
+        }
+        paths => Ok(paths?),
+    }
 }
 
 /// The model's name in the metadata: that of the output.
@@ -144,7 +143,7 @@ fn check_space(output: &Path, n_bytes: u64) -> Result<()> {
 }
 
 /// `5GB`, `500MB`, `2GiB` or plain bytes.
-fn parse_size(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     const UNITS: &[(&str, u64)] = &[
         ("KIB", 1 << 10),
         ("MIB", 1 << 20),

@@ -1,5 +1,6 @@
 //! One file per command: its arguments, and a thin `run` that calls the libraries and prints.
 
+pub(crate) mod apply;
 pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod completions;
@@ -10,6 +11,7 @@ pub(crate) mod fit;
 pub(crate) mod inspect;
 mod inspect_text;
 pub(crate) mod logits;
+pub(crate) mod plan;
 pub(crate) mod pull;
 pub(crate) mod run;
 pub(crate) mod trace;

@@ -305,7 +305,7 @@ fn show_trace(app: &App, args: &ShowArgs) -> Result<()> {
 }
 
 /// Writes a whole file or nothing.
-fn write_file(path: &Path, text: &str) -> Result<()> {
+pub(crate) fn write_file(path: &Path, text: &str) -> Result<()> {
     refuse_special_file(path)?;
     let shown = path.display();
     let folder = match path.parent() {

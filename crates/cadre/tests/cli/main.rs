@@ -19,6 +19,7 @@ mod interrupt;
 mod limits;
 mod lossy;
 mod nano;
+mod reshape;
 mod streaming;
 #[cfg(feature = "train")]
 mod train;

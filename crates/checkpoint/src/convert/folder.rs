@@ -158,7 +158,7 @@ fn identity(
     files: &[(String, String)],
 ) -> String {
     let mut hasher = Sha256::new();
-    hasher.update(conversion.source.digest());
+    hasher.update(conversion.identity());
     for shard in shards {
         hasher.update(header(shard));
     }

@@ -4,11 +4,14 @@
 //! changed, and what the target would compute otherwise. Then it is written tensor by tensor in bounded memory, under
 //! a hidden name until it is complete, and goes on where it was killed.
 
+mod experts;
 mod folder;
 pub(crate) mod formats;
 pub(crate) mod forms;
 mod mixture;
 mod recipe;
+mod reshape;
+pub(crate) mod reshape_meta;
 mod to_folder;
 mod to_gguf;
 mod vocab;
@@ -19,6 +22,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::{GgufPlan, GgufWriter, TensorPlan, WriteOptions};
+pub use experts::{Mixer, NewExpert, NewExperts};
 pub use formats::TargetDtype;
 pub use mixture::Mixture;
 use recipe::Recipe;
@@ -65,6 +69,8 @@ pub struct Conversion<'a> {
     notes: Vec<String>,
     differences: Vec<String>,
     output: Output,
+    /// What the bytes depend on beside the source and the headers of the output.
+    settings: String,
 }
 
 /// What is written beside tensors.
@@ -107,6 +113,23 @@ impl<'a> Conversion<'a> {
             });
         }
         Ok(conversion)
+    }
+
+    /// Plans to write `source`, a folder or a GGUF file, as the same with `experts` in place of its own. All that is not
+    /// about experts is copied as it is stored, and so are experts that are kept. `settings` is what mixtures depend on:
+    /// an unfinished output is gone on with only when it is the same.
+    ///
+    /// # Errors
+    /// A model without experts, experts that it does not have or that its router cannot be left with, a kind of output that
+    /// is not that of the source, and layouts whose experts cannot be mixed.
+    pub fn with_experts(
+        source: &'a Checkpoint,
+        experts: &NewExperts,
+        target: ConvertTo,
+        settings: String,
+    ) -> Result<Self> {
+        source.expect_exactly(&crate::tensor_specs(source.config()))?;
+        reshape::plan(source, experts, target, settings)
     }
 
     /// What is different from what was asked for, and why: formats that tensors cannot have, tensors left out.
@@ -184,7 +207,7 @@ impl<'a> Conversion<'a> {
             max_part_bytes,
         };
         let options = WriteOptions {
-            source: self.source.digest(),
+            source: &self.identity(),
             ..WriteOptions::default()
         };
         let mut writer = GgufWriter::create_or_resume(target, plan, &options)?;
@@ -204,6 +227,14 @@ impl<'a> Conversion<'a> {
                 .make(self.source, name, tensor.plan.dtype, &mut sink)?;
         }
         writer.finish()
+    }
+
+    /// What tensor data depends on beside the headers of the output.
+    fn identity(&self) -> String {
+        match self.settings.as_str() {
+            "" => self.source.digest().to_owned(),
+            settings => format!("{} {settings}", self.source.digest()),
+        }
     }
 
     /// Tensors of the source that have no place in the target.

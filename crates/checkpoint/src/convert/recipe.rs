@@ -1,5 +1,6 @@
 //! How a tensor to be written is made of canonical tensors, and making it in pieces that fit in memory.
 
+use super::experts::Piece;
 use crate::Dtype;
 use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::{CheckpointError, Result};
@@ -7,8 +8,11 @@ use crate::error::{CheckpointError, Result};
 /// Values that are converted at a time.
 const CHUNK: usize = 1 << 22;
 
+/// Pieces of [`super::experts::COPIED`] bytes that are asked for before they are copied.
+const AHEAD: usize = 8;
+
 /// How a tensor is made.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub(super) enum Recipe {
     /// Rows of tensors, one tensor after the other.
     Rows(Vec<Rows>),
@@ -22,6 +26,8 @@ pub(super) enum Recipe {
     TransposedInTurns(Vec<Vec<String>>),
     /// These values.
     Values(Vec<f32>),
+    /// Parts of stored tensors as they are, and what stands in for parts.
+    Pieces(Vec<Piece>),
 }
 
 /// Rows of one tensor.
@@ -91,7 +97,7 @@ impl Recipe {
             Self::Shifted { name, .. } | Self::KeysOfLatent { name, .. } => Some(name),
             Self::JoinedLatent { keys, .. } => Some(keys),
             Self::TransposedInTurns(groups) => groups.first()?.first().map(String::as_str),
-            Self::Values(_) => None,
+            Self::Values(_) | Self::Pieces(_) => None,
         }
     }
 
@@ -122,6 +128,7 @@ impl Recipe {
                 groups.iter().try_for_each(|parts| maker.transposed(parts))
             }
             Self::Values(values) => maker.encode(values),
+            Self::Pieces(pieces) => maker.pieces(pieces),
         }
     }
 }
@@ -164,6 +171,41 @@ impl Maker<'_, '_> {
             scale(&view, &mut values, |row| rows.order.source(from + row));
             self.check(&rows.name, &values)?;
             self.encode(&values)?;
+        }
+        Ok(())
+    }
+
+    fn pieces(&mut self, pieces: &[Piece]) -> Result<()> {
+        // What is copied is asked for a little ahead, and leaves memory when it has been written.
+        let mut asked = 0;
+        let chunks: Vec<(&Piece, &[u8])> = pieces.iter().flat_map(Piece::chunks).collect();
+        for (at, (piece, chunk)) in chunks.iter().enumerate() {
+            asked = asked.max(at);
+            while asked < chunks.len().min(at + 1 + AHEAD) {
+                self.checkpoint.ask_for(chunks[asked].1);
+                asked += 1;
+            }
+            match piece {
+                Piece::Stored(_) => {
+                    (self.sink)(chunk)?;
+                    self.checkpoint.release(chunk);
+                }
+                Piece::Zeros(n) => {
+                    let zeros = vec![0; CHUNK.min(*n)];
+                    let mut left = *n;
+                    while left > 0 {
+                        let now = left.min(zeros.len());
+                        (self.sink)(&zeros[..now])?;
+                        left -= now;
+                    }
+                }
+                Piece::Values(values) => self.encode(values)?,
+                Piece::Mixed(mixed) => {
+                    let values = mixed.values(self.checkpoint)?;
+                    self.check(self.written, &values)?;
+                    self.encode(&values)?;
+                }
+            }
         }
         Ok(())
     }

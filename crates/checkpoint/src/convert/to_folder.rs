@@ -48,6 +48,7 @@ pub(super) fn plan<'a>(source: &'a Checkpoint, options: ConvertOptions) -> Resul
         notes,
         differences,
         output: Output::Folder { files },
+        settings: String::new(),
     })
 }
 

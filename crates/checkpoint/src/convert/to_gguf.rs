@@ -55,6 +55,7 @@ pub(super) fn plan<'a>(
         notes,
         differences,
         output: Output::Gguf { entries },
+        settings: String::new(),
     })
 }
 

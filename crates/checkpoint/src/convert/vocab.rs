@@ -34,6 +34,17 @@ const PROBES: &[&str] = &[
     "Gr\u{fc}\u{df}e \u{4f60}\u{597d} \u{43f}\u{440}\u{438}\u{432}\u{435}\u{442} \u{1f600}",
 ];
 
+/// The text files of a folder that go into another as they are.
+pub(super) fn kept_files(source: &Checkpoint) -> Result<Vec<(String, String)>> {
+    let mut files = Vec::new();
+    for name in TEXT_FILES {
+        if let Some(text) = source.file_text(name)? {
+            files.push(((*name).to_owned(), text));
+        }
+    }
+    Ok(files)
+}
+
 /// The keys `tokenizer.*` for a GGUF file of `source`.
 pub(super) fn entries(
     source: &Checkpoint,
@@ -309,13 +320,7 @@ pub(super) fn files(
     notes: &mut Vec<String>,
 ) -> Result<Vec<(String, String)>> {
     let Some(gguf) = source.gguf() else {
-        let mut files = Vec::new();
-        for name in TEXT_FILES {
-            if let Some(text) = source.file_text(name)? {
-                files.push(((*name).to_owned(), text));
-            }
-        }
-        return Ok(files);
+        return kept_files(source);
     };
     let mut files = Vec::new();
     match gguf.text_opt(HUGGING_FACE)? {

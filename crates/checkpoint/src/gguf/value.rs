@@ -267,6 +267,16 @@ impl Array {
         self.len == 0
     }
 
+    /// The first `n` items, if there are so many and all have the same number of bytes.
+    pub(crate) fn first(&self, n: usize) -> Option<Self> {
+        let size = self.item.fixed_bytes()?;
+        (n <= self.len).then(|| Self {
+            item: self.item,
+            len: n,
+            bytes: self.bytes.slice(..n * size),
+        })
+    }
+
     /// The items, decoded one by one. An item that cannot be decoded (text that is not UTF-8, a bool that is neither
     /// 0 nor 1) is an error in words.
     pub fn iter(&self) -> impl Iterator<Item = Result<Value, String>> + '_ {

@@ -120,16 +120,34 @@ pub(super) fn moe(
         let layer = layers.start;
         meta.tensor(&format!("blk.{layer}.{name}")).is_some()
     };
-    Ok(MoeConfig {
-        n_experts: meta.size("expert_count")?,
+    let mut moe = MoeConfig {
+        n_experts: 0,
         top_k: needed(meta, "expert_used_count", n_blocks)?,
         intermediate_size: width,
         router,
         router_bias: has("ffn_gate_inp.bias"),
         expert_bias: has("ffn_down_exps.bias"),
-        layers: layers.collect(),
+        layers: layers.clone().collect(),
         ..MoeConfig::default()
-    })
+    };
+    let counts = expert_counts(meta)?;
+    let counts = counts.ok_or_else(|| meta.problem("expert_count", "is missing"))?;
+    moe.n_experts = counts.iter().copied().max().unwrap_or(0);
+    if let Some(counts) = counts.get(layers).filter(|counts| !counts.is_empty()) {
+        moe.set_counts(counts.to_vec());
+    }
+    Ok(moe)
+}
+
+/// Whether any layer has experts.
+pub(super) fn has_experts(meta: &Meta<'_>) -> Result<bool> {
+    Ok(expert_counts(meta)?.is_some())
+}
+
+/// Experts of every block, if there are any. llama.cpp knows one number for all; a list with one for each is ours.
+fn expert_counts(meta: &Meta<'_>) -> Result<Option<Vec<usize>>> {
+    let counts = meta.sizes_per_block("expert_count")?;
+    Ok(counts.filter(|counts| counts.iter().any(|n| *n > 0)))
 }
 
 /// Width of an expert where it has a key of its own.

@@ -3,7 +3,7 @@
 //! Files come in two forms: keys and values from two tensors, keys transposed (`attn_k_b`, `attn_v_b`), or from one
 //! (`attn_kv_b`, older). Groups of experts are always ranked by the sum of their two best.
 
-use super::base::{Kind, base, expert_width, moe};
+use super::base::{Kind, base, expert_width, has_experts, moe};
 use super::meta::Meta;
 use super::{GgufArchitecture, NormNames, rope};
 use crate::config::{MlaConfig, ModelConfig, RouterConfig, Score, SharedExpert};
@@ -40,7 +40,7 @@ fn read(meta: &Meta<'_>) -> Result<ModelConfig> {
     config.attention.qkv_bias = false;
     config.attention.scale = rope::deepseek_score_factor(meta)? / (head_dim as f64).sqrt();
     let first = meta.size_opt("leading_dense_block_count")?.unwrap_or(0);
-    if meta.size_opt("expert_count")?.is_some() && first < config.n_layers {
+    if has_experts(meta)? && first < config.n_layers {
         let width = expert_width(meta)?;
         let width =
             width.ok_or_else(|| meta.problem("expert_feed_forward_length", "is missing"))?;

@@ -1,6 +1,6 @@
 //! `llama`: Llama, and Mixtral when there are experts. Rows of queries and keys are permuted for rope on neighbours.
 
-use super::base::{Kind, base, moe};
+use super::base::{Kind, base, has_experts, moe};
 use super::meta::Meta;
 use super::{GgufArchitecture, NormNames};
 use crate::config::{ModelConfig, RouterConfig};
@@ -13,7 +13,7 @@ pub(super) const ARCHITECTURE: GgufArchitecture = GgufArchitecture {
 };
 
 fn read(meta: &Meta<'_>) -> Result<ModelConfig> {
-    let has_experts = meta.size_opt("expert_count")?.is_some();
+    let has_experts = has_experts(meta)?;
     let mut config = base(
         meta,
         &Kind {

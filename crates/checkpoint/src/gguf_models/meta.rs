@@ -46,6 +46,21 @@ impl<'a> Meta<'a> {
         self.bounded(name, sizes.first().copied())
     }
 
+    /// A size for every block, which may be one for all; 0 is allowed.
+    pub(super) fn sizes_per_block(&self, name: &str) -> Result<Option<Vec<usize>>> {
+        let n_blocks = self.size("block_count")?;
+        let sizes = self.gguf.sizes_per_layer(&self.key(name), n_blocks)?;
+        let Some(sizes) = sizes else {
+            return Ok(None);
+        };
+        match sizes.iter().find(|size| **size > MAX_SIZE) {
+            None => Ok(Some(sizes)),
+            Some(size) => {
+                Err(self.problem(name, format!("is {size}, expected at most {MAX_SIZE}")))
+            }
+        }
+    }
+
     fn bounded(&self, name: &str, size: Option<usize>) -> Result<Option<usize>> {
         match size {
             Some(size) if size > MAX_SIZE => {

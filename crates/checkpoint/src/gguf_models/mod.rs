@@ -26,7 +26,7 @@ use crate::gguf::Gguf;
 use meta::Meta;
 pub(crate) use names::{NormNames, outside_gguf};
 pub(crate) use rope::TENSORS as ROPE_TENSORS;
-pub(crate) use tensors::{PROJECTIONS, canonical_tensors};
+pub(crate) use tensors::{PROJECTIONS, canonical_tensors, lone_expert, stacked};
 pub(crate) use write::{Target, entries, refusals, rope_tensors, target};
 
 /// One architecture of GGUF.

@@ -147,7 +147,7 @@ impl Filing<'_> {
         tensor: &GgufTensor,
     ) -> Result<()> {
         let dims = if ending == "weight" { 3 } else { 2 };
-        let n_experts = self.config.moe.n_experts;
+        let n_experts = self.config.n_experts_in(layer);
         let shape = &tensor.shape;
         let is_whole = shape.len() == dims && shape[0] == n_experts;
         if !is_whole || !shape[1].is_multiple_of(parts.len()) {
@@ -205,7 +205,7 @@ fn in_block(name: &str) -> Option<(usize, &str)> {
 }
 
 /// The projections that a stacked tensor holds.
-fn stacked(stem: &str) -> Option<Vec<&'static str>> {
+pub(crate) fn stacked(stem: &str) -> Option<Vec<&'static str>> {
     if stem == "ffn_gate_up_exps" {
         return Some(vec!["gate_proj", "up_proj"]);
     }
@@ -215,7 +215,7 @@ fn stacked(stem: &str) -> Option<Vec<&'static str>> {
 }
 
 /// The canonical name of one expert in a tensor of its own, as very old files have it: `ffn_gate.5.weight`.
-fn lone_expert(layer: usize, name: &str) -> Option<String> {
+pub(crate) fn lone_expert(layer: usize, name: &str) -> Option<String> {
     let (stem, rest) = name.split_once('.')?;
     let (expert, ending) = rest.split_once('.')?;
     let expert: usize = expert.parse().ok()?;

@@ -2,6 +2,7 @@
 
 use super::NormNames;
 use crate::config::{Activation, ModelConfig, RouterConfig, Score};
+use crate::convert::reshape_meta::expert_count;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::{Array, Value};
 use crate::rope::{RopeConfig, RopeScaling};
@@ -306,7 +307,7 @@ fn experts(keys: &mut Keys, target: &Target, config: &ModelConfig) {
     if moe.layers.is_empty() {
         return;
     }
-    keys.size("expert_count", moe.n_experts);
+    keys.put("expert_count", expert_count(config));
     keys.size("expert_used_count", moe.top_k);
     if matches!(
         target.name,
@@ -377,6 +378,10 @@ pub(crate) fn refusals(target: &Target, config: &ModelConfig) -> Vec<String> {
         }
     };
     let name = target.name;
+    refuse(
+        !config.moe.uneven.is_empty(),
+        "llama.cpp reads one number of experts for all layers".to_owned(),
+    );
     refuse(
         config.attention.o_bias && !target.reads_o_bias,
         format!("llama.cpp reads no bias of the output projection (o_proj) for `{name}`"),

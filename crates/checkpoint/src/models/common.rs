@@ -12,7 +12,7 @@ use crate::keys::Keys;
 use crate::rope::{RopeConfig, RopeScaling};
 
 /// Spellings of the number of experts.
-const N_EXPERTS: &[&str] = &[
+pub(crate) const N_EXPERTS: &[&str] = &[
     "num_experts",
     "num_local_experts",
     "n_routed_experts",

@@ -24,6 +24,11 @@ use crate::Dtype;
 use crate::config::ModelConfig;
 use crate::error::{CheckpointError, Result};
 use crate::keys::Keys;
+pub(crate) use common::N_EXPERTS;
+
+/// Experts of every decoder layer, 0 for dense ones, where layers differ: a key of ours in any `config.json`. Programs that
+/// do not know it find tensors of other shapes than they expect.
+pub(crate) const LAYER_EXPERTS: &str = "cadre_layer_experts";
 
 /// One architecture.
 pub(crate) struct Architecture {
@@ -74,9 +79,49 @@ pub(crate) fn read(keys: Keys) -> Result<ModelConfig> {
         let known = format!("known model types: {}", known().join(", "));
         keys.unsupported("model_type", &json!(name), &known)
     })?;
-    let mut config = (architecture.from_json)(&keys.or_defaults(&(architecture.defaults)()))?;
+    let keys = keys.or_defaults(&(architecture.defaults)());
+    let mut config = (architecture.from_json)(&keys)?;
     config.model_type = architecture.model_type.to_owned();
+    layer_experts(&keys, &mut config)?;
     Ok(config)
+}
+
+/// Reads [`LAYER_EXPERTS`].
+fn layer_experts(keys: &Keys, config: &mut ModelConfig) -> Result<()> {
+    if keys.get(LAYER_EXPERTS).is_none() {
+        return Ok(());
+    }
+    let counts = keys.sizes(LAYER_EXPERTS)?;
+    let problem = |problem: String| Err(keys.problem(LAYER_EXPERTS, problem));
+    if config.model_type == cadre_moe::ARCHITECTURE.model_type {
+        return problem("is not known here; `cadre_moe.n_experts` says it".to_owned());
+    }
+    if counts.len() != config.n_layers {
+        return problem(format!(
+            "has {} numbers for {} layers",
+            counts.len(),
+            config.n_layers
+        ));
+    }
+    let most = counts.iter().copied().max().unwrap_or(0);
+    if most != config.moe.n_experts {
+        return problem(format!(
+            "has {most} as its largest number, but there are {} experts",
+            config.moe.n_experts
+        ));
+    }
+    let wrong =
+        (0..config.n_layers).find(|layer| config.is_moe_layer(*layer) != (counts[*layer] > 0));
+    if let Some(layer) = wrong {
+        return problem(format!(
+            "is {} for layer {layer}, expected 0 for dense layers and more for others",
+            counts[layer]
+        ));
+    }
+    let layers = config.moe.layers.iter();
+    let own = layers.map(|layer| counts[*layer]).collect();
+    config.moe.set_counts(own);
+    Ok(())
 }
 
 /// The architecture of a configuration that is already in memory.

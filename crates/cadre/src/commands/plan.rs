@@ -1,0 +1,245 @@
+//! `cadre plan`: decides from a recording what becomes of a model's experts, and shows such decisions.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use cadre_reshape::{
+    Amount, LayerSummary, MergeMethod, MergeOptions, Method, PruneOptions, ReshapeError, Scope,
+    Similarity, Sizes, Usage, UsageOptions, merge, plan_json, plan_summary, plan_text, prune,
+    read_plan, shape_of, shape_of_trace,
+};
+use cadre_routing::plan::{ModelShape, Plan};
+use clap::{Subcommand, ValueEnum};
+use serde::Serialize;
+
+use crate::cli::App;
+use crate::commands::trace::write_file;
+use crate::failure::Failure;
+use crate::model::CheckpointArg;
+use crate::output::{Format, Out, bytes, note};
+use crate::units::parse_bytes;
+
+/// An expert that was picked less often has hardly been seen.
+const FEW_PICKS: u64 = 32;
+
+/// Arguments of `cadre plan`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Drop experts.
+    Prune(PruneArgs),
+    /// Merge experts into the most used ones.
+    Merge(MergeArgs),
+    /// Show which experts a plan keeps.
+    Show(ShowArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct PruneArgs {
+    #[command(flatten)]
+    common: CommonArgs,
+    /// Which experts go: frequency (the least picked), router-mass (those with the least weight in all), reap (those that
+    /// add least where they are picked; needs a trace with --norms), uncurl (of experts with similar logits all but one;
+    /// needs one with --logits), random.
+    #[arg(long, value_name = "METHOD", default_value = "router-mass", value_parser = Method::parse)]
+    method: Method,
+    /// Seed of the method random.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// What makes experts alike for the method uncurl: cosine or pearson, of their router logits.
+    #[arg(long, value_name = "WHAT", default_value = "cosine", value_parser = Similarity::parse)]
+    similarity: Similarity,
+}
+
+#[derive(Debug, clap::Args)]
+struct MergeArgs {
+    #[command(flatten)]
+    common: CommonArgs,
+    /// How experts are averaged: m-smoe (by how often they are picked, neurons aligned), mean (all the same, as they are).
+    /// The trace must have been recorded with --logits.
+    #[arg(long, value_name = "METHOD", default_value = "m-smoe", value_parser = MergeMethod::parse)]
+    method: MergeMethod,
+    /// What makes experts alike: cosine or pearson, of their router logits.
+    #[arg(long, value_name = "WHAT", default_value = "cosine", value_parser = Similarity::parse)]
+    similarity: Similarity,
+    /// Bring the neurons of merged experts into the order of the first, or do not; without it, as the method does.
+    #[arg(long, value_name = "BOOL")]
+    align: Option<bool>,
+}
+
+#[derive(Debug, clap::Args)]
+struct CommonArgs {
+    #[command(flatten)]
+    checkpoint: CheckpointArg,
+    /// Recording of the model on the text that it is to be good at, made by `cadre trace`.
+    #[arg(long, value_name = "FILE")]
+    trace: PathBuf,
+    /// Only this domain of the recording; may be given several times.
+    #[arg(long = "domain", value_name = "NAME")]
+    domains: Vec<String>,
+    /// The part of the experts that stays, such as 0.5.
+    #[arg(
+        long,
+        value_name = "PART",
+        required_unless_present = "budget",
+        conflicts_with = "budget"
+    )]
+    keep: Option<f64>,
+    /// Keep as many experts as make weights of this size, such as 6GiB; asks the model (-m) for its sizes.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    budget: Option<u64>,
+    /// Among which experts the choice is made. With global, layers keep different numbers: Cadre runs such models, other
+    /// programs do not (see `cadre apply --compat`).
+    #[arg(long, value_name = "SCOPE", default_value = "layer")]
+    scope: ScopeArg,
+    /// File to write the plan to.
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ScopeArg {
+    /// All layers keep the same number.
+    Layer,
+    /// The best of the whole model.
+    Global,
+}
+
+#[derive(Debug, clap::Args)]
+struct ShowArgs {
+    /// The plan.
+    plan: PathBuf,
+    /// With -m: check that the plan fits this model.
+    #[command(flatten)]
+    checkpoint: CheckpointArg,
+    /// Form of the result.
+    #[arg(short, long, value_name = "FORM", default_value = "text")]
+    output: Format,
+}
+
+/// The document behind `plan show -o json`.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    method: &'a str,
+    digest: &'a str,
+    architecture: &'a str,
+    experts: usize,
+    kept: usize,
+    layers: Vec<LayerSummary>,
+}
+
+/// Decides or shows.
+pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
+    match &args.what {
+        What::Prune(args) => {
+            let similarity = args.method.wants_similarity();
+            let (shape, usage, amount) = args.common.read(app, similarity)?;
+            let options = PruneOptions {
+                amount,
+                scope: args.common.scope(),
+                seed: args.seed,
+                similarity: args.similarity,
+            };
+            let plan = prune(&shape, &usage, args.method, &options);
+            args.common.write(app, plan)
+        }
+        What::Merge(args) => {
+            let (shape, usage, amount) = args.common.read(app, true)?;
+            let options = MergeOptions {
+                amount,
+                scope: args.common.scope(),
+                similarity: args.similarity,
+                align: args.align,
+            };
+            let plan = merge(&shape, &usage, args.method, &options);
+            args.common.write(app, plan)
+        }
+        What::Show(args) => show(app, args),
+    }
+}
+
+impl CommonArgs {
+    fn scope(&self) -> Scope {
+        match self.scope {
+            ScopeArg::Layer => Scope::Layer,
+            ScopeArg::Global => Scope::Global,
+        }
+    }
+
+    /// What the plan must fit, what is known of its experts, and how much is to stay.
+    fn read(&self, app: &App, similarity: bool) -> Result<(ModelShape, Usage, Amount)> {
+        let options = UsageOptions {
+            domains: self.domains.clone(),
+            similarity,
+        };
+        let usage = Usage::read(&self.trace, &options)?;
+        let (thin, all) = usage.thin(FEW_PICKS);
+        if thin > 0 {
+            tracing::warn!(
+                "{thin} of {all} experts were picked fewer than {FEW_PICKS} times in the recording; more text makes a better \
+                 choice"
+            );
+        }
+        let needs_model = self.checkpoint.is_given() || self.budget.is_some();
+        let checkpoint = needs_model.then(|| self.checkpoint.open(app)).transpose()?;
+        let shape = match &checkpoint {
+            Some(checkpoint) => shape_of(checkpoint),
+            None => shape_of_trace(&usage)?,
+        };
+        let amount = match (self.budget, &checkpoint, self.keep) {
+            (Some(budget), Some(checkpoint), _) => Amount::Bytes {
+                budget,
+                sizes: Sizes::of(checkpoint),
+            },
+            (_, _, keep) => Amount::Share(keep.unwrap_or(1.0)),
+        };
+        Ok((shape, usage, amount))
+    }
+
+    fn write(&self, app: &App, plan: cadre_reshape::Result<Plan>) -> Result<()> {
+        let plan = plan.map_err(explained)?;
+        write_file(&self.output, &plan_json(&plan))?;
+        note(&app.env, &format!("wrote {}", self.output.display()));
+        let mut out = Out::new();
+        out.write(&plan_text(&plan))?;
+        out.finish()
+    }
+}
+
+/// What does not fit is a check that failed.
+fn explained(error: ReshapeError) -> anyhow::Error {
+    match error {
+        ReshapeError::DoesNotFit { needed, budget } => Failure::check(format!(
+            "the model takes {} with the fewest experts that its routers can pick from, more than the budget of {}",
+            bytes(needed),
+            bytes(budget)
+        ))
+        .into(),
+        error => error.into(),
+    }
+}
+
+fn show(app: &App, args: &ShowArgs) -> Result<()> {
+    let plan = read_plan(&args.plan)?;
+    if args.checkpoint.is_given() {
+        plan.check(&shape_of(&args.checkpoint.open(app)?))?;
+    }
+    let mut out = Out::new();
+    match args.output {
+        Format::Text => out.write(&plan_text(&plan))?,
+        Format::Json => out.json(&Report {
+            method: &plan.method,
+            digest: &plan.model.digest,
+            architecture: &plan.model.architecture,
+            experts: plan.n_before(),
+            kept: plan.n_kept(),
+            layers: plan_summary(&plan),
+        })?,
+    }
+    out.finish()
+}

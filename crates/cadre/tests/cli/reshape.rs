@@ -1,0 +1,398 @@
+//! From a recording to a plan to a smaller model, on the embedded model and on tiny ones; and what is refused on the way.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cadre_testkit::{TinyFolder, TinyMoe};
+use serde_json::Value;
+
+use crate::common::{arg, failure, json, stdout, tiny};
+
+const DATA: &str = "{\"domain\": \"code\", \"text\": \"let x = 12 + 30; let y = x * 2; fn main() { print(x); }\"}\n\
+    {\"domain\": \"prose\", \"text\": \"The cat sat with the miller and the king. The youngest was sad.\"}\n";
+
+/// A folder with a recording of `model`, with everything that methods ask for.
+struct Bench {
+    folder: tempfile::TempDir,
+    model: TinyFolder,
+}
+
+impl Bench {
+    fn new(model: TinyFolder) -> Self {
+        let bench = Self {
+            folder: tempfile::tempdir().unwrap(),
+            model,
+        };
+        fs::write(bench.path("data.jsonl"), DATA).unwrap();
+        bench.record("trace.parquet", &["--logits", "--norms"]);
+        bench
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn record(&self, name: &str, more: &[&str]) {
+        let (data, trace) = (self.path("data.jsonl"), self.path(name));
+        let mut args = vec!["trace", "-m", arg(self.model.path())];
+        args.extend(["--data", arg(&data), "-o", arg(&trace)]);
+        args.extend(more);
+        stdout(&args);
+    }
+
+    /// Makes `plan.json` with these options; the picture of it.
+    fn prune(&self, options: &[&str]) -> String {
+        let (trace, plan) = (self.path("trace.parquet"), self.path("plan.json"));
+        let mut args = vec!["plan", "prune", "--trace", arg(&trace), "-o", arg(&plan)];
+        args.extend(options);
+        stdout(&args)
+    }
+
+    fn plan(&self) -> Value {
+        serde_json::from_str(&fs::read_to_string(self.path("plan.json")).unwrap()).unwrap()
+    }
+
+    fn apply_args<'a>(&'a self, plan: &'a Path, output: &'a Path) -> Vec<&'a str> {
+        let model = arg(self.model.path());
+        vec!["apply", "-m", model, "--plan", arg(plan), "-o", arg(output)]
+    }
+}
+
+fn kept(plan: &Value) -> Vec<Vec<u64>> {
+    let layers = plan["layers"].as_array().unwrap().iter();
+    layers
+        .map(|layer| {
+            let experts = layer["experts"].as_array().unwrap().iter();
+            experts
+                .map(|one| one["from"][0].as_u64().unwrap())
+                .collect()
+        })
+        .collect()
+}
+
+#[test]
+fn every_method_makes_a_plan_that_applies_and_runs() {
+    let bench = Bench::new(tiny());
+    let mut seen = Vec::new();
+    for method in ["frequency", "router-mass", "reap", "uncurl", "random"] {
+        let picture = bench.prune(&["--method", method, "--keep", "0.5"]);
+        assert!(
+            picture.contains(&format!("{method} for qwen3_moe")),
+            "{picture}"
+        );
+        assert!(picture.contains("8 of 16 experts stay"), "{picture}");
+        let plan = bench.plan();
+        assert!(kept(&plan).iter().all(|layer| layer.len() == 4));
+        seen.push(kept(&plan));
+        let (plan, output) = (bench.path("plan.json"), bench.path(method));
+        let said = stdout(&bench.apply_args(&plan, &output));
+        assert!(said.contains("8 of 16 experts"), "{said}");
+        let report = json(&["inspect", "-m", arg(&output), "-o", "json"]);
+        assert_eq!(report["n_experts"], 4, "{report}");
+        stdout(&["run", "-m", arg(&output), "-p", "the cat", "-n", "4"]);
+    }
+    seen.dedup();
+    assert!(seen.len() > 1, "methods differ");
+    let shown = stdout(&["plan", "show", arg(&bench.path("plan.json"))]);
+    assert!(shown.contains("seed       0") && shown.contains("domains    code, prose"));
+    let shown = json(&["plan", "show", arg(&bench.path("plan.json")), "-o", "json"]);
+    assert_eq!((&shown["kept"], &shown["experts"]), (&8.into(), &16.into()));
+}
+
+#[test]
+fn frequency_keeps_what_the_recording_shows() {
+    let bench = Bench::new(tiny());
+    bench.prune(&["--method", "frequency", "--keep", "0.5", "--domain", "code"]);
+    let trace = bench.path("code.parquet");
+    let data = bench.path("data.jsonl");
+    fs::write(&data, DATA.lines().next().unwrap()).unwrap();
+    let model = arg(bench.model.path());
+    stdout(&[
+        "trace",
+        "-m",
+        model,
+        "--data",
+        arg(&data),
+        "-o",
+        arg(&trace),
+    ]);
+    let stats = json(&["trace", "show", arg(&trace), "-o", "json"]);
+    let plan = bench.plan();
+    for (layer, kept) in stats["layers"].as_array().unwrap().iter().zip(kept(&plan)) {
+        let load: Vec<u64> = serde_json::from_value(layer["load"].clone()).unwrap();
+        let least_kept = kept.iter().map(|id| load[*id as usize]).min().unwrap();
+        let dropped = (0..8u64).filter(|id| !kept.contains(id));
+        let most_dropped = dropped.map(|id| load[id as usize]).max().unwrap();
+        assert!(least_kept >= most_dropped, "{load:?} {kept:?}");
+    }
+    assert_eq!(plan["options"]["domains"], "code");
+}
+
+#[test]
+fn budgets_give_models_of_that_size() {
+    let bench = Bench::new(tiny());
+    let size = |path: &Path| fs::metadata(path.join("model.safetensors")).unwrap().len();
+    let before = size(bench.model.path());
+    let budget = (before * 7 / 10).to_string();
+    let model = arg(bench.model.path()).to_owned();
+    for scope in ["layer", "global"] {
+        bench.prune(&["-m", &model, "--budget", &budget, "--scope", scope]);
+        let (plan, output) = (bench.path("plan.json"), bench.path(scope));
+        stdout(&bench.apply_args(&plan, &output));
+        // Beside the tensors there is a header of some thousand bytes.
+        let after = size(&output);
+        assert!(
+            after < before * 7 / 10 + 12_000 && after > before / 2,
+            "{after} of {before}"
+        );
+    }
+    let (trace, plan) = (bench.path("trace.parquet"), bench.path("plan.json"));
+    let args = [
+        "plan",
+        "prune",
+        "-m",
+        &model,
+        "--trace",
+        arg(&trace),
+        "--budget",
+        "1000",
+        "-o",
+        arg(&plan),
+    ];
+    let (code, error) = failure(&args);
+    assert!(
+        code == 3 && error.contains("more than the budget"),
+        "{error}"
+    );
+}
+
+#[test]
+fn merged_experts_apply_and_groups_of_one_are_untouched() {
+    let bench = Bench::new(tiny());
+    let (trace, plan) = (bench.path("trace.parquet"), bench.path("plan.json"));
+    for (method, align) in [("m-smoe", true), ("mean", false)] {
+        let args = [
+            "plan",
+            "merge",
+            "--trace",
+            arg(&trace),
+            "--keep",
+            "0.5",
+            "--method",
+            method,
+            "-o",
+            arg(&plan),
+        ];
+        let picture = stdout(&args);
+        assert!(
+            picture.contains('+') && picture.contains("8 of 16 experts stay"),
+            "{picture}"
+        );
+        let made = bench.plan();
+        let experts = made["layers"][0]["experts"].as_array().unwrap();
+        let all: usize = experts
+            .iter()
+            .map(|one| one["from"].as_array().unwrap().len())
+            .sum();
+        assert_eq!(all, 8, "every expert goes somewhere");
+        let merged = experts
+            .iter()
+            .find(|one| one["from"].as_array().unwrap().len() > 1)
+            .unwrap();
+        assert_eq!(merged["align"].as_bool().unwrap_or(false), align);
+        assert_eq!(merged["weights"].is_array(), align);
+        let output = bench.path(method);
+        stdout(&bench.apply_args(&plan, &output));
+        stdout(&["run", "-m", arg(&output), "-p", "the cat", "-n", "4"]);
+    }
+    stdout(&[
+        "plan",
+        "merge",
+        "--trace",
+        arg(&trace),
+        "--keep",
+        "1",
+        "-o",
+        arg(&plan),
+    ]);
+    let output = bench.path("same");
+    stdout(&bench.apply_args(&plan, &output));
+    let read = |folder: &Path| fs::read(folder.join("config.json")).unwrap();
+    assert_eq!(read(&output), read(bench.model.path()));
+}
+
+#[test]
+fn the_embedded_model_goes_through_the_whole_workflow() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::write(path("data.jsonl"), DATA).unwrap();
+    stdout(&[
+        "trace",
+        "--data",
+        &path("data.jsonl"),
+        "-o",
+        &path("t.parquet"),
+    ]);
+    stdout(&[
+        "plan",
+        "prune",
+        "--trace",
+        &path("t.parquet"),
+        "--keep",
+        "0.5",
+        "-o",
+        &path("half.json"),
+    ]);
+    stdout(&["apply", "--plan", &path("half.json"), "-o", &path("half")]);
+    let report = json(&["inspect", "-m", &path("half"), "-o", "json"]);
+    assert_eq!(report["n_experts"], 8);
+    stdout(&["run", "-m", &path("half"), "-p", "Once", "-n", "4"]);
+    // A trace of the whole model is not one of the half.
+    let args = [
+        "plan",
+        "prune",
+        "-m",
+        &path("half"),
+        "--trace",
+        &path("t.parquet"),
+        "--keep",
+        "0.5",
+        "-o",
+        &path("x.json"),
+    ];
+    let (code, error) = failure(&args);
+    assert!(
+        code == 1 && error.contains("recorded from another model"),
+        "{error}"
+    );
+    let args = [
+        "apply",
+        "-m",
+        &path("half"),
+        "--plan",
+        &path("half.json"),
+        "-o",
+        &path("x"),
+    ];
+    let (code, error) = failure(&args);
+    assert!(
+        code == 1 && error.contains("made for another model"),
+        "{error}"
+    );
+}
+
+#[test]
+fn edited_plans_are_followed_or_refused_with_the_place() {
+    let bench = Bench::new(tiny());
+    bench.prune(&["--keep", "0.5"]);
+    let edited = bench.path("edited.json");
+    let output = bench.path("out");
+    let attempt = |edit: &dyn Fn(&mut Value)| {
+        let mut plan = bench.plan();
+        edit(&mut plan);
+        fs::write(&edited, plan.to_string()).unwrap();
+        bench
+            .apply_args(&edited, &output)
+            .iter()
+            .map(|one| (*one).to_owned())
+            .collect::<Vec<_>>()
+    };
+    let refused = |edit: &dyn Fn(&mut Value), words: &str| {
+        let args = attempt(edit);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let (code, error) = failure(&args);
+        assert!(code == 1 && error.contains(words), "{error}");
+        assert!(!output.exists());
+    };
+    let experts = |plan: &Value| plan["layers"][1]["experts"].as_array().unwrap().clone();
+    refused(
+        &|plan| plan["layers"][1]["experts"] = serde_json::json!([]),
+        "layer 1: drops all experts",
+    );
+    refused(
+        &|plan| {
+            let first = experts(plan)[0].clone();
+            plan["layers"][1]["experts"][1] = first;
+        },
+        "layer 1, entry 1: expert",
+    );
+    refused(
+        &|plan| plan["layers"][1]["experts"] = serde_json::json!([{"from": [3]}]),
+        "keeps 1 of 8 experts, but a token is sent to 2",
+    );
+    refused(
+        &|plan| plan["layers"][0]["experts"][0]["from"] = serde_json::json!([]),
+        "layer 0, entry 0: is made of no expert",
+    );
+    refused(
+        &|plan| plan["layers"][0]["experts"][0]["bits"] = serde_json::json!(4),
+        "unknown field `bits`",
+    );
+    refused(
+        &|plan| plan["layers"][0]["of"] = 9.into(),
+        "said to have 9 experts",
+    );
+    let args = attempt(&|plan| {
+        plan["layers"][1]["experts"] =
+            serde_json::json!([{"from": [6]}, {"from": [0]}, {"from": [7]}]);
+    });
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    stdout(&args);
+    stdout(&["run", "-m", arg(&output), "-p", "the cat", "-n", "4"]);
+}
+
+#[test]
+fn what_a_recording_lacks_is_said_with_what_to_do() {
+    let bench = Bench::new(tiny());
+    bench.record("bare.parquet", &[]);
+    let (bare, plan) = (bench.path("bare.parquet"), bench.path("plan.json"));
+    let refused = |more: &[&str], code: i32, words: &[&str]| {
+        let mut args = vec!["plan", "prune", "--trace", arg(&bare), "-o", arg(&plan)];
+        args.extend(more);
+        let (found, error) = failure(&args);
+        assert_eq!(found, code, "{error}");
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        assert!(!plan.exists());
+    };
+    refused(
+        &["--keep", "0.5", "--method", "reap"],
+        1,
+        &["no norms", "--norms"],
+    );
+    refused(
+        &["--keep", "0.5", "--method", "uncurl"],
+        1,
+        &["no router logits", "--logits"],
+    );
+    refused(
+        &["--keep", "0.5", "--domain", "poetry"],
+        1,
+        &["no domain `poetry`", "code, prose"],
+    );
+    refused(
+        &["--keep", "0.1"],
+        1,
+        &["layer 0 would keep 1 of 8 experts, but needs 2"],
+    );
+    refused(&["--keep", "1.5"], 1, &["expected a part above 0"]);
+    refused(
+        &["--keep", "0.5", "--method", "magic"],
+        2,
+        &["known: frequency, router-mass"],
+    );
+    refused(&[], 2, &["--keep"]);
+    let dense = TinyMoe::default().mlp_only_layers(&[0, 1]).build().unwrap();
+    bench.prune(&["--keep", "0.5"]);
+    let output = bench.path("out");
+    let args = [
+        "apply",
+        "-m",
+        arg(dense.path()),
+        "--plan",
+        arg(&plan),
+        "-o",
+        arg(&output),
+    ];
+    let (_, error) = failure(&args);
+    assert!(error.contains("no layers with experts"), "{error}");
+}

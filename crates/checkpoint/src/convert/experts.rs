@@ -1,0 +1,81 @@
+//! The experts of an output in the words of its source: kept, mixed of several, or padding; and the pieces of which their
+//! tensors are put together.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+
+/// Bytes that are copied at a time.
+pub(super) const COPIED: usize = 4 << 20;
+
+/// The experts that a model is to have.
+#[derive(Debug, Clone)]
+pub struct NewExperts {
+    /// For every layer with experts, ascending: its experts in their new order.
+    pub layers: Vec<Vec<NewExpert>>,
+    /// Who makes [`NewExpert::Mixed`]; needed only where there are some.
+    pub mixer: Option<Arc<dyn Mixer>>,
+}
+
+/// One expert of the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NewExpert {
+    /// This expert of the source, byte for byte, with its row of the router.
+    Kept(usize),
+    /// What the [`Mixer`] makes, with the row of the router of this expert of the source.
+    Mixed(usize),
+    /// Zeros that are never picked, to fill a layer up: only for routers with a bias.
+    Never,
+}
+
+/// Makes experts of several.
+pub trait Mixer: Debug + Send + Sync {
+    /// The values, row-major, of `part` (`gate_proj.weight`) of the expert that has place `at` in the output's list of
+    /// decoder layer `layer`.
+    ///
+    /// # Errors
+    /// A tensor of the source cannot be read.
+    fn mix(&self, source: &Checkpoint, layer: usize, at: usize, part: &str) -> Result<Vec<f32>>;
+}
+
+/// A part of a tensor to be written.
+#[derive(Debug, Clone)]
+pub(super) enum Piece {
+    /// As the source has it.
+    Stored(Bytes),
+    /// So many bytes of 0, which is 0 in every format.
+    Zeros(usize),
+    /// These values, in the format of the tensor.
+    Values(Vec<f32>),
+    /// Made when it is written, in the format of the tensor.
+    Mixed(MixedPart),
+}
+
+/// One matrix or bias of an expert that is mixed.
+#[derive(Debug, Clone)]
+pub(super) struct MixedPart {
+    pub(super) mixer: Arc<dyn Mixer>,
+    pub(super) layer: usize,
+    pub(super) at: usize,
+    pub(super) part: String,
+}
+
+impl MixedPart {
+    pub(super) fn values(&self, source: &Checkpoint) -> Result<Vec<f32>> {
+        self.mixer.mix(source, self.layer, self.at, &self.part)
+    }
+}
+
+impl Piece {
+    /// The piece with the stored bytes that are copied at a time; nothing beside a piece that is not stored.
+    pub(super) fn chunks(&self) -> Vec<(&Self, &[u8])> {
+        match self {
+            Self::Stored(bytes) => bytes.chunks(COPIED).map(|chunk| (self, chunk)).collect(),
+            _ => vec![(self, &[][..])],
+        }
+    }
+}

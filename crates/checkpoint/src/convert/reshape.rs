@@ -1,0 +1,464 @@
+//! Planning a checkpoint with other experts: the files of the source, tensor by tensor, under their own names and in their
+//! own formats and layouts. Experts and the rows of routers are cut out of stored bytes; all else is copied.
+
+use std::sync::Arc;
+
+use super::experts::{MixedPart, NewExpert, NewExperts, Piece};
+use super::formats::TargetDtype;
+use super::recipe::Recipe;
+use super::reshape_meta::{self, MTP};
+use super::{Conversion, ConvertOptions, ConvertTo, Output, Planned, in_layer};
+use crate::Dtype;
+use crate::checkpoint::Checkpoint;
+use crate::config::{Activation, ModelConfig, RouterConfig};
+use crate::error::{CheckpointError, Result};
+use crate::gguf::TensorPlan;
+use crate::gguf_models::{lone_expert, stacked};
+use crate::names::{Fused, FusedPart, Meaning, meaning};
+use crate::shards::Shards;
+use crate::tensors::Raw;
+
+/// Added to the logit of an expert that is never to be picked; all formats of routers hold it.
+const NEVER: f32 = -30_000.0;
+
+/// Plans to write `source` with other experts.
+pub(super) fn plan<'a>(
+    source: &'a Checkpoint,
+    experts: &NewExperts,
+    target: ConvertTo,
+    settings: String,
+) -> Result<Conversion<'a>> {
+    let is_gguf = matches!(target, ConvertTo::Gguf { .. });
+    if is_gguf != source.is_gguf() {
+        let problem = match source.is_gguf() {
+            true => "a GGUF file stays one: give the output a name in .gguf, and convert it then",
+            false => "a folder stays one: give the output another name, and convert it then",
+        };
+        return Err(refuse(source, problem.to_owned()));
+    }
+    let new = new_config(source, experts)?;
+    let mut planner = Planner {
+        source,
+        experts,
+        changes: new.moe != source.config().moe,
+        tensors: Vec::new(),
+        n_dropped: 0,
+    };
+    for raw in stored(source)? {
+        match source.is_gguf() {
+            true => planner.gguf(&raw)?,
+            false => planner.folder(&raw)?,
+        }
+    }
+    let Planner {
+        tensors, n_dropped, ..
+    } = planner;
+    let mut notes = Vec::new();
+    if n_dropped > 0 {
+        notes.push(format!(
+            "{n_dropped} tensors are left out: {MTP}, whose experts have not been seen"
+        ));
+    }
+    let output = match source.gguf() {
+        Some(gguf) => Output::Gguf {
+            entries: reshape_meta::entries(gguf, &new, n_dropped > 0, &tensors)?,
+        },
+        None => Output::Folder {
+            files: reshape_meta::files(source, &new, n_dropped > 0)?,
+        },
+    };
+    Ok(Conversion {
+        source,
+        options: ConvertOptions {
+            target,
+            dtype: TargetDtype::Keep,
+            allow_differences: true,
+        },
+        tensors,
+        notes,
+        differences: Vec::new(),
+        output,
+        settings,
+    })
+}
+
+/// The tensors of the source's files, in their order.
+fn stored(source: &Checkpoint) -> Result<Vec<Raw>> {
+    let Some(gguf) = source.gguf() else {
+        return Ok(Shards::load(source.origin(), |name| source.blob(name))?.tensors);
+    };
+    let file: Arc<str> = gguf.origin().into();
+    let raw = |tensor: &crate::gguf::GgufTensor| Raw {
+        file: Arc::clone(&file),
+        name: tensor.name.clone(),
+        dtype: tensor.dtype,
+        shape: tensor.shape.clone(),
+        bytes: tensor.bytes.clone(),
+    };
+    Ok(gguf.tensors().iter().map(raw).collect())
+}
+
+/// The model with its new numbers of experts.
+fn new_config(source: &Checkpoint, experts: &NewExperts) -> Result<ModelConfig> {
+    let old = source.config();
+    if old.moe.layers.is_empty() {
+        return Err(refuse(source, "it has no layers with experts".to_owned()));
+    }
+    if experts.layers.len() != old.moe.layers.len() {
+        let problem = format!(
+            "{} lists of experts for {} layers",
+            experts.layers.len(),
+            old.moe.layers.len()
+        );
+        return Err(refuse(source, problem));
+    }
+    let has_bias = old.moe.router_bias
+        || matches!(
+            old.moe.router,
+            RouterConfig::GroupLimited {
+                correction_bias: true,
+                ..
+            }
+        );
+    for (list, layer) in experts.layers.iter().zip(&old.moe.layers) {
+        let n = old.n_experts_in(*layer);
+        for one in list {
+            let problem = match one {
+                NewExpert::Kept(id) | NewExpert::Mixed(id) if *id >= n => {
+                    format!("layer {layer} has no expert {id}: it has {n}")
+                }
+                NewExpert::Never if !has_bias => {
+                    "its router has no bias, so that no expert can be kept from being picked: layers cannot be filled up"
+                        .to_owned()
+                }
+                NewExpert::Mixed(_) if experts.mixer.is_none() => {
+                    format!("layer {layer} mixes experts, and nothing says how")
+                }
+                _ => continue,
+            };
+            return Err(refuse(source, problem));
+        }
+    }
+    let mut new = old.clone();
+    new.moe
+        .set_counts(experts.layers.iter().map(Vec::len).collect());
+    if new.moe.router.may_pick_all() {
+        new.moe.top_k = new.moe.n_experts;
+    }
+    new.check(source.origin())?;
+    Ok(new)
+}
+
+struct Planner<'a> {
+    source: &'a Checkpoint,
+    experts: &'a NewExperts,
+    /// Whether the configuration changes.
+    changes: bool,
+    tensors: Vec<Planned>,
+    /// Tensors for multi-token prediction that are left out.
+    n_dropped: usize,
+}
+
+/// A layer with experts.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    layer: usize,
+    n_old: usize,
+    new: &'a [NewExpert],
+}
+
+/// A stored tensor that holds all experts of a layer, one after the other.
+struct Stack<'a> {
+    raw: &'a Raw,
+    /// What each expert's piece holds, one after the other, in canonical names: `gate_proj.weight`.
+    parts: Vec<String>,
+    /// Whether the parts lie one after the other, row-major.
+    is_plain: bool,
+}
+
+impl<'a> Planner<'a> {
+    /// The experts of `layer`, if it has any.
+    fn place(&self, layer: usize) -> Option<Place<'a>> {
+        let layers = &self.source.config().moe.layers;
+        let at = layers.binary_search(&layer).ok()?;
+        Some(Place {
+            layer,
+            n_old: self.source.config().n_experts_in(layer),
+            new: &self.experts.layers[at],
+        })
+    }
+
+    fn folder(&mut self, raw: &Raw) -> Result<()> {
+        let config = self.source.config();
+        match meaning(&raw.name, config.n_layers) {
+            Meaning::Ignored(reason) => self.ignored(raw, reason),
+            Meaning::Fused(fused) => self.fused(raw, &fused)?,
+            Meaning::Tensor(name) => {
+                let part = in_layer(&name).and_then(|(layer, rest)| {
+                    Some((self.place(layer)?, rest.strip_prefix("mlp.")?))
+                });
+                match part {
+                    Some((place, rest)) => self.in_moe(raw, place, rest)?,
+                    None => self.copy(raw),
+                }
+            }
+            Meaning::Scales(name) => {
+                let lone = in_layer(&name).and_then(|(layer, rest)| {
+                    let (expert, _) = rest.strip_prefix("mlp.experts.")?.split_once('.')?;
+                    Some((self.place(layer)?, expert.parse().ok()?))
+                });
+                match lone {
+                    Some((place, expert)) => self.lone(raw, place, expert, None)?,
+                    None => self.copy(raw),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn gguf(&mut self, raw: &Raw) -> Result<()> {
+        let in_block = raw.name.strip_prefix("blk.").and_then(|rest| {
+            let (layer, rest) = rest.split_once('.')?;
+            Some((layer.parse::<usize>().ok()?, rest))
+        });
+        let Some((layer, rest)) = in_block else {
+            match raw.name.starts_with("nextn.") {
+                true => self.ignored(raw, MTP),
+                false => self.copy(raw),
+            }
+            return Ok(());
+        };
+        if layer >= self.source.config().n_layers {
+            self.ignored(raw, MTP);
+            return Ok(());
+        }
+        let Some(place) = self.place(layer) else {
+            self.copy(raw);
+            return Ok(());
+        };
+        if let Some((stem, ending)) = rest.rsplit_once('.') {
+            if let Some(parts) = stacked(stem) {
+                let parts = parts.iter().map(|part| format!("{part}.{ending}"));
+                let stack = Stack {
+                    raw,
+                    parts: parts.collect(),
+                    is_plain: true,
+                };
+                return self.stack(&stack, place);
+            }
+            match stem {
+                "ffn_gate_inp" => return self.rows(raw, place, ending == "bias"),
+                "exp_probs_b" => return self.rows(raw, place, true),
+                _ => {}
+            }
+        }
+        if let Some(name) = lone_expert(layer, rest)
+            && let Some((_, rest)) = in_layer(&name)
+            && let Some(rest) = rest.strip_prefix("mlp.")
+        {
+            return self.in_moe(raw, place, rest);
+        }
+        self.copy(raw);
+        Ok(())
+    }
+
+    /// What the computation does not use: kept, unless it is about experts that the configuration no longer describes.
+    fn ignored(&mut self, raw: &Raw, reason: &str) {
+        match self.changes && reason == MTP {
+            true => self.n_dropped += 1,
+            false => self.copy(raw),
+        }
+    }
+
+    /// A tensor of a layer with experts, `rest` being its canonical name after `mlp.`.
+    fn in_moe(&mut self, raw: &Raw, place: Place<'_>, rest: &str) -> Result<()> {
+        match rest {
+            "gate.weight" => return self.rows(raw, place, false),
+            "gate.bias" | "gate.e_score_correction_bias" => return self.rows(raw, place, true),
+            _ => {}
+        }
+        let lone = rest
+            .strip_prefix("experts.")
+            .and_then(|rest| rest.split_once('.'));
+        match lone.and_then(|(expert, part)| Some((expert.parse().ok()?, part))) {
+            Some((expert, part)) => self.lone(raw, place, expert, Some(part)),
+            None => {
+                self.copy(raw);
+                Ok(())
+            }
+        }
+    }
+
+    /// A tensor of one expert: written for every expert of the output that it goes into. `part` is absent for what cannot
+    /// be mixed.
+    fn lone(
+        &mut self,
+        raw: &Raw,
+        place: Place<'_>,
+        expert: usize,
+        part: Option<&str>,
+    ) -> Result<()> {
+        for (at, new) in place.new.iter().enumerate() {
+            let piece = match new {
+                NewExpert::Kept(id) if *id == expert => Piece::Stored(raw.bytes.clone()),
+                NewExpert::Mixed(id) if *id == expert => {
+                    let part = part.filter(|_| self.source_is_plain(raw));
+                    self.mixed(raw, place.layer, at, part)?
+                }
+                NewExpert::Never if expert == 0 => Piece::Zeros(raw.bytes.len()),
+                _ => continue,
+            };
+            let name = renamed(&raw.name, expert, at);
+            self.add(name, raw.dtype, raw.shape.clone(), vec![piece]);
+        }
+        Ok(())
+    }
+
+    /// Whether the values of a stored tensor are all that there is to know: no scales beside it.
+    fn source_is_plain(&self, raw: &Raw) -> bool {
+        raw.dtype != Dtype::F8E4M3 && raw.dtype.can_encode()
+    }
+
+    fn mixed(&self, raw: &Raw, layer: usize, at: usize, part: Option<&str>) -> Result<Piece> {
+        let (Some(part), Some(mixer)) = (part, &self.experts.mixer) else {
+            return Err(refuse(
+                self.source,
+                format!(
+                    "experts of tensor `{}` ({}) cannot be mixed: its format or layout is not written; convert the model \
+                     first, such as to bf16 or q8_0",
+                    raw.name, raw.dtype
+                ),
+            ));
+        };
+        Ok(Piece::Mixed(MixedPart {
+            mixer: Arc::clone(mixer),
+            layer,
+            at,
+            part: part.to_owned(),
+        }))
+    }
+
+    fn fused(&mut self, raw: &Raw, fused: &Fused) -> Result<()> {
+        let place = in_layer(&fused.prefix).and_then(|(layer, _)| self.place(layer));
+        let Some(place) = place else {
+            self.copy(raw);
+            return Ok(());
+        };
+        let (ending, is_plain) = match fused.part {
+            FusedPart::Weights => ("weight", true),
+            FusedPart::Bias => ("bias", true),
+            _ => ("", false),
+        };
+        let projections: &[&str] = match fused.is_gate_up {
+            true => &["gate_proj", "up_proj"],
+            false => &["down_proj"],
+        };
+        // gpt-oss interleaves gate and up and stores its matrices transposed.
+        let config = self.source.config();
+        let transposed = matches!(config.activation, Activation::SwigluOai { .. });
+        let stack = Stack {
+            raw,
+            parts: projections
+                .iter()
+                .map(|part| format!("{part}.{ending}"))
+                .collect(),
+            is_plain: is_plain && !transposed,
+        };
+        self.stack(&stack, place)
+    }
+
+    /// All experts of a layer in one tensor, along its first dimension.
+    fn stack(&mut self, stack: &Stack<'_>, place: Place<'_>) -> Result<()> {
+        let raw = stack.raw;
+        let size = self.piece_bytes(raw, place, place.n_old)?;
+        let mut pieces = Vec::with_capacity(place.new.len());
+        for (at, new) in place.new.iter().enumerate() {
+            match new {
+                NewExpert::Kept(id) => {
+                    pieces.push(Piece::Stored(raw.bytes.slice(id * size..(id + 1) * size)));
+                }
+                NewExpert::Never => pieces.push(Piece::Zeros(size)),
+                NewExpert::Mixed(_) => {
+                    let is_plain = stack.is_plain && self.source_is_plain(raw);
+                    for part in &stack.parts {
+                        let part = Some(part.as_str()).filter(|_| is_plain);
+                        pieces.push(self.mixed(raw, place.layer, at, part)?);
+                    }
+                }
+            }
+        }
+        let mut shape = raw.shape.clone();
+        shape[0] = place.new.len();
+        self.add(raw.name.clone(), raw.dtype, shape, pieces);
+        Ok(())
+    }
+
+    /// The rows of a router, or its biases. Those of null experts follow the others and stay.
+    fn rows(&mut self, raw: &Raw, place: Place<'_>, is_bias: bool) -> Result<()> {
+        let n_null = self.source.config().moe.n_null;
+        let n_rows = place.n_old + n_null;
+        let n_rows = match raw.shape.first() {
+            // A correction of the choice has none for null experts.
+            Some(n) if *n == place.n_old => place.n_old,
+            _ => n_rows,
+        };
+        let size = self.piece_bytes(raw, place, n_rows)?;
+        let row = |row: usize| Piece::Stored(raw.bytes.slice(row * size..(row + 1) * size));
+        let new = place.new.iter().map(|new| match new {
+            NewExpert::Kept(id) | NewExpert::Mixed(id) => row(*id),
+            NewExpert::Never if is_bias => Piece::Values(vec![NEVER]),
+            NewExpert::Never => Piece::Zeros(size),
+        });
+        let null = (place.n_old..n_rows).map(row);
+        let pieces: Vec<Piece> = new.chain(null).collect();
+        let mut shape = raw.shape.clone();
+        shape[0] = pieces.len();
+        self.add(raw.name.clone(), raw.dtype, shape, pieces);
+        Ok(())
+    }
+
+    /// Bytes of one of `n` pieces along the first dimension.
+    fn piece_bytes(&self, raw: &Raw, place: Place<'_>, n: usize) -> Result<usize> {
+        let fits = raw.shape.first() == Some(&n) && n > 0 && raw.bytes.len().is_multiple_of(n);
+        if fits {
+            return Ok(raw.bytes.len() / n);
+        }
+        Err(refuse(
+            self.source,
+            format!(
+                "tensor `{}` has shape {:?}, expected {n} in the first dimension for the experts of layer {}",
+                raw.name, raw.shape, place.layer
+            ),
+        ))
+    }
+
+    fn copy(&mut self, raw: &Raw) {
+        let pieces = vec![Piece::Stored(raw.bytes.clone())];
+        self.add(raw.name.clone(), raw.dtype, raw.shape.clone(), pieces);
+    }
+
+    fn add(&mut self, name: String, dtype: Dtype, shape: Vec<usize>, pieces: Vec<Piece>) {
+        self.tensors.push(Planned {
+            plan: TensorPlan { name, dtype, shape },
+            recipe: Recipe::Pieces(pieces),
+        });
+    }
+}
+
+/// The name of a tensor of expert `from` for expert `to`: `experts.3.` becomes `experts.1.`, `ffn_up.3.` `ffn_up.1.`.
+fn renamed(name: &str, from: usize, to: usize) -> String {
+    for stem in ["experts", "ffn_gate", "ffn_up", "ffn_down"] {
+        let old = format!(".{stem}.{from}.");
+        if name.contains(&old) {
+            return name.replacen(&old, &format!(".{stem}.{to}."), 1);
+        }
+    }
+    name.to_owned()
+}
+
+fn refuse(source: &Checkpoint, problem: String) -> CheckpointError {
+    CheckpointError::Experts {
+        origin: source.origin().to_owned(),
+        problem,
+    }
+}

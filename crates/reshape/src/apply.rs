@@ -1,0 +1,90 @@
+//! Applying a plan to a checkpoint: the output is planned whole, then written by the machinery of conversions.
+
+use std::sync::Arc;
+
+use cadre_checkpoint::{Checkpoint, Conversion, ConvertTo, Mixer, NewExpert, NewExperts};
+use cadre_routing::plan::{Groups, ModelShape, Plan, PlanExpert};
+
+use crate::error::{ReshapeError, Result};
+use crate::file::plan_json;
+use crate::mix::Averages;
+use crate::shape::shape_of;
+
+/// How a plan is applied.
+#[derive(Debug, Clone, Copy)]
+pub struct Applying {
+    /// What is written: of the kind that the source is.
+    pub target: ConvertTo,
+    /// Fills layers up with experts that are never picked, so that all have the same number, as other programs need.
+    pub pad: bool,
+}
+
+/// Plans to write `source` as `plan` says.
+///
+/// # Errors
+/// The plan does not fit the model, or the model's files have no place for what it says; nothing has been written then.
+pub fn apply<'a>(source: &'a Checkpoint, plan: &Plan, options: Applying) -> Result<Conversion<'a>> {
+    let shape = shape_of(source);
+    if shape.layers.is_empty() {
+        return Err(ReshapeError::Option {
+            name: "the model",
+            problem: format!("{} has no layers with experts", source.origin()),
+        });
+    }
+    plan.check(&shape)?;
+    let experts = new_experts(plan, &shape, options.pad);
+    // An unfinished output of another plan may have the same headers.
+    let settings = match plan.is_identity() {
+        true => String::new(),
+        false => plan_json(plan),
+    };
+    Ok(Conversion::with_experts(
+        source,
+        &experts,
+        options.target,
+        settings,
+    )?)
+}
+
+/// The plan in the words of the checkpoint's writer.
+fn new_experts(plan: &Plan, shape: &ModelShape, pad: bool) -> NewExperts {
+    let most = plan
+        .layers
+        .iter()
+        .map(|layer| layer.experts.len())
+        .max()
+        .unwrap_or(0);
+    let layers = plan.layers.iter().map(|layer| {
+        let experts: Vec<NewExpert> = layer.experts.iter().map(new_expert).collect();
+        match pad {
+            true => filled(&experts, most, shape.groups),
+            false => experts,
+        }
+    });
+    let layers = layers.collect();
+    let mixer = plan.merges().then(|| Arc::new(Averages::new(plan.clone())));
+    NewExperts {
+        layers,
+        mixer: mixer.map(|mixer| -> Arc<dyn Mixer> { mixer }),
+    }
+}
+
+fn new_expert(expert: &PlanExpert) -> NewExpert {
+    let first = usize::from(expert.from[0]);
+    match expert.from.len() {
+        1 => NewExpert::Kept(first),
+        _ => NewExpert::Mixed(first),
+    }
+}
+
+/// `experts` with each group filled up to its part of `most`.
+fn filled(experts: &[NewExpert], most: usize, groups: Groups) -> Vec<NewExpert> {
+    let n_groups = groups.n.max(1);
+    let (has, wants) = (experts.len() / n_groups, most / n_groups);
+    let mut list = Vec::with_capacity(most);
+    for group in experts.chunks(has.max(1)) {
+        list.extend_from_slice(group);
+        list.extend((has..wants).map(|_| NewExpert::Never));
+    }
+    list
+}

@@ -1,0 +1,85 @@
+//! What can go wrong while planning and applying: each error names the file, layer or option, and says what to do.
+
+use std::path::PathBuf;
+
+use cadre_checkpoint::CheckpointError;
+use cadre_routing::plan::PlanError;
+use cadre_trace::TraceError;
+
+/// Result with a [`ReshapeError`].
+pub type Result<T, E = ReshapeError> = std::result::Result<T, E>;
+
+/// Everything that can be wrong with a plan, what it is made from, and what it is applied to.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReshapeError {
+    /// The checkpoint cannot be read, or not be written as planned.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The trace cannot be read.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// The plan does not fit the model.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The plan file cannot be read.
+    #[error("cannot read the plan {}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Reason from the operating system.
+        source: std::io::Error,
+    },
+    /// The plan file is no plan.
+    #[error("{file} is not a plan: {problem}; make one with `cadre plan`")]
+    NotAPlan {
+        /// The file.
+        file: String,
+        /// Where and why.
+        problem: String,
+    },
+    /// The trace lacks what the method needs.
+    #[error("the trace {origin} {problem}; {hint}")]
+    TraceLacks {
+        /// The trace file.
+        origin: String,
+        /// What is missing.
+        problem: String,
+        /// What to do.
+        hint: String,
+    },
+    /// A method or option is not known or cannot be used here.
+    #[error("{name} {problem}")]
+    Option {
+        /// The option.
+        name: &'static str,
+        /// What is wrong and what was expected.
+        problem: String,
+    },
+    /// Fewer experts are wanted than the model can be left with.
+    #[error(
+        "layer {layer} would keep {kept} of {of} experts, but needs {least}: a token is sent to {top_k}, and groups of experts stay equal"
+    )]
+    TooFew {
+        /// Decoder layer.
+        layer: usize,
+        /// Experts that would stay.
+        kept: usize,
+        /// Experts that it has.
+        of: usize,
+        /// Experts that it needs.
+        least: usize,
+        /// Experts per token.
+        top_k: usize,
+    },
+    /// Not even the fewest experts fit the budget.
+    #[error(
+        "the model takes {needed} bytes with the fewest experts that its routers can pick from, more than the budget of {budget}"
+    )]
+    DoesNotFit {
+        /// Bytes of the smallest output.
+        needed: u64,
+        /// Bytes that were allowed.
+        budget: u64,
+    },
+}

@@ -1,0 +1,33 @@
+//! Plans for a model's experts: making them from traces, reading and writing them, and applying them to checkpoints.
+//!
+//! ```text
+//! trace -> Usage (counts, masses, similarities) -> prune / merge -> Plan -> JSON, edited by hand -> apply -> checkpoint
+//! ```
+//!
+//! - [`Usage`] is what a trace says about every expert; [`Method`] ranks experts by it, one file per method in `plans/`.
+//! - [`prune()`] and [`merge()`] are pure functions from usage to a [`Plan`](cadre_routing::plan::Plan).
+//! - [`read_plan`] and [`plan_json`] are the plan as a file.
+//! - [`apply()`] plans the output: a folder stays a folder, a GGUF file a GGUF file, and what is kept is copied byte for byte.
+#![forbid(unsafe_code)]
+
+mod align;
+mod apply;
+mod assignment;
+mod cluster;
+mod error;
+mod file;
+mod mix;
+mod plans;
+mod select;
+mod shape;
+mod show;
+mod usage;
+
+pub use apply::{Applying, apply};
+pub use error::{ReshapeError, Result};
+pub use file::{parse_plan, plan_json, read_plan};
+pub use plans::{MergeMethod, MergeOptions, Method, PruneOptions, Similarity, merge, prune};
+pub use select::{Amount, Scope, Sizes};
+pub use shape::{shape_of, shape_of_trace};
+pub use show::{LayerSummary, summary as plan_summary, text as plan_text};
+pub use usage::{LayerUsage, Usage, UsageOptions};

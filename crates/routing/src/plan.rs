@@ -1,0 +1,564 @@
+//! What is to become of a model's experts: the plan that is made from a trace, edited by hand, and applied.
+//!
+//! Here are the types and what must hold of them; making, reading and applying plans is the work of crate `reshape`. A
+//! plan lists, for every layer with experts, the experts of the output in their order. Each names the experts that it is
+//! made of: one that is kept, or several that are merged. What is named nowhere is dropped.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The version of plans that is written and read.
+pub const PLAN_VERSION: u32 = 1;
+
+/// A plan for one model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// [`PLAN_VERSION`].
+    pub version: u32,
+    /// The model that it was made for.
+    pub model: PlannedModel,
+    /// What made it, such as `reap`; informative.
+    pub method: String,
+    /// With which options; informative.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub options: BTreeMap<String, String>,
+    /// The layers that have experts, ascending.
+    pub layers: Vec<PlanLayer>,
+}
+
+/// Which model a plan is for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlannedModel {
+    /// Digest of the checkpoint.
+    pub digest: String,
+    /// Its `model_type`; informative.
+    pub architecture: String,
+}
+
+/// What becomes of the experts of one layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanLayer {
+    /// Decoder layer, dense ones counted.
+    pub layer: usize,
+    /// Experts that it has, null ones not counted.
+    pub of: usize,
+    /// Those that it is to have, in their new order.
+    pub experts: Vec<PlanExpert>,
+}
+
+/// One expert of the output.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanExpert {
+    /// What it is made of. The row of the router, and where neurons are aligned their order, are those of the first.
+    pub from: Vec<u16>,
+    /// How much each counts in a merge; they are divided by their sum. Empty: all the same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub weights: Vec<f32>,
+    /// Whether the neurons of the others are brought into the order of the first before they are averaged.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub align: bool,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+impl PlanExpert {
+    /// An expert that is kept as it is.
+    #[must_use]
+    pub fn kept(expert: u16) -> Self {
+        Self {
+            from: vec![expert],
+            ..Self::default()
+        }
+    }
+
+    /// The share of each of [`PlanExpert::from`] in a merge; they sum to 1.
+    #[must_use]
+    pub fn shares(&self) -> Vec<f32> {
+        if self.weights.is_empty() {
+            return vec![1.0 / self.from.len() as f32; self.from.len()];
+        }
+        let sum: f64 = self.weights.iter().map(|w| f64::from(*w)).sum();
+        let share = |weight: &f32| (f64::from(*weight) / sum) as f32;
+        self.weights.iter().map(share).collect()
+    }
+}
+
+/// What a plan must fit: the experts of a model and how they are picked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelShape {
+    /// Digest of the checkpoint.
+    pub digest: String,
+    /// Its `model_type`.
+    pub architecture: String,
+    /// The layers that have experts, ascending, and how many each has, null ones not counted.
+    pub layers: Vec<(usize, usize)>,
+    /// Experts that a token is sent to at least, so that no layer may have fewer; null ones count.
+    pub top_k: usize,
+    /// Null experts of each layer.
+    pub n_null: usize,
+    /// How experts are grouped; [`Groups::NONE`] where they are not.
+    pub groups: Groups,
+}
+
+/// Consecutive experts that are picked or left together (DeepSeek's routing).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Groups {
+    /// Number of groups; each has the same number of experts.
+    pub n: usize,
+    /// Groups that a token's experts come from.
+    pub keep: usize,
+    /// Experts that a group must have, because its score is made of so many.
+    pub least: usize,
+}
+
+impl Groups {
+    /// All experts are one group.
+    pub const NONE: Self = Self {
+        n: 1,
+        keep: 1,
+        least: 1,
+    };
+}
+
+impl ModelShape {
+    /// The fewest experts that a layer can be left with.
+    #[must_use]
+    pub fn least(&self) -> usize {
+        let Groups { n, keep, least } = self.groups;
+        let picked = self.top_k.saturating_sub(self.n_null).max(1);
+        n * least.max(picked.div_ceil(keep.max(1)))
+    }
+}
+
+/// Why a plan cannot be used, with the layer and expert.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// Another version of the format.
+    Version {
+        /// The version of the plan.
+        found: u32,
+    },
+    /// The plan was made for another model.
+    OtherModel {
+        /// Architecture and digest that the plan names.
+        planned: String,
+        /// Those of the model.
+        found: String,
+    },
+    /// A layer is missing, not known, there twice, or left with too little.
+    Layer {
+        /// The layer.
+        layer: usize,
+        /// What is wrong with it, and what was expected.
+        problem: String,
+    },
+    /// An expert of the output is made of what is not there, or of what others are made of.
+    Expert {
+        /// The layer.
+        layer: usize,
+        /// Place in the list of the layer, from 0.
+        at: usize,
+        /// What is wrong with it, and what was expected.
+        problem: String,
+    },
+}
+
+impl fmt::Display for PlanError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Version { found } => write!(
+                f,
+                "the plan has version {found}, expected {PLAN_VERSION}; make it again with `cadre plan`"
+            ),
+            Self::OtherModel { planned, found } => write!(
+                f,
+                "the plan was made for another model: {planned} there, {found} here; make one from a trace of this model"
+            ),
+            Self::Layer { layer, problem } => write!(f, "plan, layer {layer}: {problem}"),
+            Self::Expert { layer, at, problem } => {
+                write!(f, "plan, layer {layer}, entry {at}: {problem}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for PlanError {}
+
+impl Plan {
+    /// Checks that the plan is one for the model of this `shape`, and that the model can be left with what it lists.
+    ///
+    /// # Errors
+    /// Another version or model; a layer that is missing, repeated or without experts in the model; an expert that does
+    /// not exist or is named twice; an entry made of nothing; weights that cannot be averaged with; fewer experts than a
+    /// token is sent to, or groups of different sizes.
+    pub fn check(&self, shape: &ModelShape) -> Result<(), PlanError> {
+        if self.version != PLAN_VERSION {
+            return Err(PlanError::Version {
+                found: self.version,
+            });
+        }
+        if self.model.digest != shape.digest {
+            let name =
+                |kind: &str, digest: &str| format!("{kind} {}", digest.get(..12).unwrap_or(digest));
+            return Err(PlanError::OtherModel {
+                planned: name(&self.model.architecture, &self.model.digest),
+                found: name(&shape.architecture, &shape.digest),
+            });
+        }
+        let mut wanted = shape.layers.iter();
+        for layer in &self.layers {
+            let no = layer.layer;
+            let problem = match wanted.next() {
+                Some((known, of)) if *known == no && *of == layer.of => {
+                    layer.check(shape)?;
+                    continue;
+                }
+                Some((known, of)) if *known == no => {
+                    format!("is said to have {} experts, but it has {of}", layer.of)
+                }
+                Some((known, _)) => format!(
+                    "comes where layer {known} was expected: layers with experts are listed once each, ascending"
+                ),
+                None => "comes after the last layer with experts, or twice".to_owned(),
+            };
+            return Err(PlanError::Layer { layer: no, problem });
+        }
+        match wanted.next() {
+            None => Ok(()),
+            Some((layer, of)) => Err(PlanError::Layer {
+                layer: *layer,
+                problem: format!(
+                    "is missing; to leave it as it is, list its {of} experts one by one"
+                ),
+            }),
+        }
+    }
+
+    /// Whether nothing changes: every expert is kept in its place.
+    #[must_use]
+    pub fn is_identity(&self) -> bool {
+        self.layers.iter().all(|layer| {
+            let mut entries = layer.experts.iter().enumerate();
+            layer.experts.len() == layer.of && entries.all(|(at, one)| one.from == [at as u16])
+        })
+    }
+
+    /// Experts of the output, all layers together.
+    #[must_use]
+    pub fn n_kept(&self) -> usize {
+        self.layers.iter().map(|layer| layer.experts.len()).sum()
+    }
+
+    /// Experts before, all layers together.
+    #[must_use]
+    pub fn n_before(&self) -> usize {
+        self.layers.iter().map(|layer| layer.of).sum()
+    }
+
+    /// Whether any expert is merged of several.
+    #[must_use]
+    pub fn merges(&self) -> bool {
+        let mut all = self.layers.iter().flat_map(|layer| &layer.experts);
+        all.any(|expert| expert.from.len() > 1)
+    }
+}
+
+impl PlanLayer {
+    /// The experts that no entry is made of, ascending.
+    #[must_use]
+    pub fn dropped(&self) -> Vec<u16> {
+        let mut used = vec![false; self.of];
+        for expert in self.experts.iter().flat_map(|one| &one.from) {
+            if let Some(used) = used.get_mut(usize::from(*expert)) {
+                *used = true;
+            }
+        }
+        let ids = used.iter().enumerate().filter(|(_, used)| !**used);
+        ids.map(|(id, _)| id as u16).collect()
+    }
+
+    fn check(&self, shape: &ModelShape) -> Result<(), PlanError> {
+        let mut owner: Vec<Option<usize>> = vec![None; self.of];
+        for (at, expert) in self.experts.iter().enumerate() {
+            self.check_expert(at, expert, &mut owner)?;
+        }
+        let refuse = |problem: String| {
+            Err(PlanError::Layer {
+                layer: self.layer,
+                problem,
+            })
+        };
+        let (n, n_null) = (self.experts.len(), shape.n_null);
+        if n == 0 {
+            return refuse("drops all experts".to_owned());
+        }
+        if n + n_null < shape.top_k {
+            return refuse(format!(
+                "keeps {n} of {} experts, but a token is sent to {}",
+                self.of, shape.top_k
+            ));
+        }
+        self.check_groups(shape)
+    }
+
+    fn check_expert(
+        &self,
+        at: usize,
+        expert: &PlanExpert,
+        owner: &mut [Option<usize>],
+    ) -> Result<(), PlanError> {
+        let refuse = |problem: String| {
+            Err(PlanError::Expert {
+                layer: self.layer,
+                at,
+                problem,
+            })
+        };
+        if expert.from.is_empty() {
+            return refuse("is made of no expert".to_owned());
+        }
+        for id in &expert.from {
+            match owner.get_mut(usize::from(*id)) {
+                None => {
+                    return refuse(format!("there is no expert {id} of {}", self.of));
+                }
+                Some(Some(other)) => {
+                    return refuse(format!("expert {id} is in entry {other} already"));
+                }
+                Some(free) => *free = Some(at),
+            }
+        }
+        let weights = &expert.weights;
+        if !weights.is_empty() && weights.len() != expert.from.len() {
+            return refuse(format!(
+                "has {} weights for {} experts",
+                weights.len(),
+                expert.from.len()
+            ));
+        }
+        if let Some(bad) = weights.iter().find(|w| !(w.is_finite() && **w >= 0.0)) {
+            return refuse(format!("has the weight {bad}, expected a number from 0"));
+        }
+        if !weights.is_empty() && weights.iter().sum::<f32>() <= 0.0 {
+            return refuse("has weights that are all 0".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Every group must keep the same number of its own experts, in the place of the group.
+    fn check_groups(&self, shape: &ModelShape) -> Result<(), PlanError> {
+        let Groups { n, keep, least } = shape.groups;
+        if n <= 1 && least <= 1 {
+            return Ok(());
+        }
+        let refuse = |problem: String| {
+            Err(PlanError::Layer {
+                layer: self.layer,
+                problem,
+            })
+        };
+        let n_kept = self.experts.len();
+        if n == 0 || !n_kept.is_multiple_of(n) || !self.of.is_multiple_of(n) {
+            return refuse(format!(
+                "keeps {n_kept} experts, which the {n} groups of this model cannot share equally"
+            ));
+        }
+        let (each, before) = (n_kept / n, self.of / n);
+        if each < least || keep * each < shape.top_k {
+            return refuse(format!(
+                "keeps {each} experts in each of {n} groups, but a token is sent to {} of {keep} groups, and a group \
+                 needs at least {least}",
+                shape.top_k
+            ));
+        }
+        for (at, expert) in self.experts.iter().enumerate() {
+            let group = at / each;
+            let stray = expert
+                .from
+                .iter()
+                .find(|id| usize::from(**id) / before != group);
+            if let Some(id) = stray {
+                return Err(PlanError::Expert {
+                    layer: self.layer,
+                    at,
+                    problem: format!(
+                        "expert {id} is of group {}, but this is the place of group {group}",
+                        usize::from(*id) / before
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape() -> ModelShape {
+        ModelShape {
+            digest: "0123456789abcdef".to_owned(),
+            architecture: "qwen3_moe".to_owned(),
+            layers: vec![(1, 4), (3, 4)],
+            top_k: 2,
+            n_null: 0,
+            groups: Groups::NONE,
+        }
+    }
+
+    fn plan(layers: &[&[&[u16]]]) -> Plan {
+        let layers = layers.iter().zip([1, 3, 5]).map(|(experts, layer)| {
+            let experts = experts.iter().map(|from| PlanExpert {
+                from: from.to_vec(),
+                ..PlanExpert::default()
+            });
+            PlanLayer {
+                layer,
+                of: 4,
+                experts: experts.collect(),
+            }
+        });
+        Plan {
+            version: PLAN_VERSION,
+            model: PlannedModel {
+                digest: "0123456789abcdef".to_owned(),
+                architecture: "qwen3_moe".to_owned(),
+            },
+            method: "by hand".to_owned(),
+            options: BTreeMap::new(),
+            layers: layers.collect(),
+        }
+    }
+
+    #[track_caller]
+    fn refused(plan: &Plan, shape: &ModelShape, words: &str) {
+        let text = plan.check(shape).unwrap_err().to_string();
+        assert!(text.contains(words), "{text}");
+    }
+
+    const ALL: &[&[u16]] = &[&[0], &[1], &[2], &[3]];
+
+    #[test]
+    fn plans_of_the_model_pass() {
+        let all = plan(&[ALL, ALL]);
+        assert_eq!(all.check(&shape()), Ok(()));
+        assert!(all.is_identity() && !all.merges());
+        let half = plan(&[&[&[3], &[0]], &[&[1, 2], &[0]]]);
+        assert_eq!(half.check(&shape()), Ok(()));
+        assert!(!half.is_identity() && half.merges());
+        assert_eq!((half.n_kept(), half.n_before()), (4, 8));
+        assert_eq!(half.layers[0].dropped(), [1, 2]);
+        assert_eq!(half.layers[1].dropped(), [3]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let mut other = plan(&[ALL, ALL]);
+        other.model.digest = "f".repeat(64);
+        refused(&other, &shape(), "another model: qwen3_moe ffffffffffff");
+        other.version = 2;
+        refused(&other, &shape(), "version 2, expected 1");
+        refused(&plan(&[ALL]), &shape(), "layer 3: is missing");
+        refused(&plan(&[ALL, ALL, ALL]), &shape(), "layer 5: comes after");
+        let mut swapped = plan(&[ALL, ALL]);
+        swapped.layers.swap(0, 1);
+        refused(
+            &swapped,
+            &shape(),
+            "layer 3: comes where layer 1 was expected",
+        );
+        let mut wrong = plan(&[ALL, ALL]);
+        wrong.layers[1].of = 5;
+        refused(&wrong, &shape(), "layer 3: is said to have 5 experts");
+        let first = |experts: &[&[u16]]| plan(&[experts, ALL]);
+        refused(&first(&[]), &shape(), "layer 1: drops all experts");
+        refused(&first(&[&[2]]), &shape(), "keeps 1 of 4 experts");
+        refused(
+            &first(&[&[1], &[2], &[1]]),
+            &shape(),
+            "layer 1, entry 2: expert 1 is in entry 0 already",
+        );
+        refused(
+            &first(&[&[1], &[4]]),
+            &shape(),
+            "entry 1: there is no expert 4 of 4",
+        );
+        refused(&first(&[&[1], &[]]), &shape(), "entry 1: is made of no");
+    }
+
+    #[test]
+    fn weights_must_be_such_that_one_can_average() {
+        let mut merged = plan(&[&[&[0, 1], &[2]], ALL]);
+        for (weights, words) in [
+            (vec![1.0], "1 weights for 2 experts"),
+            (vec![1.0, -1.0], "the weight -1"),
+            (vec![f32::NAN, 1.0], "the weight NaN"),
+            (vec![0.0, 0.0], "all 0"),
+        ] {
+            merged.layers[0].experts[0].weights = weights;
+            refused(&merged, &shape(), words);
+        }
+        merged.layers[0].experts[0].weights = vec![3.0, 1.0];
+        assert_eq!(merged.check(&shape()), Ok(()));
+        assert_eq!(merged.layers[0].experts[0].shares(), [0.75, 0.25]);
+        assert_eq!(merged.layers[0].experts[1].shares(), [1.0]);
+    }
+
+    #[test]
+    fn groups_keep_their_places_and_sizes() {
+        let grouped = ModelShape {
+            groups: Groups {
+                n: 2,
+                keep: 1,
+                least: 1,
+            },
+            top_k: 1,
+            ..shape()
+        };
+        let one = |experts: &[&[u16]]| plan(&[experts, ALL]);
+        assert_eq!(one(&[&[1], &[2]]).check(&grouped), Ok(()));
+        refused(&one(&[&[2], &[1]]), &grouped, "expert 2 is of group 1");
+        refused(&one(&[&[0], &[1], &[2]]), &grouped, "cannot share equally");
+        refused(&one(&[&[0], &[1, 2]]), &grouped, "expert 1 is of group 0");
+        let needs_two = ModelShape {
+            groups: Groups {
+                least: 2,
+                ..grouped.groups
+            },
+            ..grouped
+        };
+        refused(&one(&[&[0], &[2]]), &needs_two, "at least 2");
+        assert_eq!((needs_two.least(), shape().least()), (4, 2));
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_and_short_forms_are_read() {
+        let text = r#"{"version":1,"model":{"digest":"d","architecture":"a"},"method":"m",
+            "layers":[{"layer":0,"of":2,"experts":[{"from":[1]}]}]}"#;
+        let plan: Plan = serde_json::from_str(text).unwrap();
+        assert_eq!(plan.layers[0].experts[0], PlanExpert::kept(1));
+        for (known, unknown) in [
+            (r#""from":[1]"#, r#""from":[1],"bits":4"#),
+            (r#""of":2"#, r#""of":2,"keep":1"#),
+            (r#""method":"m""#, r#""method":"m","steer":{}"#),
+        ] {
+            let edited = text.replace(known, unknown);
+            assert!(
+                serde_json::from_str::<Plan>(&edited)
+                    .unwrap_err()
+                    .to_string()
+                    .contains("unknown field")
+            );
+        }
+    }
+}
