@@ -4,10 +4,11 @@ use anyhow::{Context, Result};
 use cadre_checkpoint::{
     ChatSide, ChatTemplate, CheckpointError, DateTime, EncodeOptions, RenderInput, Tokenizer,
 };
-use cadre_engine::{Finish, GenerateOptions, KvFormats, Session, SessionOptions, generate};
+use cadre_engine::{Finish, GenerateOptions, KvFormats, SessionOptions};
 use serde_json::{Map, Value, json};
 
 use crate::cli::App;
+use crate::contrast::{ContrastArgs, Sessions};
 use crate::failure::Failure;
 use crate::live::Live;
 use crate::model::Loaded;
@@ -19,7 +20,7 @@ pub(crate) struct Chat<'a> {
     tokenizer: Tokenizer,
     template: ChatTemplate,
     side: ChatSide,
-    session: Session,
+    sessions: Sessions,
     /// The tokens in the session.
     held: Vec<u32>,
     options: GenerateOptions,
@@ -48,6 +49,8 @@ pub(crate) struct ChatOptions {
     pub(crate) n_ctx: Option<usize>,
     /// How keys and values are stored.
     pub(crate) kv: KvFormats,
+    /// Two choices of experts, if they are set against each other.
+    pub(crate) contrast: ContrastArgs,
     /// Text of a chat template that replaces the one of the checkpoint, and the name of its file.
     pub(crate) template: Option<(String, String)>,
     /// How to generate; the tokens that end an answer are added here.
@@ -66,11 +69,12 @@ impl<'a> Chat<'a> {
                 .choose(None, false)?
                 .ok_or_else(|| no_template(loaded.checkpoint.origin()))?,
         };
-        let session = loaded.model.session(&SessionOptions {
+        let session = SessionOptions {
             n_ctx: options.n_ctx,
             kv: options.kv,
             ..SessionOptions::default()
-        })?;
+        };
+        let sessions = Sessions::new(&*loaded.model, &session, &options.contrast)?;
         let mut generate = options.generate;
         let stops = side.stop_tokens.iter().map(|token| token.id);
         generate.stop_tokens.extend(stops);
@@ -79,7 +83,7 @@ impl<'a> Chat<'a> {
             tokenizer,
             template,
             side,
-            session,
+            sessions,
             held: Vec::new(),
             options: generate,
             system: options.system,
@@ -102,7 +106,8 @@ impl<'a> Chat<'a> {
 
     /// Tokens that the session holds, of how many that fit.
     pub(crate) fn room(&self) -> (usize, usize) {
-        (self.session.position(), self.session.n_ctx())
+        let session = self.sessions.first();
+        (session.position(), session.n_ctx())
     }
 
     /// Asks, and shows the answer while it grows. A question without any answer is forgotten.
@@ -110,7 +115,7 @@ impl<'a> Chat<'a> {
         self.messages.push(message("user", text));
         let answer = self.answer(app);
         // What the session has read is kept, whatever happened.
-        self.held.truncate(self.session.position());
+        self.held.truncate(self.sessions.first().position());
         match answer {
             Ok((text, ended)) if ended == Ended::Done || !text.is_empty() => {
                 self.messages.push(message("assistant", &text));
@@ -125,19 +130,21 @@ impl<'a> Chat<'a> {
 
     fn answer(&mut self, app: &App) -> Result<(String, Ended)> {
         let prompt = self.prompt()?;
-        if prompt.len() > self.session.n_ctx() {
+        if prompt.len() > self.sessions.first().n_ctx() {
             return Err(self.too_long(prompt.len()));
         }
         // The last token is always read again: its logits start the answer.
         let known = common(&self.held, &prompt).min(prompt.len() - 1);
-        self.session.rewind(known);
+        self.sessions.rewind(known);
         self.held.truncate(known);
         let news = &prompt[known..];
         tracing::debug!(known, new = news.len(), "prompt");
 
         let mut live = Live::new(&self.tokenizer, &[], app, Some(Out::new()), None);
         let model = &*self.loaded.model;
-        let generated = generate(model, &mut self.session, news, &self.options, &mut live);
+        let generated = self
+            .sessions
+            .generate(model, news, &self.options, &mut live);
         self.held.extend(news);
         let generated = generated.context("cannot answer")?;
         self.held.extend(&generated.tokens);
@@ -180,7 +187,8 @@ impl<'a> Chat<'a> {
     }
 
     fn too_long(&self, n_tokens: usize) -> anyhow::Error {
-        let (n_ctx, limit) = (self.session.n_ctx(), self.loaded.model.info().max_context);
+        let (_, n_ctx) = self.room();
+        let limit = self.loaded.model.info().max_context;
         let message =
             format!("the conversation has {n_tokens} tokens, but the context holds {n_ctx}");
         let hint = if n_ctx < limit {

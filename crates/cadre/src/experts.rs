@@ -9,6 +9,7 @@ use cadre_trace::{Profile, Stats, StatsBuilder, StatsOptions, Step, TraceMeta};
 use crate::cli::App;
 use crate::env::Env;
 use crate::failure::Failure;
+use crate::lossy::Said;
 use crate::model::Loaded;
 
 /// File of a checkpoint that says what its experts are for, made by `cadre trace show --profile`.
@@ -100,7 +101,7 @@ pub(crate) fn meta(loaded: &Loaded) -> TraceMeta {
         layer_experts,
         n_null: info.n_null,
         top_k: info.top_k,
-        lossy: (!info.lossy.is_none()).then(|| info.lossy.to_string()),
+        lossy: Said::of(info).rules().map(str::to_owned),
     }
 }
 

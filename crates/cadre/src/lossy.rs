@@ -1,29 +1,16 @@
 //! Flags for lossy routing, which are off by default, and how outputs say that they are on.
 
+use std::fmt;
 use std::path::PathBuf;
 
-use cadre_engine::{Lossy, MinWeight, PreferCached};
-use serde::Serializer;
+use cadre_engine::{Lossy, ModelInfo, PreferCached};
+use serde::{Serialize, Serializer};
 
 /// Rules that trade the model's own results for speed.
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Lossy (other results than the model's own; all off by default)")]
 #[group(id = "lossy", multiple = true)]
 pub(crate) struct LossyArgs {
-    /// Use only the best K experts per token.
-    #[arg(long, value_name = "K")]
-    top_k_experts: Option<usize>,
-    /// Leave out experts whose weight is below T times the token's largest, T from 0 to 1.
-    #[arg(long, value_name = "T")]
-    min_expert_weight: Option<f32>,
-    /// Keep at least so many of them.
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 1,
-        requires = "min_expert_weight"
-    )]
-    min_experts: usize,
     /// While generating, leave out an expert that is not in memory and has less than F / k of the token's weight, k
     /// being the experts per token; never the top one. Results then depend on what was read before.
     #[arg(long, value_name = "F", requires = "mem_budget")]
@@ -55,11 +42,6 @@ impl LossyArgs {
     /// What is asked for; of a model that is not streamed every expert is in memory, so that none is cold.
     pub(crate) fn options(&self, is_streamed: bool) -> Lossy {
         Lossy {
-            top_k: self.top_k_experts,
-            min_weight: self.min_expert_weight.map(|share| MinWeight {
-                share,
-                keep: self.min_experts,
-            }),
             prefer_cached: self.prefer_cached.filter(|_| is_streamed),
             drop_cold: self.drop_cold.filter(|_| is_streamed),
             low_bit: self.low_bit(is_streamed).map(|_| self.low_bit_below),
@@ -72,11 +54,44 @@ impl LossyArgs {
     }
 }
 
-/// `false`, or which rules are on, as in `"drop-cold=0.75"`.
-pub(crate) fn serialize<S: Serializer>(lossy: &Lossy, serializer: S) -> Result<S::Ok, S::Error> {
-    match lossy.is_none() {
-        true => serializer.serialize_bool(false),
-        false => serializer.collect_str(lossy),
+/// What outputs say of rules that make results others than the model's own.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Said(Option<String>);
+
+impl Said {
+    /// What is on in a model.
+    pub(crate) fn of(info: &ModelInfo) -> Self {
+        let (steering, lossy) = (&info.steering, &info.lossy);
+        let steering = (!steering.is_empty()).then(|| steering.to_string());
+        Self(steering).and((!lossy.is_none()).then(|| lossy.to_string()))
+    }
+
+    /// And what else is.
+    pub(crate) fn and(self, more: Option<String>) -> Self {
+        let all: Vec<String> = [self.0, more].into_iter().flatten().collect();
+        Self((!all.is_empty()).then(|| all.join(" ")))
+    }
+
+    /// The rules, if any are on.
+    pub(crate) fn rules(&self) -> Option<&str> {
+        self.0.as_deref()
+    }
+}
+
+/// `no`, or the rules as in `top-k-experts=4 drop-cold=0.75`.
+impl fmt::Display for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.rules().unwrap_or("no"))
+    }
+}
+
+/// `false`, or the rules as text.
+impl Serialize for Said {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.rules() {
+            None => serializer.serialize_bool(false),
+            Some(rules) => serializer.serialize_str(rules),
+        }
     }
 }
 
@@ -110,12 +125,14 @@ mod tests {
 
     #[test]
     fn json_says_no_or_what() {
-        let json = |lossy: &Lossy| serialize(lossy, serde_json::value::Serializer).unwrap();
-        assert_eq!(json(&Lossy::default()), false);
-        let lossy = Lossy {
-            top_k: Some(4),
-            ..Lossy::default()
-        };
-        assert_eq!(json(&lossy), "top-k-experts=4");
+        let json = |said: &Said| serde_json::to_value(said).unwrap();
+        assert_eq!(json(&Said::default()), false);
+        assert_eq!(Said::default().to_string(), "no");
+        let said = Said::default()
+            .and(None)
+            .and(Some("top-k-experts=4".to_owned()));
+        assert_eq!(json(&said), "top-k-experts=4");
+        let said = said.and(Some("drop-cold=1".to_owned()));
+        assert_eq!(said.to_string(), "top-k-experts=4 drop-cold=1");
     }
 }

@@ -18,6 +18,7 @@ use crate::embedded;
 use crate::hub::{self, HubRef};
 use crate::lossy::LossyArgs;
 use crate::output::{bytes_bar, spinner};
+use crate::steer::SteerArgs;
 use crate::streaming::StreamArgs;
 
 /// The choice of a checkpoint.
@@ -178,6 +179,8 @@ pub(crate) struct ModelArgs {
     pub(crate) stream: StreamArgs,
     #[command(flatten)]
     lossy: LossyArgs,
+    #[command(flatten)]
+    steer: SteerArgs,
 }
 
 /// A model with its text side.
@@ -215,9 +218,15 @@ pub(crate) fn load_from(
 impl ModelArgs {
     /// Opens and loads the model for a session like `session`, with a bar while it takes.
     pub(crate) fn load(&self, app: &App, session: &SessionOptions) -> Result<Loaded> {
+        self.load_for(app, (*session, 1))
+    }
+
+    /// As [`ModelArgs::load`], for so many sessions.
+    pub(crate) fn load_for(&self, app: &App, sessions: (SessionOptions, usize)) -> Result<Loaded> {
+        let steering = self.steer.steering()?;
         let checkpoint = self.checkpoint.open(app)?;
         let what = format!("loading {}", checkpoint.origin());
-        let stream = self.stream.options(&checkpoint, (*session, 1))?;
+        let stream = self.stream.options(&checkpoint, sessions)?;
         let low_bit = self
             .checkpoint
             .low_bit(app, &self.lossy, stream.is_some())?;
@@ -231,6 +240,7 @@ impl ModelArgs {
             n_threads: (self.threads > 0).then_some(self.threads),
             in_place: self.no_repack,
             lossy: self.lossy.options(stream.is_some()),
+            steering,
             stream,
             ..LoadOptions::default()
         };

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use cadre_checkpoint::{Checkpoint, kv_bytes_per_token, scratch_bytes};
 use cadre_engine::{
-    AheadKind, Lossy, Model, PolicyKind, ReaderKind, Score, SessionOptions, StoreOptions,
-    StoreStats, StreamOptions,
+    AheadKind, Model, PolicyKind, ReaderKind, Score, SessionOptions, StoreOptions, StoreStats,
+    StreamOptions,
 };
 use serde::Serialize;
 
 use crate::failure::Failure;
-use crate::lossy;
+use crate::lossy::Said;
 use crate::memory;
 use crate::output::bytes;
 use crate::units::parse_bytes;
@@ -84,7 +84,7 @@ impl StreamArgs {
         let scores = model.predictor_scores();
         let summary = Summary::new(&stats, &scores, (n_tokens, start.elapsed()));
         Some(Summary {
-            lossy: model.info().lossy,
+            lossy: Said::of(model.info()),
             ..summary
         })
     }
@@ -165,8 +165,7 @@ pub(crate) struct Summary {
     /// Share of the picks that each way of guessing foresaw, one layer ahead; `control` is told the truth.
     foreseen: BTreeMap<&'static str, f64>,
     /// Whether results differ from those of the whole model in memory.
-    #[serde(serialize_with = "lossy::serialize")]
-    lossy: Lossy,
+    lossy: Said,
 }
 
 impl Summary {
@@ -192,7 +191,7 @@ impl Summary {
                 .iter()
                 .map(|score| (score.name, score.overall().overlap()))
                 .collect(),
-            lossy: Lossy::default(),
+            lossy: Said::default(),
         }
     }
 }

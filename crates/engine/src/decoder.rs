@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use cadre_checkpoint::{ModelConfig, tensor_specs};
 use cadre_kernels::{Compute, MatmulScratch, Matrix};
-use cadre_routing::RoutingError;
+use cadre_routing::{Policy, RoutingError, Steered, Steering};
 
 use crate::batch::Sequence;
 use crate::blocks::{
@@ -38,6 +38,8 @@ pub(crate) struct Decoder {
     pub(crate) head: Head,
     /// Rotations; a layer says which one is its own.
     pub(crate) ropes: Vec<Rope>,
+    /// How new sessions are steered.
+    pub(crate) steering: Option<Arc<Steered>>,
 }
 
 /// One decoder layer.
@@ -231,6 +233,7 @@ impl Builder<'_> {
             norm: self.norm("model.norm")?,
             head,
             ropes: ropes.into_iter().flatten().map(Rope::new).collect(),
+            steering: None,
             store: self.weights.store.clone(),
             compute: self.weights.compute,
         };
@@ -323,6 +326,7 @@ fn info(b: &Builder<'_>) -> ModelInfo {
         n_active_params: n_params - n_unused * per_expert - n_unused_heads,
         weight_bytes: 0,
         lossy: b.weights.lossy,
+        steering: Steering::default(),
     }
 }
 
@@ -342,6 +346,29 @@ impl Decoder {
         });
         all.extend(shared.into_iter().flatten());
         all
+    }
+
+    /// How `steering` changes each layer; `None` when it changes nothing.
+    pub(crate) fn prepare(&self, steering: &Steering) -> Result<Option<Arc<Steered>>> {
+        let mut policies: Vec<(usize, &dyn Policy)> = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            if let AnyFeedForward::Moe(moe) = &layer.ffn {
+                policies.push((index, &*moe.policy));
+            }
+        }
+        let prepared = steering.prepare(&policies)?;
+        self.info.lossy.check_steering(steering)?;
+        Ok(prepared.map(Arc::new))
+    }
+
+    /// Steers the sessions that are made from now on.
+    pub(crate) fn steer_new_sessions(&mut self, steering: &Steering) -> Result<()> {
+        self.steering = self.prepare(steering)?;
+        if self.steering.is_some() {
+            self.info.steering = steering.clone();
+            tracing::warn!("results are not the model's own: lossy {steering}");
+        }
+        Ok(())
     }
 
     fn weight_bytes(&self) -> u64 {

@@ -2,7 +2,7 @@
 
 use cadre_checkpoint::CheckpointError;
 use cadre_kernels::{Isa, MatrixError};
-use cadre_routing::RoutingError;
+use cadre_routing::{RoutingError, SteerError};
 use cadre_store::StoreError;
 
 /// Result with an [`EngineError`].
@@ -100,6 +100,9 @@ pub enum EngineError {
         /// What is accepted.
         expected: String,
     },
+    /// The choice of experts cannot be changed so.
+    #[error("steering: {0}")]
+    Steering(#[from] SteerError),
     /// The prompt has no tokens.
     #[error("the prompt is empty: there is nothing to continue; pass at least one token")]
     EmptyPrompt,

@@ -7,6 +7,31 @@ use crate::model::{Logits, Model, NoObserver, Observer};
 use crate::sampling::{Sampler, SamplingOptions};
 use crate::session::Session;
 
+/// What the loop reads tokens with: a session, or several that agree on the next token.
+pub(crate) trait Reader {
+    /// Reads `tokens`; the logits that `want` names belong to the reader and may be changed.
+    fn read(&mut self, tokens: &[u32], want: Logits, hooks: &mut dyn Hooks) -> Result<&mut [f32]>;
+
+    /// The session whose positions count.
+    fn session(&self) -> &Session;
+}
+
+/// One session of one model.
+struct Alone<'a> {
+    model: &'a dyn Model,
+    session: &'a mut Session,
+}
+
+impl Reader for Alone<'_> {
+    fn read(&mut self, tokens: &[u32], want: Logits, hooks: &mut dyn Hooks) -> Result<&mut [f32]> {
+        self.model.forward(self.session, tokens, want, hooks)
+    }
+
+    fn session(&self) -> &Session {
+        self.session
+    }
+}
+
 /// How to generate.
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
@@ -74,23 +99,34 @@ pub fn generate(
     options: &GenerateOptions,
     hooks: &mut dyn Hooks,
 ) -> Result<Generated> {
-    let mut sampler = Sampler::new(options.sampling)?;
     check_prompt(model, session, prompt)?;
+    generate_with(&mut Alone { model, session }, prompt, options, hooks)
+}
+
+/// The loop, over whatever reads. The prompt has been checked.
+pub(crate) fn generate_with(
+    reader: &mut dyn Reader,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    hooks: &mut dyn Hooks,
+) -> Result<Generated> {
+    let mut sampler = Sampler::new(options.sampling)?;
     sampler.observe(prompt);
+    let (n_free, chunk) = (reader.session().free(), reader.session().chunk());
     // Room for all of them, so that the loop does not allocate.
-    let mut tokens = Vec::with_capacity(options.max_new_tokens.min(session.free() + 1));
+    let mut tokens = Vec::with_capacity(options.max_new_tokens.min(n_free + 1));
     let finished = |tokens, finish| Ok(Generated { tokens, finish });
 
     // By chunks, so that the caller hears of progress and may stop in between.
-    let last_chunk = (prompt.len() - 1) / session.chunk() * session.chunk();
-    for from in (0..last_chunk).step_by(session.chunk()) {
-        let to = from + session.chunk();
-        model.forward(session, &prompt[from..to], Logits::None, hooks)?;
+    let last_chunk = (prompt.len() - 1) / chunk * chunk;
+    for from in (0..last_chunk).step_by(chunk) {
+        let to = from + chunk;
+        reader.read(&prompt[from..to], Logits::None, hooks)?;
         if hooks.prompt(to, prompt.len()).is_break() {
             return finished(tokens, Finish::Stopped);
         }
     }
-    let mut logits = model.forward(session, &prompt[last_chunk..], Logits::Last, hooks)?;
+    let mut logits = reader.read(&prompt[last_chunk..], Logits::Last, hooks)?;
     if hooks.prompt(prompt.len(), prompt.len()).is_break() {
         return finished(tokens, Finish::Stopped);
     }
@@ -101,21 +137,21 @@ pub fn generate(
         }
         sampler.observe(&[token]);
         tokens.push(token);
-        if hooks.token(token, session.position()).is_break() {
+        if hooks.token(token, reader.session().position()).is_break() {
             return finished(tokens, Finish::Stopped);
         }
         if tokens.len() == options.max_new_tokens {
             break;
         }
-        if session.free() == 0 {
+        if reader.session().free() == 0 {
             return finished(tokens, Finish::ContextFull);
         }
-        logits = model.forward(session, &[token], Logits::Last, hooks)?;
+        logits = reader.read(&[token], Logits::Last, hooks)?;
     }
     finished(tokens, Finish::Length)
 }
 
-fn check_prompt(model: &dyn Model, session: &Session, prompt: &[u32]) -> Result<()> {
+pub(crate) fn check_prompt(model: &dyn Model, session: &Session, prompt: &[u32]) -> Result<()> {
     if prompt.is_empty() {
         return Err(EngineError::EmptyPrompt);
     }

@@ -4,6 +4,7 @@
 //! - [`Session`] is what one sequence remembers.
 //! - [`Model::forward`] reads tokens and gives logits; an [`Observer`] sees the routing of every layer.
 //! - [`Model::forward_batch`] does so for several [`Sequence`]s together, in the memory of a [`Workspace`].
+//! - [`Model::steer`] changes the choice of experts of one session; [`Contrast`] sets two such choices against each other.
 //! - [`generate()`] runs the loop of prompt, sampling and stopping; [`eval`] measures.
 //!
 //! There is no text, clock, file format or printing here. The same tokens, seed and instruction set
@@ -13,6 +14,7 @@
 mod batch;
 mod blocks;
 mod builder;
+mod contrast;
 mod decoder;
 mod error;
 pub mod eval;
@@ -33,15 +35,17 @@ mod workspace;
 
 pub use batch::Sequence;
 pub use cadre_kernels::{KvFormat, KvFormats};
+pub use cadre_routing::{SteerError, Steering};
 pub use cadre_store::predictors::Score;
 pub use cadre_store::reader::ReaderKind;
 pub use cadre_store::{AheadKind, PolicyKind, StoreError, StoreOptions, StoreStats};
+pub use contrast::{Contrast, ContrastSessions, generate_contrasted};
 pub use error::{EngineError, Result};
 pub use generate::{Finish, GenerateOptions, Generated, Hooks, generate};
 pub use load::{
     LoadOptions, Progress, Quant, known_model_types, load, load_watched, load_with_low_bit,
 };
-pub use lossy::{Lossy, MinWeight, PreferCached};
+pub use lossy::{Lossy, PreferCached};
 pub use model::{Logits, Model, ModelInfo, NoObserver, Observer, RoutingEvent};
 pub use sampling::{Sampler, SamplingOptions};
 pub use session::{Session, SessionOptions};

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use cadre_checkpoint::{Checkpoint, tensor_specs};
 use cadre_kernels::{Compute, Isa, Kernels, doctor};
+use cadre_routing::Steering;
 
 use crate::builder::Builder;
 use crate::decoder::Decoder;
@@ -26,7 +27,7 @@ pub enum Quant {
 }
 
 /// How to load a model.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct LoadOptions {
     /// How weights are held.
     pub quant: Quant,
@@ -42,6 +43,8 @@ pub struct LoadOptions {
     pub stream: Option<StreamOptions>,
     /// What of the model's routing is not followed. Changes results; off by default.
     pub lossy: Lossy,
+    /// How new sessions are steered, until [`Model::steer`] says otherwise. Changes results; empty by default.
+    pub steering: Steering,
 }
 
 /// What is told how loading goes on.
@@ -77,7 +80,7 @@ pub fn known_model_types() -> Vec<&'static str> {
 ///
 /// # Errors
 /// An unknown architecture; a tensor that is missing, unexpected, of the wrong shape, or holds NaN or
-/// infinities; an instruction set that this CPU lacks.
+/// infinities; an instruction set that this CPU lacks; a steering that does not fit the model.
 pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Arc<dyn Model>> {
     load_watched(checkpoint, options, &|_| {})
 }
@@ -134,7 +137,8 @@ fn load_from(
     checkpoint.expect_exactly(&tensor_specs(config))?;
     let compute = Arc::new(compute(options)?);
     let weights = Weights::new((checkpoint, low_bit), options, compute, progress)?;
-    let model = loader(Builder::new(weights))?;
+    let mut model = loader(Builder::new(weights))?;
+    model.steer_new_sessions(&options.steering)?;
     Ok(Arc::new(model))
 }
 

@@ -3,23 +3,20 @@
 use std::fmt;
 
 use cadre_checkpoint::{ModelConfig, RouterConfig, Score};
+use cadre_routing::Steering;
 
 use crate::error::{EngineError, Result};
 
 /// What of the model's routing is not followed, for speed; by default it is followed to the letter.
 ///
-/// The rules are applied in the order of the fields. Where a model's router scales the weights of a token's picks to a
+/// The rules are applied in the order of the fields, after what [`crate::Model::steer`] has made of the picks. Where a model's router scales the weights of a token's picks to a
 /// fixed sum, what the rules leave is scaled to the sum that the picks had; where it does not, weights stay what they
 /// are. A token whose picks no rule changes is computed exactly as without.
 ///
-/// The last three ask which experts are in memory. They need [`crate::StreamOptions`], apply to passes of at most one
+/// All of them ask which experts are in memory. They need [`crate::StreamOptions`], apply to passes of at most one
 /// token per sequence (prompts touch nearly every expert anyhow), and make results depend on what was read before.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Lossy {
-    /// Picks per token in place of the model's; its best ones are kept.
-    pub top_k: Option<usize>,
-    /// Leaves out picks of little weight.
-    pub min_weight: Option<MinWeight>,
     /// Cache-aware routing, see [`PreferCached`].
     pub prefer_cached: Option<PreferCached>,
     /// Leaves out a pick that is not in memory and whose share of its token's weight is below this `/ k`, with `k` the
@@ -28,15 +25,6 @@ pub struct Lossy {
     /// Computes a pick that is not in memory, and whose share of its token's weight is below this `/ k`, by a copy of the
     /// expert in fewer bits ([`crate::load_with_low_bit`]), which takes less to read; never the one of most weight.
     pub low_bit: Option<f32>,
-}
-
-/// Leaves out picks whose weight is less than a share of the token's largest one.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct MinWeight {
-    /// 0 to 1.
-    pub share: f32,
-    /// So many picks stay, the best ones.
-    pub keep: usize,
 }
 
 /// Cache-aware routing (arXiv 2412.00099): keeps a token's first picks, and replaces others that are not in memory by
@@ -59,17 +47,11 @@ impl Lossy {
         *self == Self::default()
     }
 
-    /// Whether it matters what is in memory.
-    #[must_use]
-    pub fn asks_cache(&self) -> bool {
-        self.prefer_cached.is_some() || self.drop_cold.is_some() || self.low_bit.is_some()
-    }
-
     /// Tokens of a text to read at once where the pass is what is measured or recorded, instead of `usual`: one, where
     /// rules apply to such passes only.
     #[must_use]
     pub fn chunk(&self, usual: usize) -> usize {
-        if self.asks_cache() { 1 } else { usual }
+        if self.is_none() { usual } else { 1 }
     }
 
     /// Refuses what cannot be done with this model, and warns of what can.
@@ -100,24 +82,11 @@ impl Lossy {
             let expected = format!("none, for the router `{}`", moe.router.name());
             return refuse("lossy routing", self.to_string(), expected);
         }
-        if self.asks_cache() && !is_streamed {
+        if !is_streamed {
             let expected = "no rule about experts in memory, for a model whose experts all are";
             return refuse("lossy routing", self.to_string(), expected.to_owned());
         }
-        let k = self.top_k.unwrap_or(moe.top_k);
-        if !is_within(k, 1, moe.top_k) {
-            let expected = format!("1 to {}, the picks of the model", moe.top_k);
-            return refuse("experts per token", k.to_string(), expected);
-        }
-        if let Some(MinWeight { share, keep }) = self.min_weight {
-            if !(0.0..=1.0).contains(&share) {
-                return refuse("least weight", share.to_string(), "0 to 1".to_owned());
-            }
-            if !is_within(keep, 1, k) {
-                let expected = format!("1 to {k}, the picks of a token");
-                return refuse("least number of experts", keep.to_string(), expected);
-            }
-        }
+        let k = moe.top_k;
         if let Some(PreferCached { keep, among }) = self.prefer_cached {
             if !is_within(keep, 1, k) || !is_within(among, k, moe.n_experts) {
                 let expected = format!("1 to {k} that stay, among {k} to {}", moe.n_experts);
@@ -152,11 +121,34 @@ impl Lossy {
         Ok(())
     }
 
+    /// Refuses to steer what a rule about memory would undo.
+    pub(crate) fn check_steering(&self, steering: &Steering) -> Result<()> {
+        let Steering {
+            mask, force, bias, ..
+        } = steering;
+        let chooses = [mask, force].iter().any(|one| !one.is_empty()) || !bias.is_empty();
+        let (rule, expected) =
+            if self.prefer_cached.is_some() && (chooses || steering.ranks.is_some()) {
+                let expected =
+                    "no preference for experts in memory beside it, which chooses by logits alone";
+                ("prefer-cached", expected)
+            } else if self.drop_cold.is_some() && !force.is_empty() {
+                (
+                    "drop-cold",
+                    "no dropping of cold experts beside forced ones",
+                )
+            } else {
+                return Ok(());
+            };
+        Err(EngineError::BadOption {
+            name: "steering",
+            value: format!("{steering} with {rule}"),
+            expected: expected.to_owned(),
+        })
+    }
+
     fn warn(&self, k: usize) {
-        let history = match self.asks_cache() {
-            true => "; they depend on what was read before and cannot be repeated",
-            false => "",
-        };
+        let history = "; they depend on what was read before and cannot be repeated";
         let few = match self.drop_cold {
             Some(_) if k <= FEW_PICKS => "; with so few picks per token each dropped one is much",
             _ => "",
@@ -165,21 +157,16 @@ impl Lossy {
     }
 }
 
-/// `no`, or the rules as in `top-k-experts=4 drop-cold=0.75`.
+/// `no`, or the rules as in `prefer-cached=2,12 drop-cold=0.75`.
 impl fmt::Display for Lossy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_none() {
             return f.write_str("no");
         }
-        let min_weight = self.min_weight.map(|MinWeight { share, keep }| {
-            format!("min-expert-weight={share} min-experts={keep}")
-        });
         let prefer = self
             .prefer_cached
             .map(|PreferCached { keep, among }| format!("prefer-cached={keep},{among}"));
         let rules = [
-            self.top_k.map(|k| format!("top-k-experts={k}")),
-            min_weight,
             prefer,
             self.drop_cold.map(|share| format!("drop-cold={share}")),
             self.low_bit.map(|share| format!("low-bit={share}")),
@@ -236,19 +223,14 @@ mod tests {
     fn what_is_said_is_what_is_on() {
         assert_eq!(Lossy::default().to_string(), "no");
         let all = Lossy {
-            top_k: Some(4),
-            min_weight: Some(MinWeight {
-                share: 0.25,
-                keep: 2,
-            }),
             prefer_cached: Some(PreferCached { keep: 2, among: 12 }),
             drop_cold: Some(0.75),
             low_bit: Some(1.0),
         };
         assert_eq!(
             all.to_string(),
-            "top-k-experts=4 min-expert-weight=0.25 min-experts=2 prefer-cached=2,12 drop-cold=0.75 low-bit=1"
+            "prefer-cached=2,12 drop-cold=0.75 low-bit=1"
         );
-        assert!(all.asks_cache() && !all.is_none());
+        assert!(!all.is_none());
     }
 }

@@ -1,7 +1,7 @@
 //! The interface of every model, and of what watches it.
 
 use cadre_kernels::{Compute, Matrix};
-use cadre_routing::Routing;
+use cadre_routing::{Routing, Steering};
 use cadre_store::StoreStats;
 use cadre_store::predictors::Score;
 
@@ -40,6 +40,15 @@ pub trait Model: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// A context longer than the model's, or a size of zero.
     fn session(&self, options: &SessionOptions) -> Result<Session>;
+
+    /// Changes the choice of experts for the tokens that `session` reads from now on, in place of how it was changed
+    /// before; an empty steering is the model's own routing. What the session holds stays as it was read, and other
+    /// sessions, also in one batch, do not notice.
+    ///
+    /// # Errors
+    /// [`crate::EngineError::Steering`] for what does not fit the model, and [`crate::EngineError::BadOption`] for what
+    /// cannot be had together with [`ModelInfo::lossy`]. The session stays as it was.
+    fn steer(&self, session: &mut Session, steering: &Steering) -> Result<()>;
 
     /// Scratch memory for batches of up to `capacity` tokens in one pass, see [`Model::forward_batch`].
     ///
@@ -140,6 +149,8 @@ pub struct ModelInfo {
     pub weight_bytes: u64,
     /// What of the routing is not followed.
     pub lossy: Lossy,
+    /// How new sessions are steered.
+    pub steering: Steering,
 }
 
 impl ModelInfo {
@@ -159,7 +170,7 @@ pub struct RoutingEvent<'a> {
     pub layer: usize,
     /// Position in the sequence of the first token.
     pub first_position: usize,
-    /// Router logits before the policy, `[n_tokens, n]` with the layer's experts and null experts; where picks are random,
+    /// Router logits before the policy and before any steering, `[n_tokens, n]` with the layer's experts and null experts; where picks are random,
     /// the numbers that were drawn.
     pub logits: &'a [f32],
     /// Experts and weights of every token.

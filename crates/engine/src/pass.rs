@@ -4,7 +4,7 @@
 //! becomes does not depend on the rows beside it.
 
 use cadre_kernels::{Compute, Matrix};
-use cadre_routing::RoutingError;
+use cadre_routing::{RoutingError, Steering};
 use cadre_store::StoreStats;
 use cadre_store::predictors::Score;
 
@@ -63,12 +63,18 @@ impl Model for Decoder {
     }
 
     fn session(&self, options: &SessionOptions) -> Result<Session> {
-        Session::new(
-            self.compute.kernels(),
-            &self.info,
-            self.shape.clone(),
-            options,
-        )
+        let kernels = self.compute.kernels();
+        let mut session = Session::new(kernels, &self.info, self.shape.clone(), options)?;
+        session.steering.clone_from(&self.steering);
+        Ok(session)
+    }
+
+    fn steer(&self, session: &mut Session, steering: &Steering) -> Result<()> {
+        if session.shape != self.shape {
+            return Err(EngineError::ForeignSession);
+        }
+        session.steering = self.prepare(steering)?;
+        Ok(())
     }
 
     fn workspace(&self, capacity: usize) -> Result<Workspace> {
@@ -218,6 +224,7 @@ impl Decoder {
             compute: &self.compute,
             layer,
             spans,
+            steering: &[],
             decodes: false,
         }
     }
@@ -291,6 +298,7 @@ impl Decoder {
     ) -> Result<(), Failure> {
         let Workspace {
             spans,
+            steering,
             decodes,
             hidden,
             normed,
@@ -306,6 +314,7 @@ impl Decoder {
             AnyFeedForward::Moe(block) => {
                 let step = Step {
                     decodes: *decodes,
+                    steering,
                     ..self.step(index, spans)
                 };
                 let ahead = self.ahead(index, hidden);
@@ -327,16 +336,16 @@ impl Decoder {
     /// What the next layer that has experts may be asked before its turn.
     fn ahead<'a>(&'a self, index: usize, hidden: &'a [f32]) -> Option<Ahead<'a>> {
         self.store.as_ref()?;
-        self.layers[index + 1..]
-            .iter()
-            .find_map(|layer| match &layer.ffn {
-                AnyFeedForward::Moe(moe) => Some(Ahead {
-                    hidden,
-                    norm: &layer.ffn_norm,
-                    moe,
-                }),
-                AnyFeedForward::Dense(_) => None,
-            })
+        let mut later = self.layers.iter().enumerate().skip(index + 1);
+        later.find_map(|(layer, one)| match &one.ffn {
+            AnyFeedForward::Moe(moe) => Some(Ahead {
+                layer,
+                hidden,
+                norm: &one.ffn_norm,
+                moe,
+            }),
+            AnyFeedForward::Dense(_) => None,
+        })
     }
 
     /// Adds a block's output to the stream.

@@ -1,7 +1,10 @@
 //! A session: everything that one sequence remembers from one pass to the next.
 
+use std::sync::Arc;
+
 use cadre_checkpoint::MlaConfig;
 use cadre_kernels::{Kernels, KvFormats};
+use cadre_routing::Steered;
 
 use crate::blocks::{KvCache, KvShape, MoeShape};
 use crate::error::{EngineError, Result};
@@ -63,6 +66,8 @@ pub struct Session {
     pub(crate) kv: KvCache,
     pub(crate) position: usize,
     pub(crate) n_ctx: usize,
+    /// How the choice of experts is changed, if it is; see [`crate::Model::steer`].
+    pub(crate) steering: Option<Arc<Steered>>,
     chunk: usize,
     /// Made when the session is first computed alone; batches bring their own.
     workspace: Option<Box<Workspace>>,
@@ -114,6 +119,7 @@ impl Session {
             shape,
             position: 0,
             n_ctx,
+            steering: None,
             chunk: options.chunk.min(n_ctx),
             workspace: None,
         })

@@ -1,6 +1,9 @@
 //! The workspace: memory that a forward pass writes and forgets.
 
+use std::sync::Arc;
+
 use cadre_kernels::MatmulScratch;
+use cadre_routing::Steered;
 
 use crate::batch::{Sequence, Span};
 use crate::blocks::{
@@ -22,6 +25,8 @@ pub struct Workspace {
     capacity: usize,
     /// Rows of each sequence of the pass; the wanted ones once it is trimmed.
     pub(crate) spans: Vec<Span>,
+    /// How each sequence of the pass is steered.
+    pub(crate) steering: Vec<Option<Arc<Steered>>>,
     /// Whether the pass has at most one token of each sequence.
     pub(crate) decodes: bool,
     /// Tokens of the pass.
@@ -83,6 +88,7 @@ impl Workspace {
         Ok(Self {
             capacity,
             spans: Vec::new(),
+            steering: Vec::new(),
             decodes: false,
             tokens: Vec::with_capacity(capacity),
             hidden: rows(),
@@ -112,10 +118,12 @@ impl Workspace {
     /// Lays out the rows of `batch`, one sequence after the other.
     pub(crate) fn begin(&mut self, batch: &[Sequence<'_>]) {
         self.spans.clear();
+        self.steering.clear();
         self.tokens.clear();
         self.decodes = batch.iter().all(|sequence| sequence.tokens.len() <= 1);
         for sequence in batch {
             self.spans.push(sequence.span(self.tokens.len()));
+            self.steering.push(sequence.session.steering.clone());
             self.tokens.extend_from_slice(sequence.tokens);
         }
         self.moe.router.begin(self.tokens.len());

@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use cadre_checkpoint::Checkpoint;
 use cadre_engine::{
-    AheadKind, EngineError, LoadOptions, Logits, Model, NoObserver, PolicyKind, ReaderKind,
-    Sequence, SessionOptions, StreamOptions, load,
+    AheadKind, EngineError, LoadOptions, Logits, Model, NoObserver, Observer, PolicyKind,
+    ReaderKind, RoutingEvent, Sequence, SessionOptions, Steering, StreamOptions, load,
 };
+use cadre_routing::steer::Layers;
 use cadre_testkit::{Random, TinyMoe, golden_dir};
 
 /// Logits of a prompt in chunks, of decoding after it, and of a batch.
@@ -154,6 +155,77 @@ fn streamed_is_resident_byte_for_byte() {
             let stats = model.store_stats().unwrap();
             assert!(stats.reads > 0 && stats.lookups > 0);
         }
+    }
+}
+
+/// Something of every kind, as far as each layer has experts for it; and which expert is masked and forced by layer.
+type Steered = (Steering, Vec<(usize, Option<u16>, u16)>);
+
+fn steering(model: &dyn Model) -> Steered {
+    let info = model.info();
+    let mut steering = Steering::default();
+    let mut rules = Vec::new();
+    for (layer, n) in info.moe_layers.iter().zip(&info.experts_per_layer) {
+        let (at, last) = (Layers::Range(*layer, *layer), *n as u16 - 1);
+        let masked = (*n > info.top_k).then_some(0);
+        steering.mask.add(at, masked);
+        steering.force.add(at, [last]);
+        steering.bias.add(at, last / 2, 0.75);
+        steering.gain.add(at, last / 3, 1.25);
+        rules.push((*layer, masked, last));
+    }
+    (steering, rules)
+}
+
+/// Whether every token gets what is forced and none what is masked.
+struct Held {
+    rules: Vec<(usize, Option<u16>, u16)>,
+    n_tokens: usize,
+}
+
+impl Observer for Held {
+    fn routed(&mut self, event: &RoutingEvent<'_>) {
+        let rule = self.rules.iter().find(|rule| rule.0 == event.layer);
+        let (_, masked, forced) = rule.unwrap();
+        for (ids, weights) in event.routing.iter() {
+            self.n_tokens += 1;
+            assert!(ids.contains(forced) && masked.is_none_or(|id| !ids.contains(&id)));
+            assert!(weights.iter().all(|weight| weight.is_finite()));
+        }
+    }
+}
+
+#[test]
+fn steered_streams_are_what_steered_residents_are() {
+    for checkpoint in checkpoints() {
+        let what = checkpoint.origin().to_owned();
+        let plain = open(&checkpoint, 2, None);
+        let (steering, rules) = steering(&*plain);
+        let open = |stream| {
+            let options = LoadOptions {
+                n_threads: Some(2),
+                stream,
+                steering: steering.clone(),
+                ..LoadOptions::default()
+            };
+            load(&checkpoint, &options).unwrap_or_else(|e| panic!("{what}: {e}"))
+        };
+        let resident = open(None);
+        let expected = logits(&*resident, 64);
+        assert!(expected != logits(&*plain, 64), "{what}: not steered");
+        let least = least(&checkpoint);
+        for (budget, chunk) in [(least, 5), (least + checkpoint.data_bytes() / 3, 64)] {
+            let streamed = open(Some(StreamOptions::new(budget)));
+            assert!(logits(&*streamed, chunk) == expected, "{what}: {budget}");
+        }
+        let n_layers = rules.len();
+        let mut held = Held { rules, n_tokens: 0 };
+        let mut session = resident.session(&SessionOptions::default()).unwrap();
+        let tokens = [1, 2, 3, 5, 8, 13];
+        resident
+            .forward(&mut session, &tokens, Logits::None, &mut held)
+            .unwrap();
+        assert_eq!(held.n_tokens, n_layers * tokens.len(), "{what}");
     }
 }
 

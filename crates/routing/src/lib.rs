@@ -5,6 +5,7 @@
 //!
 //! - [`Routing`]: the ragged result, for each token which experts with which weights.
 //! - [`Policy`]: the rule from router logits to a [`Routing`]; one file per published rule in [`policies`].
+//! - [`steer`]: changing the choice while a model runs, per layer and expert: leave out, force, favour.
 //! - [`registry`]: the explicit list of policies by name.
 //! - [`filters`]: capacity limits, a stage applied to a finished [`Routing`].
 //! - [`loads`]: load statistics, one implementation for the trainer and the engine.
@@ -23,8 +24,12 @@ pub mod registry;
 mod routing;
 mod scores;
 mod select;
+mod stages;
+pub mod steer;
 
 pub use error::RoutingError;
 pub use loads::{LoadSummary, Loads};
 pub use policy::Policy;
 pub use routing::Routing;
+pub use stages::{Reach, Stages};
+pub use steer::{SteerError, Steered, Steering};

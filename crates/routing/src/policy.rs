@@ -1,5 +1,6 @@
 //! The interface of all inference-side routing rules, and the checks on their input that they share.
 
+use crate::stages::Stages;
 use crate::{Routing, RoutingError};
 
 /// A rule from router logits to experts and weights. Stateless at run time: the same logits give the same routing.
@@ -24,6 +25,11 @@ pub trait Policy: Send + Sync + std::fmt::Debug {
 
     /// Whether the routing of a token is independent of the other tokens in the call.
     fn batch_invariant(&self) -> bool;
+
+    /// Its stages, if it looks at one token at a time, so that tokens can be steered; `None` if it cannot be.
+    fn stages(&self) -> Option<&dyn Stages> {
+        None
+    }
 
     /// Routes `logits` (`[T, n_experts]`, row by row) and overwrites `routing` with the `T` results.
     ///

@@ -29,6 +29,7 @@ pub mod picture;
 pub mod profile;
 pub mod reader;
 pub mod replay;
+pub mod resonance;
 pub mod row;
 pub mod schema;
 pub mod show;

@@ -5,12 +5,12 @@ use std::fs;
 use std::time::SystemTime;
 
 use cadre_checkpoint::{Checkpoint, Dtype, model_sizes};
-use cadre_engine::{Lossy, ModelInfo, StoreStats};
+use cadre_engine::{ModelInfo, StoreStats};
 use serde::Serialize;
 
 use super::measure::Sample;
 use super::plan::Test;
-use crate::lossy;
+use crate::lossy::Said;
 use crate::output::{bytes, count};
 
 /// What is the same in all records of a loaded model.
@@ -69,8 +69,7 @@ pub(crate) struct Record {
     /// The most that was ever resident, memory that is only there for measuring included (`VmHWM`).
     vm_hwm_bytes: Option<u64>,
     /// Which rules changed the routing.
-    #[serde(serialize_with = "lossy::serialize")]
-    lossy: Lossy,
+    lossy: Said,
     /// Of a model that is streamed.
     #[serde(flatten)]
     streamed: Option<Streamed>,
@@ -158,7 +157,7 @@ impl Streamed {
 }
 
 /// What a test is held against.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Around {
     /// Bytes per second that memory was read with.
     pub(crate) bandwidth: f64,
@@ -170,7 +169,7 @@ pub(crate) struct Around {
     /// The most memory seen.
     pub(crate) peak_rss_bytes: Option<u64>,
     /// Which rules changed the routing.
-    pub(crate) lossy: Lossy,
+    pub(crate) lossy: Said,
     /// For a model that is streamed.
     pub(crate) streaming: Option<Streaming>,
 }
@@ -444,7 +443,7 @@ mod tests {
             weights: (3_000, 1_000),
             peak: Some(1e12),
             peak_rss_bytes: None,
-            lossy: Lossy::default(),
+            lossy: Said::default(),
             streaming: None,
         };
         Record::new(&machine(), test, &samples, around)

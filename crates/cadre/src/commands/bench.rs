@@ -17,9 +17,10 @@ use crate::bench::{
 use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::failure::Failure;
-use crate::lossy::LossyArgs;
+use crate::lossy::{LossyArgs, Said};
 use crate::model::{CheckpointArg, QuantArg, load_from};
 use crate::output::{Out, spinner};
+use crate::steer::SteerArgs;
 use crate::streaming::StreamArgs;
 
 /// Bytes read per pass: several times the last-level cache of common machines.
@@ -94,6 +95,8 @@ pub(crate) struct Args {
     stream: StreamArgs,
     #[command(flatten)]
     lossy: LossyArgs,
+    #[command(flatten)]
+    steer: SteerArgs,
     /// Start measuring at once.
     #[arg(long)]
     no_warmup: bool,
@@ -165,6 +168,7 @@ fn measure(
         n_threads: (threads > 0).then_some(threads),
         in_place: args.no_repack,
         lossy: args.lossy.options(stream.is_some()),
+        steering: args.steer.steering()?,
         stream,
         ..LoadOptions::default()
     };
@@ -233,7 +237,7 @@ fn measure(
             weights,
             peak,
             peak_rss_bytes,
-            lossy: model.info().lossy,
+            lossy: Said::of(model.info()),
             streaming: disk.as_ref().map(|disk| Streaming {
                 weights_budget_bytes: disk.budget,
                 experts_bytes: disk.experts_bytes,

@@ -9,6 +9,7 @@ use cadre_engine::{GenerateOptions, SessionOptions};
 use crate::cache::CacheArgs;
 use crate::chat::{Chat, ChatOptions, Ended};
 use crate::cli::App;
+use crate::contrast::ContrastArgs;
 use crate::failure::Failure;
 use crate::model::ModelArgs;
 use crate::output::note;
@@ -54,6 +55,8 @@ pub(crate) struct Args {
     cache: CacheArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    contrast: ContrastArgs,
 }
 
 /// Talks.
@@ -73,11 +76,13 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         kv: args.cache.formats(),
         ..SessionOptions::default()
     };
-    let loaded = args.model.load(app, &session)?;
+    let n_sessions = args.contrast.n_sessions();
+    let loaded = args.model.load_for(app, (session, n_sessions))?;
     let options = ChatOptions {
         system: args.system.clone(),
         n_ctx: session.n_ctx,
         kv: session.kv,
+        contrast: args.contrast.clone(),
         template,
         generate: GenerateOptions {
             max_new_tokens: match args.n_predict {

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
+use cadre_engine::SessionOptions;
 use cadre_engine::eval::{self, Perplexity, Score, Windows};
-use cadre_engine::{Lossy, SessionOptions};
 use clap::Subcommand;
 use serde::Serialize;
 
@@ -16,7 +16,7 @@ use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::data;
 use crate::failure::Failure;
-use crate::lossy;
+use crate::lossy::Said;
 use crate::model::ModelArgs;
 use crate::output::{Format, Out, bar, say};
 
@@ -60,8 +60,7 @@ struct Report {
     #[serde(flatten)]
     total: Numbers,
     domains: BTreeMap<String, Numbers>,
-    #[serde(serialize_with = "lossy::serialize")]
-    lossy: Lossy,
+    lossy: Said,
 }
 
 #[derive(Debug, Serialize)]
@@ -146,7 +145,7 @@ fn perplexity(app: &App, args: &PerplexityArgs) -> Result<()> {
             .hint(hint)
             .into());
     }
-    print(&result, loaded.model.info().lossy, args.output)?;
+    print(&result, Said::of(loaded.model.info()), args.output)?;
     let summary = args
         .model
         .stream
@@ -157,7 +156,7 @@ fn perplexity(app: &App, args: &PerplexityArgs) -> Result<()> {
     Ok(())
 }
 
-fn print(result: &Perplexity, lossy: Lossy, format: Format) -> Result<()> {
+fn print(result: &Perplexity, lossy: Said, format: Format) -> Result<()> {
     let domains = result
         .domains
         .iter()
@@ -198,8 +197,8 @@ fn table(report: &Report) -> String {
             "{name:width$}  {tokens:>9}  {nll:>10.4}  {perplexity:>10.3}"
         );
     }
-    if !report.lossy.is_none() {
-        let _ = writeln!(text, "lossy={}", report.lossy);
+    if let Some(rules) = report.lossy.rules() {
+        let _ = writeln!(text, "lossy={rules}");
     }
     text
 }

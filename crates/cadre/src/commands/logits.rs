@@ -3,13 +3,13 @@
 use std::fmt::Write;
 
 use anyhow::{Context, Result};
-use cadre_engine::{Logits, Lossy, Observer, RoutingEvent, SessionOptions};
+use cadre_engine::{Logits, Observer, RoutingEvent, SessionOptions};
 use serde::Serialize;
 
 use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::failure::Failure;
-use crate::lossy;
+use crate::lossy::Said;
 use crate::model::ModelArgs;
 use crate::output::{Format, Out};
 
@@ -98,7 +98,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         out: Out::new(),
         format: args.output,
         n_rows: 0,
-        lossy: model.info().lossy,
+        lossy: Said::of(model.info()),
     };
     if tokens.len() > n_ctx {
         let message = format!(
@@ -133,7 +133,7 @@ struct Printer {
     out: Out,
     format: Format,
     n_rows: usize,
-    lossy: Lossy,
+    lossy: Said,
 }
 
 impl Printer {
@@ -165,11 +165,11 @@ impl Printer {
                 Some(layers) => format!(",\"routing\":{}", serde_json::to_string(layers)?),
                 None => String::new(),
             };
-            let lossy = lossy::serialize(&self.lossy, serde_json::value::Serializer)?;
+            let lossy = serde_json::to_string(&self.lossy)?;
             self.out
                 .write(&format!("],\"lossy\":{lossy}{routing}}}\n"))?;
-        } else if !self.lossy.is_none() {
-            self.out.write(&format!("lossy={}\n", self.lossy))?;
+        } else if let Some(rules) = self.lossy.rules() {
+            self.out.write(&format!("lossy={rules}\n"))?;
         }
         self.out.finish()
     }

@@ -5,15 +5,16 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use cadre_engine::{Finish, GenerateOptions, Lossy, SessionOptions, generate};
+use cadre_engine::{Finish, GenerateOptions, SessionOptions};
 use serde::Serialize;
 
 use crate::cache::CacheArgs;
 use crate::cli::App;
+use crate::contrast::{ContrastArgs, Sessions};
 use crate::experts::{ExpertView, ExpertWatch};
 use crate::failure::Failure;
 use crate::live::Live;
-use crate::lossy;
+use crate::lossy::Said;
 use crate::model::ModelArgs;
 use crate::output::{Format, Out, note, say};
 use crate::sampling::SamplingArgs;
@@ -46,6 +47,8 @@ pub(crate) struct Args {
     cache: CacheArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    contrast: ContrastArgs,
     /// Stop before this text; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
@@ -75,8 +78,7 @@ struct Report<'a> {
     seed: u64,
     prompt_tokens_per_second: f64,
     tokens_per_second: f64,
-    #[serde(serialize_with = "lossy::serialize")]
-    lossy: Lossy,
+    lossy: Said,
     #[serde(skip_serializing_if = "Option::is_none")]
     streaming: Option<Summary>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -92,11 +94,13 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         kv: args.cache.formats(),
         ..SessionOptions::default()
     };
-    let loaded = args.model.load(app, &options)?;
+    let n_sessions = args.contrast.n_sessions();
+    let loaded = args.model.load_for(app, (options, n_sessions))?;
     let tokenizer = loaded.tokenizer()?;
     let ids = tokenizer.encode(&prompt)?;
-    let mut session = loaded.model.session(&options)?;
-    check_room(&ids, session.n_ctx(), loaded.model.info().max_context)?;
+    let mut sessions = Sessions::new(&*loaded.model, &options, &args.contrast)?;
+    let n_ctx = sessions.first().n_ctx();
+    check_room(&ids, n_ctx, loaded.model.info().max_context)?;
     let view = match args.experts {
         true => Some(ExpertView::new(app, &loaded, args.layer)?),
         false => None,
@@ -119,7 +123,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         sampling,
     };
     let start = Instant::now();
-    let generated = generate(&*loaded.model, &mut session, &ids, &generating, &mut live)?;
+    let generated = sessions.generate(&*loaded.model, &ids, &generating, &mut live)?;
     let transcript = live.finish()?;
     drop(guard);
     app.interrupt.check()?;
@@ -142,7 +146,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
             seed: sampling.seed,
             prompt_tokens_per_second: rates.prompt,
             tokens_per_second: rates.new,
-            lossy: loaded.model.info().lossy,
+            lossy: Said::of(loaded.model.info()).and(args.contrast.said()),
             streaming: streaming.clone(),
             experts: stats.as_ref(),
         })?;

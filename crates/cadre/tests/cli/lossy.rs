@@ -107,5 +107,5 @@ fn what_makes_no_sense_is_refused() {
     }
     let (code, text) = failure(&[&LOGITS[..], &["--top-k-experts", "99"]].concat());
     assert_eq!(code, 1);
-    assert!(text.contains("experts per token = 99"), "{text}");
+    assert!(text.contains("top_k = 99"), "{text}");
 }

@@ -20,6 +20,7 @@ mod limits;
 mod lossy;
 mod nano;
 mod reshape;
+mod steer;
 mod streaming;
 #[cfg(feature = "train")]
 mod train;

@@ -9,11 +9,14 @@ use cadre_store::Look;
 
 use super::experts::Turn;
 use super::lossy::LossyScratch;
+use super::pick::SteerScratch;
 use super::{Moe, Norm, RouterScratch, Step};
 
 /// The next layer that has experts, and the stream before this layer's.
 #[derive(Clone, Copy)]
 pub(crate) struct Ahead<'a> {
+    /// Its index among all layers.
+    pub(crate) layer: usize,
     /// `[rows, d]`.
     pub(crate) hidden: &'a [f32],
     pub(crate) norm: &'a Norm,
@@ -26,6 +29,7 @@ pub(crate) struct AheadScratch {
     normed: Vec<f32>,
     logits: Vec<f32>,
     routing: Routing,
+    steer: SteerScratch,
     lossy: LossyScratch,
     counts: Vec<u32>,
     ranked: Vec<u16>,
@@ -64,28 +68,30 @@ impl Ahead<'_> {
             .router
             .guess(step, normed, logits, (router, matmul));
         // What cannot be routed here says so when it is that layer's turn.
-        if self
-            .moe
-            .policy
-            .route(&scratch.logits, &mut scratch.routing)
-            .is_err()
-        {
+        let AheadScratch {
+            logits,
+            routing,
+            steer,
+            ..
+        } = &mut *scratch;
+        let step = Step {
+            layer: self.layer,
+            ..step
+        };
+        if self.moe.pick(step, logits, (routing, steer)).is_err() {
             return;
         }
-        if let Some(rules) = &self.moe.lossy {
+        if let Some(rules) = self.moe.lossy.as_ref().filter(|_| step.decodes) {
             // What would not be computed need not be read.
-            let asks_cache = step.decodes && rules.lossy.asks_cache();
-            if asks_cache {
-                scratch.lossy.is_cached.resize(*n_experts, false);
-                pass.mark_cached(*layer, &mut scratch.lossy.is_cached);
-            }
+            scratch.lossy.is_cached.resize(*n_experts, false);
+            pass.mark_cached(*layer, &mut scratch.lossy.is_cached);
             let AheadScratch {
                 logits,
                 routing,
                 lossy,
                 ..
             } = scratch;
-            rules.edit(logits, routing, asks_cache, lossy);
+            rules.edit(logits, routing, lossy);
         }
         scratch.rank(*n_experts);
         pass.give(*layer, &scratch.ranked);

@@ -75,7 +75,12 @@ impl FeedForward {
             return;
         }
         let first = of(0);
-        let inner = &mut scratch.inner[..n_rows * first.gate_proj.n_out()];
+        let n_inner = n_rows * first.gate_proj.n_out();
+        if scratch.inner.len() < n_inner {
+            // More picks per token than the model's own.
+            scratch.inner.resize(n_inner, 0.0);
+        }
+        let inner = &mut scratch.inner[..n_inner];
         let activation = first.activation;
         let finish = |row: usize, from: usize, gate: &mut [f32], up: &mut [f32]| {
             let n = gate.len();

@@ -1,9 +1,9 @@
-//! Lossy routing: edits a policy's picks by the rules of [`Lossy`], before any expert is asked for.
+//! Lossy routing: edits picks by the rules of [`Lossy`] about experts in memory, before any expert is asked for.
 
 use cadre_checkpoint::Score;
 use cadre_routing::Routing;
 
-use crate::lossy::{Lossy, MinWeight, PreferCached, Weighing};
+use crate::lossy::{Lossy, PreferCached, Weighing};
 
 /// The rules of one layer.
 #[derive(Clone, Copy, Debug)]
@@ -27,15 +27,9 @@ pub(crate) struct LossyScratch {
 type Pick = (u16, f32);
 
 impl LossyRules {
-    /// Edits `routing`, which `logits` led to, `[tokens, n_experts]`. Where `asks_cache`, with the rules about what is in
-    /// memory; the scratch must say of each expert whether it is. Ids from `n_experts` on are copies in fewer bits.
-    pub(crate) fn edit(
-        &self,
-        logits: &[f32],
-        routing: &mut Routing,
-        asks_cache: bool,
-        scratch: &mut LossyScratch,
-    ) {
+    /// Edits `routing`, which `logits` led to, `[tokens, n_experts]`. The scratch must say of each expert whether it is in
+    /// memory. Ids from `n_experts` on are copies in fewer bits.
+    pub(crate) fn edit(&self, logits: &[f32], routing: &mut Routing, scratch: &mut LossyScratch) {
         let n_experts = logits.len() / routing.n_tokens().max(1);
         let LossyScratch {
             is_cached,
@@ -47,20 +41,17 @@ impl LossyRules {
         for ((experts, weights), logits) in routing.iter().zip(logits.chunks(n_experts.max(1))) {
             picks.clear();
             picks.extend(experts.iter().copied().zip(weights.iter().copied()));
-            self.leave_out(picks);
-            if asks_cache {
-                if let Some(prefer) = self.lossy.prefer_cached {
-                    self.prefer(prefer, logits, (picks, others), is_cached);
-                }
-                if let Some(share) = self.lossy.drop_cold {
-                    drop_cold(share, picks, is_cached);
-                }
+            if let Some(prefer) = self.lossy.prefer_cached {
+                self.prefer(prefer, logits, (picks, others), is_cached);
+            }
+            if let Some(share) = self.lossy.drop_cold {
+                drop_cold(share, picks, is_cached);
             }
             let is_same = picks.iter().map(|pick| pick.0).eq(experts.iter().copied());
             if !is_same && self.weighing.has_fixed_sum {
                 scale(picks, weights.iter().sum());
             }
-            if let Some(share) = self.lossy.low_bit.filter(|_| asks_cache) {
+            if let Some(share) = self.lossy.low_bit {
                 use_copies(share, picks, (is_cached, n_experts));
             }
             for (expert, weight) in &*picks {
@@ -69,21 +60,6 @@ impl LossyRules {
             edited.end_token();
         }
         std::mem::swap(routing, edited);
-    }
-
-    /// The rules that look at nothing but the picks.
-    fn leave_out(&self, picks: &mut Vec<Pick>) {
-        if let Some(top_k) = self.lossy.top_k {
-            picks.truncate(top_k);
-        }
-        if let Some(MinWeight { share, keep }) = self.lossy.min_weight {
-            let least = share * picks.iter().map(|pick| pick.1).fold(0.0, f32::max);
-            let mut at = 0;
-            picks.retain(|(_, weight)| {
-                at += 1;
-                at <= keep || *weight >= least
-            });
-        }
     }
 
     /// Replaces picks that are not in memory by the next best experts that are.
@@ -194,7 +170,7 @@ mod tests {
     const LOGITS: [f32; 6] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0];
     const PICKS: ([u16; 3], [f32; 3]) = ([5, 4, 3], [0.6, 0.3, 0.1]);
 
-    fn edited(lossy: Lossy, has_fixed_sum: bool, cached: Option<&[u16]>) -> (Vec<u16>, Vec<f32>) {
+    fn edited(lossy: Lossy, has_fixed_sum: bool, cached: &[u16]) -> (Vec<u16>, Vec<f32>) {
         let rules = LossyRules {
             lossy,
             weighing: Weighing {
@@ -202,15 +178,16 @@ mod tests {
                 score: Score::Softmax,
             },
         };
-        let mut scratch = LossyScratch::default();
-        let is_cached = |expert: u16| cached.is_some_and(|cached| cached.contains(&expert));
-        scratch.is_cached = (0..6).map(is_cached).collect();
+        let mut scratch = LossyScratch {
+            is_cached: (0..6).map(|expert| cached.contains(&expert)).collect(),
+            ..LossyScratch::default()
+        };
         let mut routing = Routing::new();
         // Twice, so that nothing of one token is left for the next.
         routing.push_token(&PICKS.0, &PICKS.1);
         routing.push_token(&PICKS.0, &PICKS.1);
         let logits = [LOGITS, LOGITS].concat();
-        rules.edit(&logits, &mut routing, cached.is_some(), &mut scratch);
+        rules.edit(&logits, &mut routing, &mut scratch);
         assert_eq!(routing.token(0), routing.token(1));
         let (experts, weights) = routing.token(0);
         (experts.to_vec(), weights.to_vec())
@@ -223,54 +200,20 @@ mod tests {
     }
 
     #[test]
-    fn the_best_picks_stay_and_share_the_weight() {
-        let lossy = Lossy {
-            top_k: Some(2),
-            ..Lossy::default()
-        };
-        let (experts, weights) = edited(lossy, true, None);
-        assert_eq!(experts, [5, 4]);
-        close(&weights, &[2.0 / 3.0, 1.0 / 3.0]);
-        // Weights that are what the router says, whatever is beside them.
-        assert_eq!(
-            edited(lossy, false, None),
-            (experts.clone(), vec![0.6, 0.3])
-        );
-    }
-
-    #[test]
-    fn light_picks_go_but_for_so_many() {
-        let lossy = |share, keep| Lossy {
-            min_weight: Some(MinWeight { share, keep }),
-            ..Lossy::default()
-        };
-        // 0.6 * 0.5 = 0.3, which is not less.
-        assert_eq!(edited(lossy(0.5, 1), false, None).0, [5, 4]);
-        assert_eq!(edited(lossy(0.9, 1), false, None).0, [5]);
-        assert_eq!(edited(lossy(0.9, 2), false, None).0, [5, 4]);
-        assert_eq!(
-            edited(lossy(0.0, 1), true, None),
-            (PICKS.0.to_vec(), PICKS.1.to_vec())
-        );
-    }
-
-    #[test]
     fn cold_light_picks_are_dropped_and_the_top_one_never() {
         let lossy = |share| Lossy {
             drop_cold: Some(share),
             ..Lossy::default()
         };
         // 0.75 / 3 = 0.25: only the last is lighter.
-        let (experts, weights) = edited(lossy(0.75), true, Some(&[]));
+        let (experts, weights) = edited(lossy(0.75), true, &[]);
         assert_eq!(experts, [5, 4]);
         close(&weights, &[2.0 / 3.0, 1.0 / 3.0]);
-        assert_eq!(edited(lossy(0.75), true, Some(&[3])).0, PICKS.0);
-        assert_eq!(edited(lossy(3000.0), true, Some(&[3])).0, [5, 3]);
-        assert_eq!(edited(lossy(3000.0), true, Some(&[])).0, [5]);
-        // Not while a prompt is read, and nothing at 0.
+        assert_eq!(edited(lossy(0.75), true, &[3]).0, PICKS.0);
+        assert_eq!(edited(lossy(3000.0), true, &[3]).0, [5, 3]);
+        assert_eq!(edited(lossy(3000.0), true, &[]).0, [5]);
         let same = (PICKS.0.to_vec(), PICKS.1.to_vec());
-        assert_eq!(edited(lossy(0.75), true, None), same);
-        assert_eq!(edited(lossy(0.0), true, Some(&[])), same);
+        assert_eq!(edited(lossy(0.0), true, &[]), same);
     }
 
     #[test]
@@ -283,16 +226,12 @@ mod tests {
         for has_fixed_sum in [true, false] {
             let edited = |share, cached| edited(lossy(share), has_fixed_sum, cached);
             // 0.75 / 3 = 0.25: only the last is lighter. Copies of 6 experts begin at 6.
+            assert_eq!(edited(0.75, &[]), (vec![5, 4, 3 + 6], weights.clone()));
+            assert_eq!(edited(0.75, &[3]), (vec![5, 4, 3], weights.clone()));
             assert_eq!(
-                edited(0.75, Some(&[])),
-                (vec![5, 4, 3 + 6], weights.clone())
-            );
-            assert_eq!(edited(0.75, Some(&[3])), (vec![5, 4, 3], weights.clone()));
-            assert_eq!(
-                edited(3000.0, Some(&[])),
+                edited(3000.0, &[]),
                 (vec![5, 4 + 6, 3 + 6], weights.clone())
             );
-            assert_eq!(edited(3000.0, None), (vec![5, 4, 3], weights.clone()));
         }
     }
 
@@ -303,21 +242,21 @@ mod tests {
             ..Lossy::default()
         };
         let e = |n: i32| (n as f32).exp();
-        let (experts, weights) = edited(lossy(1, 6), false, Some(&[3, 1, 0]));
+        let (experts, weights) = edited(lossy(1, 6), false, &[3, 1, 0]);
         assert_eq!(experts, [5, 3, 1], "4 is cold, 1 is the best that is there");
         close(&weights, &[0.6, 0.1, 0.6 * e(-4)]);
         // Weights with a fixed sum keep it.
-        let (_, weights) = edited(lossy(1, 6), true, Some(&[3, 1, 0]));
+        let (_, weights) = edited(lossy(1, 6), true, &[3, 1, 0]);
         close(&[weights.iter().sum()], &[1.0]);
         // 1 is the fifth best: not among four.
-        assert_eq!(edited(lossy(1, 4), true, Some(&[3, 1, 0])).0, PICKS.0);
+        assert_eq!(edited(lossy(1, 4), true, &[3, 1, 0]).0, PICKS.0);
         // One place to fill, and two cold picks: the better one stays.
-        assert_eq!(edited(lossy(1, 6), true, Some(&[0])).0, [5, 4, 0]);
+        assert_eq!(edited(lossy(1, 6), true, &[0]).0, [5, 4, 0]);
         // All true picks stay, or are there.
         let same = (PICKS.0.to_vec(), PICKS.1.to_vec());
-        assert_eq!(edited(lossy(3, 6), true, Some(&[0, 1])), same);
-        assert_eq!(edited(lossy(1, 6), true, Some(&[3, 4])), same);
-        assert_eq!(edited(lossy(1, 6), true, Some(&[])), same);
+        assert_eq!(edited(lossy(3, 6), true, &[0, 1]), same);
+        assert_eq!(edited(lossy(1, 6), true, &[3, 4]), same);
+        assert_eq!(edited(lossy(1, 6), true, &[]), same);
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod linear;
 mod lossy;
 mod moe;
 mod norm;
+mod pick;
 mod residual;
 mod rope;
 mod router;
@@ -35,7 +36,10 @@ pub(crate) use residual::Residual;
 pub(crate) use rope::{Rope, RopeAngles};
 pub(crate) use router::{GruCell, Random, Recurrent, Router, RouterScratch};
 
+use std::sync::Arc;
+
 use cadre_kernels::Compute;
+use cadre_routing::Steered;
 
 use crate::batch::{Sequence, Span, n_rows};
 
@@ -46,6 +50,8 @@ pub(crate) struct Step<'a> {
     pub(crate) layer: usize,
     /// The rows of each sequence, one after the other.
     pub(crate) spans: &'a [Span],
+    /// How each sequence is steered; empty where none can be.
+    pub(crate) steering: &'a [Option<Arc<Steered>>],
     /// Whether the pass has at most one token of each sequence.
     pub(crate) decodes: bool,
 }

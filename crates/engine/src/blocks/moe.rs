@@ -9,6 +9,7 @@ use cadre_routing::{Policy, Routing, RoutingError};
 use super::ahead::{Ahead, AheadScratch};
 use super::experts::ExpertRows;
 use super::lossy::LossyScratch;
+use super::pick::SteerScratch;
 use super::{
     Experts, FeedForward, FeedForwardScratch, LossyRules, Residual, Router, RouterScratch, Step,
 };
@@ -83,6 +84,7 @@ pub(crate) struct MoeScratch {
     norms: Vec<f32>,
     /// Offsets of the rows of a batch of experts.
     offsets: Vec<usize>,
+    steer: SteerScratch,
     ahead: AheadScratch,
     lossy: LossyScratch,
     pub(crate) ffn: FeedForwardScratch,
@@ -105,6 +107,7 @@ impl MoeScratch {
             beside_td: vec![0.0; n_beside * shape.d_model],
             norms: Vec::new(),
             offsets: Vec::with_capacity(shape.n_experts + 1),
+            steer: SteerScratch::default(),
             ahead: AheadScratch::default(),
             lossy: LossyScratch::default(),
             ffn: FeedForwardScratch::new(inner),
@@ -155,13 +158,10 @@ impl Moe {
         let (compute, d) = (step.compute, x_td.len() / step.n_rows().max(1));
         let logits = &mut logits[..step.n_rows() * self.router.n_logits()];
         self.router.forward(step, x_td, logits, (router, matmul));
-        self.policy.route(logits, routing)?;
-        if let Some(rules) = &self.lossy {
-            let asks_cache = step.decodes && rules.lossy.asks_cache();
-            if asks_cache {
-                self.experts.mark_cached(&mut scratch.lossy.is_cached);
-            }
-            rules.edit(logits, routing, asks_cache, &mut scratch.lossy);
+        self.pick(step, logits, (routing, &mut scratch.steer))?;
+        if let Some(rules) = self.lossy.as_ref().filter(|_| step.decodes) {
+            self.experts.mark_cached(&mut scratch.lossy.is_cached);
+            rules.edit(logits, routing, &mut scratch.lossy);
         }
 
         groups.count(routing, self.experts.n_experts());
@@ -171,6 +171,10 @@ impl Moe {
         groups.rows.lay_out(routing, turn.order(), &groups.counts);
         if let Some(ahead) = ahead {
             ahead.look(step, &mut turn, (&mut scratch.ahead, router, matmul));
+        }
+        if y_pd.len() < groups.rows.len() * d {
+            // More picks per token than the model's own.
+            y_pd.resize(groups.rows.len() * d, 0.0);
         }
         let y_pd = &mut y_pd[..groups.rows.len() * d];
         turn.forward(
@@ -547,6 +551,7 @@ mod tests {
             compute: &compute,
             layer: 3,
             decodes: false,
+            steering: &[],
             spans: &[
                 span(0, n_first, 10),
                 span(n_first, 0, 7),

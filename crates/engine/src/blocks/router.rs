@@ -258,6 +258,7 @@ mod tests {
             layer: 0,
             spans: &spans,
             decodes: false,
+            steering: &[],
         };
         let mut logits = vec![0.0; rows.len() * 3];
         for router in routers {
@@ -360,6 +361,7 @@ mod tests {
             layer: 1,
             spans: &spans,
             decodes: false,
+            steering: &[],
         };
         let mut logits = [0.0; 6];
         random.fill(step, &mut logits);

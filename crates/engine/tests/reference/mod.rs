@@ -8,6 +8,8 @@ use cadre_checkpoint::{Checkpoint, ModelConfig};
 pub(crate) struct Reference {
     config: ModelConfig,
     tensors: HashMap<String, Vec<f64>>,
+    /// Ranks of the experts that a token gets, from 1; those of the model unless changed.
+    pub(crate) ranks: Vec<usize>,
 }
 
 impl Reference {
@@ -20,6 +22,7 @@ impl Reference {
         Self {
             config: checkpoint.config().clone(),
             tensors,
+            ranks: (1..=checkpoint.config().moe.top_k).collect(),
         }
     }
 
@@ -117,10 +120,10 @@ impl Reference {
         let total: f64 = logits.iter().map(|l| l.exp()).sum();
         let mut picks: Vec<usize> = (0..logits.len()).collect();
         picks.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
-        picks.truncate(self.config.moe.top_k);
+        let picks: Vec<usize> = self.ranks.iter().map(|rank| picks[rank - 1]).collect();
         let p = |e: usize| logits[e].exp() / total;
         let norm = match self.config.moe.norm_topk_prob() {
-            true => picks.iter().map(|e| p(*e)).sum(),
+            true => picks.iter().map(|e| p(*e)).sum::<f64>(),
             false => 1.0,
         };
         let mut out = vec![0.0; x.len()];

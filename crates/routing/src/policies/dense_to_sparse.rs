@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::policy::{self, Policy};
 use crate::scores::Softmax;
 use crate::select;
+use crate::stages::{self, Reach, Stages};
 use crate::{Routing, RoutingError};
 
 /// Which experts the gate lets through.
@@ -114,6 +115,10 @@ impl Policy for DenseToSparse {
         true
     }
 
+    fn stages(&self) -> Option<&dyn Stages> {
+        Some(self)
+    }
+
     fn route(&self, logits: &[f32], routing: &mut Routing) -> Result<(), RoutingError> {
         policy::begin(logits, self.n_experts, 0, routing)?;
         for row in logits.chunks_exact(self.n_experts) {
@@ -132,6 +137,28 @@ impl Policy for DenseToSparse {
             routing.end_token();
         }
         Ok(())
+    }
+}
+
+impl Stages for DenseToSparse {
+    fn reach(&self) -> Reach {
+        match self.stage {
+            Stage::Soft => Reach::Above(self.threshold),
+            Stage::Hard => Reach::Fixed(1),
+        }
+    }
+
+    fn shares(&self, logits: &[f32], shares: &mut [f32]) {
+        let softmax = Softmax::with_temperature(logits, self.temperature);
+        for (share, logit) in shares.iter_mut().zip(logits) {
+            *share = softmax.p(*logit);
+        }
+    }
+
+    fn weigh(&self, logits: &[f32], ids: &[u16], weights: &mut [f32]) {
+        stages::gather(logits, ids, weights);
+        let softmax = Softmax::with_temperature(logits, self.temperature);
+        weights.iter_mut().for_each(|w| *w = softmax.p(*w));
     }
 }
 

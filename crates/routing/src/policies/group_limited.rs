@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::policy::{self, Policy};
 use crate::scores::{Softmax, sigmoid};
 use crate::select;
+use crate::stages::{self, Reach, Stages};
 use crate::{Routing, RoutingError};
 
 /// How logits become scores.
@@ -123,20 +124,25 @@ impl GroupLimited {
         row: &'a [f32],
         group: usize,
     ) -> impl Iterator<Item = (u16, f32)> + 'a {
-        let size = self.options.n_experts / self.options.n_groups;
-        let members = group * size..(group + 1) * size;
+        let members = self.members(group);
         let first = members.start as u16;
         (first..)
             .zip(row[members.clone()].iter().zip(&self.bias[members]))
             .map(move |(id, (&l, b))| (id, scorer.a(l) + b))
     }
 
-    /// The kept groups of a token, one bit each.
-    fn kept_groups(&self, scorer: Scorer, row: &[f32]) -> u64 {
+    /// The experts of one group.
+    fn members(&self, group: usize) -> std::ops::Range<usize> {
+        let size = self.options.n_experts / self.options.n_groups;
+        group * size..(group + 1) * size
+    }
+
+    /// The kept groups of a token, one bit each, by the keys of a group's experts.
+    fn kept_groups<K: Iterator<Item = f32>>(&self, keys_of: impl Fn(usize) -> K) -> u64 {
         let (mut ids, mut scores) = ([0; MAX_GROUPS], [0.0; MAX_GROUPS]);
         let group_scores = (0..self.options.n_groups).map(|group| {
             let (mut best, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
-            for (_, key) in self.keys(scorer, row, group) {
+            for key in keys_of(group) {
                 if key > best {
                     (best, second) = (key, best);
                 } else if key > second {
@@ -153,6 +159,18 @@ impl GroupLimited {
         let found = select::top_k(group_scores, &mut ids[..keep], &mut scores[..keep]);
         ids[..found].iter().fold(0, |bits, group| bits | 1 << group)
     }
+
+    /// Turns the logits of a token's picks into their weights.
+    fn finish(&self, scorer: Scorer, weights: &mut [f32]) {
+        weights.iter_mut().for_each(|w| *w = scorer.a(*w));
+        let sum = if self.options.norm_topk_prob {
+            weights.iter().sum::<f32>() + 1e-20
+        } else {
+            1.0
+        };
+        let scale = self.options.scale;
+        weights.iter_mut().for_each(|w| *w = *w / sum * scale);
+    }
 }
 
 /// From logit to score for one token.
@@ -163,6 +181,13 @@ enum Scorer {
 }
 
 impl Scorer {
+    fn of(score: ScoreFn, row: &[f32]) -> Self {
+        match score {
+            ScoreFn::Softmax => Self::Softmax(Softmax::of(row)),
+            ScoreFn::Sigmoid => Self::Sigmoid,
+        }
+    }
+
     fn a(self, logit: f32) -> f32 {
         match self {
             Self::Softmax(softmax) => softmax.p(logit),
@@ -192,39 +217,67 @@ impl Policy for GroupLimited {
         true
     }
 
+    fn stages(&self) -> Option<&dyn Stages> {
+        Some(self)
+    }
+
     fn route(&self, logits: &[f32], routing: &mut Routing) -> Result<(), RoutingError> {
         let GroupLimitedOptions {
             n_experts,
             top_k,
             n_groups,
             score,
-            norm_topk_prob,
-            scale,
             ..
         } = self.options;
         policy::begin(logits, n_experts, top_k, routing)?;
         for row in logits.chunks_exact(n_experts) {
-            let scorer = match score {
-                ScoreFn::Softmax => Scorer::Softmax(Softmax::of(row)),
-                ScoreFn::Sigmoid => Scorer::Sigmoid,
-            };
-            let kept = self.kept_groups(scorer, row);
+            let scorer = Scorer::of(score, row);
+            let keys_of = |group| self.keys(scorer, row, group).map(|(_, key)| key);
+            let kept = self.kept_groups(keys_of);
             let candidates = (0..n_groups)
                 .filter(|group| kept >> group & 1 == 1)
                 .flat_map(|group| self.keys(scorer, row, group));
             let (ids, weights) = routing.push_slots(top_k);
             select::top_k(candidates, ids, weights);
-            for (id, w) in ids.iter().zip(weights.iter_mut()) {
-                *w = scorer.a(row[usize::from(*id)]);
-            }
-            let sum = if norm_topk_prob {
-                weights.iter().sum::<f32>() + 1e-20
-            } else {
-                1.0
-            };
-            weights.iter_mut().for_each(|w| *w = *w / sum * scale);
+            stages::gather(row, ids, weights);
+            self.finish(scorer, weights);
         }
         Ok(())
+    }
+}
+
+impl Stages for GroupLimited {
+    fn reach(&self) -> Reach {
+        Reach::Fixed(self.options.top_k)
+    }
+
+    fn rank(&self, logits: &[f32], keys: &mut [f32], is_outside: &mut [bool]) {
+        let scorer = Scorer::of(self.options.score, logits);
+        for ((key, logit), bias) in keys.iter_mut().zip(logits).zip(&self.bias) {
+            // A score is never below 0, so that what is left out needs a key of its own.
+            *key = match logit.is_finite() {
+                true => scorer.a(*key) + bias,
+                false => f32::NEG_INFINITY,
+            };
+        }
+        let ranked: &[f32] = keys;
+        let kept = self.kept_groups(|group| ranked[self.members(group)].iter().copied());
+        for group in 0..self.options.n_groups {
+            is_outside[self.members(group)].fill(kept >> group & 1 == 0);
+        }
+    }
+
+    fn shares(&self, logits: &[f32], shares: &mut [f32]) {
+        let scorer = Scorer::of(self.options.score, logits);
+        shares.copy_from_slice(logits);
+        shares.iter_mut().for_each(|a| *a = scorer.a(*a));
+        let sum = shares.iter().sum::<f32>() + 1e-20;
+        shares.iter_mut().for_each(|a| *a /= sum);
+    }
+
+    fn weigh(&self, logits: &[f32], ids: &[u16], weights: &mut [f32]) {
+        stages::gather(logits, ids, weights);
+        self.finish(Scorer::of(self.options.score, logits), weights);
     }
 }
 

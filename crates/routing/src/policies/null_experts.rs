@@ -11,6 +11,7 @@
 use crate::policy::{self, Policy};
 use crate::scores;
 use crate::select;
+use crate::stages::{self, Reach, Stages};
 use crate::{Routing, RoutingError};
 
 /// Top-k over real and null experts. Does not allocate once `routing` has grown to its working size.
@@ -41,6 +42,22 @@ impl NullExperts {
             top_k,
         })
     }
+
+    /// Turns the logits of a token's picks into their weights.
+    fn finish(&self, ids: &[u16], weights: &mut [f32]) {
+        let is_real = |id: u16| usize::from(id) < self.n_experts - self.n_null;
+        // exp(-inf) is 0, so a null pick takes no part in the sum. Without a real pick there is nothing to sum.
+        for (id, w) in ids.iter().zip(weights.iter_mut()) {
+            if !is_real(*id) {
+                *w = f32::NEG_INFINITY;
+            }
+        }
+        if ids.iter().any(|&id| is_real(id)) {
+            scores::softmax_in_place(weights);
+        } else {
+            weights.fill(0.0);
+        }
+    }
 }
 
 impl Policy for NullExperts {
@@ -68,25 +85,29 @@ impl Policy for NullExperts {
         true
     }
 
+    fn stages(&self) -> Option<&dyn Stages> {
+        Some(self)
+    }
+
     fn route(&self, logits: &[f32], routing: &mut Routing) -> Result<(), RoutingError> {
         policy::begin(logits, self.n_experts, self.top_k, routing)?;
-        let is_real = |id: u16| usize::from(id) < self.n_experts - self.n_null;
         for row in logits.chunks_exact(self.n_experts) {
             let (ids, weights) = routing.push_slots(self.top_k);
             select::top_k(select::numbered(row), ids, weights);
-            // exp(-inf) is 0, so a null pick takes no part in the sum. Without a real pick there is nothing to sum.
-            for (id, w) in ids.iter().zip(weights.iter_mut()) {
-                if !is_real(*id) {
-                    *w = f32::NEG_INFINITY;
-                }
-            }
-            if ids.iter().any(|&id| is_real(id)) {
-                scores::softmax_in_place(weights);
-            } else {
-                weights.fill(0.0);
-            }
+            self.finish(ids, weights);
         }
         Ok(())
+    }
+}
+
+impl Stages for NullExperts {
+    fn reach(&self) -> Reach {
+        Reach::Fixed(self.top_k)
+    }
+
+    fn weigh(&self, logits: &[f32], ids: &[u16], weights: &mut [f32]) {
+        stages::gather(logits, ids, weights);
+        self.finish(ids, weights);
     }
 }
 

@@ -10,6 +10,7 @@
 
 use crate::policy::{self, Policy};
 use crate::select;
+use crate::stages::{Reach, Stages};
 use crate::{Routing, RoutingError};
 
 /// Two thresholded softmaxes. Does not allocate once `routing` has grown to its working size.
@@ -44,10 +45,10 @@ impl SparseMixer {
         distance <= 2.0 * self.eps || distance.is_nan()
     }
 
-    /// The softmax at `best` over the logits near it, `without` left out.
-    fn weight(&self, row: &[f32], best: f32, without: Option<u16>) -> f32 {
+    /// The softmax at `best` over the logits near it, those of `without` left out.
+    fn weight(&self, row: &[f32], best: f32, without: &[u16]) -> f32 {
         let sum: f32 = select::numbered(row)
-            .filter(|(id, l)| Some(*id) != without && self.is_near(best, *l))
+            .filter(|(id, l)| !without.contains(id) && self.is_near(best, *l))
             .map(|(_, l)| (l - best).exp())
             .sum();
         1.0 / sum
@@ -75,16 +76,33 @@ impl Policy for SparseMixer {
         true
     }
 
+    fn stages(&self) -> Option<&dyn Stages> {
+        Some(self)
+    }
+
     fn route(&self, logits: &[f32], routing: &mut Routing) -> Result<(), RoutingError> {
         policy::begin(logits, self.n_experts, PICKS, routing)?;
         for row in logits.chunks_exact(self.n_experts) {
             let (mut ids, mut best) = ([0; PICKS], [0.0; PICKS]);
             select::top_k(select::numbered(row), &mut ids, &mut best);
-            let first = self.weight(row, best[0], None);
-            let second = self.weight(row, best[1], Some(ids[0]));
+            let first = self.weight(row, best[0], &[]);
+            let second = self.weight(row, best[1], &ids[..1]);
             routing.push_token(&ids, &[first, second]);
         }
         Ok(())
+    }
+}
+
+impl Stages for SparseMixer {
+    fn reach(&self) -> Reach {
+        Reach::Fixed(PICKS)
+    }
+
+    /// Each pick as the second one is: without those before it.
+    fn weigh(&self, logits: &[f32], ids: &[u16], weights: &mut [f32]) {
+        for (at, (id, w)) in ids.iter().zip(weights).enumerate() {
+            *w = self.weight(logits, logits[usize::from(*id)], &ids[..at]);
+        }
     }
 }
 

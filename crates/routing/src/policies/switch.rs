@@ -11,6 +11,7 @@
 use crate::policy::{self, Policy};
 use crate::scores::Softmax;
 use crate::select;
+use crate::stages::{self, Reach, Stages};
 use crate::{Routing, RoutingError};
 
 /// Top-1 with raw probability. Does not allocate once `routing` has grown to its working size.
@@ -51,6 +52,10 @@ impl Policy for Switch {
         true
     }
 
+    fn stages(&self) -> Option<&dyn Stages> {
+        Some(self)
+    }
+
     fn route(&self, logits: &[f32], routing: &mut Routing) -> Result<(), RoutingError> {
         policy::begin(logits, self.n_experts, 1, routing)?;
         for row in logits.chunks_exact(self.n_experts) {
@@ -59,6 +64,18 @@ impl Policy for Switch {
             }
         }
         Ok(())
+    }
+}
+
+impl Stages for Switch {
+    fn reach(&self) -> Reach {
+        Reach::Fixed(1)
+    }
+
+    fn weigh(&self, logits: &[f32], ids: &[u16], weights: &mut [f32]) {
+        stages::gather(logits, ids, weights);
+        let softmax = Softmax::of(logits);
+        weights.iter_mut().for_each(|w| *w = softmax.p(*w));
     }
 }
 

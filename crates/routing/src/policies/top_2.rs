@@ -12,6 +12,7 @@
 use crate::policy::{self, Policy};
 use crate::scores::softmax_in_place;
 use crate::select;
+use crate::stages::{self, Reach, Stages};
 use crate::{Routing, RoutingError};
 
 /// Experts per token.
@@ -105,6 +106,10 @@ impl Policy for Top2 {
         true
     }
 
+    fn stages(&self) -> Option<&dyn Stages> {
+        Some(self)
+    }
+
     fn route(&self, logits: &[f32], routing: &mut Routing) -> Result<(), RoutingError> {
         policy::begin(logits, self.n_experts, PICKS, routing)?;
         for row in logits.chunks_exact(self.n_experts) {
@@ -113,6 +118,17 @@ impl Policy for Top2 {
             softmax_in_place(weights);
         }
         Ok(())
+    }
+}
+
+impl Stages for Top2 {
+    fn reach(&self) -> Reach {
+        Reach::Fixed(PICKS)
+    }
+
+    fn weigh(&self, logits: &[f32], ids: &[u16], weights: &mut [f32]) {
+        stages::gather(logits, ids, weights);
+        softmax_in_place(weights);
     }
 }
 

@@ -11,6 +11,7 @@
 use crate::policy::{self, Policy};
 use crate::scores::{Softmax, softmax_in_place};
 use crate::select;
+use crate::stages::{self, Reach, Stages};
 use crate::{Routing, RoutingError};
 
 /// Softmax top-k. Does not allocate once `routing` has grown to its working size.
@@ -47,6 +48,16 @@ impl TopK {
     pub fn norm_topk_prob(&self) -> bool {
         self.norm_topk_prob
     }
+
+    /// Turns the logits of a token's picks into their weights.
+    fn finish(&self, row: &[f32], weights: &mut [f32]) {
+        if self.norm_topk_prob {
+            softmax_in_place(weights);
+        } else {
+            let softmax = Softmax::of(row);
+            weights.iter_mut().for_each(|w| *w = softmax.p(*w));
+        }
+    }
 }
 
 impl Policy for TopK {
@@ -70,6 +81,10 @@ impl Policy for TopK {
         true
     }
 
+    fn stages(&self) -> Option<&dyn Stages> {
+        Some(self)
+    }
+
     fn route(&self, logits: &[f32], routing: &mut Routing) -> Result<(), RoutingError> {
         policy::begin(logits, self.n_experts, self.top_k, routing)?;
         for row in logits.chunks_exact(self.n_experts) {
@@ -77,14 +92,20 @@ impl Policy for TopK {
             // Softmax keeps the order of the logits, so they are the sorting key and no probability is computed
             // that is not needed.
             select::top_k(select::numbered(row), ids, weights);
-            if self.norm_topk_prob {
-                softmax_in_place(weights);
-            } else {
-                let softmax = Softmax::of(row);
-                weights.iter_mut().for_each(|w| *w = softmax.p(*w));
-            }
+            self.finish(row, weights);
         }
         Ok(())
+    }
+}
+
+impl Stages for TopK {
+    fn reach(&self) -> Reach {
+        Reach::Fixed(self.top_k)
+    }
+
+    fn weigh(&self, logits: &[f32], ids: &[u16], weights: &mut [f32]) {
+        stages::gather(logits, ids, weights);
+        self.finish(logits, weights);
     }
 }
 

@@ -10,6 +10,7 @@
 use crate::policy::{self, Policy};
 use crate::scores::Softmax;
 use crate::select;
+use crate::stages::{self, Reach, Stages};
 use crate::{Routing, RoutingError};
 
 /// As many experts as it takes to collect the probability mass `top_p`.
@@ -58,6 +59,10 @@ impl Policy for TopP {
         true
     }
 
+    fn stages(&self) -> Option<&dyn Stages> {
+        Some(self)
+    }
+
     fn route(&self, logits: &[f32], routing: &mut Routing) -> Result<(), RoutingError> {
         policy::begin(logits, self.n_experts, 0, routing)?;
         for row in logits.chunks_exact(self.n_experts) {
@@ -74,6 +79,18 @@ impl Policy for TopP {
             routing.end_token();
         }
         Ok(())
+    }
+}
+
+impl Stages for TopP {
+    fn reach(&self) -> Reach {
+        Reach::Mass(self.top_p)
+    }
+
+    fn weigh(&self, logits: &[f32], ids: &[u16], weights: &mut [f32]) {
+        stages::gather(logits, ids, weights);
+        let softmax = Softmax::of(logits);
+        weights.iter_mut().for_each(|w| *w = softmax.p(*w));
     }
 }
 

@@ -12,6 +12,7 @@
 use crate::filters::mix;
 use crate::policy::{self, Policy};
 use crate::select;
+use crate::stages::{Reach, Stages};
 use crate::{Routing, RoutingError};
 
 /// Experts by random numbers that the caller has drawn, such as those of [`Uniform::draw`]: the largest win. Does not allocate once `routing` has grown to its working size.
@@ -64,6 +65,10 @@ impl Policy for Uniform {
         true
     }
 
+    fn stages(&self) -> Option<&dyn Stages> {
+        Some(self)
+    }
+
     fn route(&self, logits: &[f32], routing: &mut Routing) -> Result<(), RoutingError> {
         policy::begin(logits, self.n_experts, self.top_k, routing)?;
         for row in logits.chunks_exact(self.n_experts) {
@@ -72,6 +77,25 @@ impl Policy for Uniform {
             weights.fill(1.0 / self.top_k as f32);
         }
         Ok(())
+    }
+}
+
+impl Stages for Uniform {
+    fn reach(&self) -> Reach {
+        Reach::Fixed(self.top_k)
+    }
+
+    /// The same for every expert: the rows say nothing about the token.
+    fn shares(&self, logits: &[f32], shares: &mut [f32]) {
+        let is_there = |logit: &&f32| logit.is_finite();
+        let share = 1.0 / logits.iter().filter(is_there).count().max(1) as f32;
+        for (one, logit) in shares.iter_mut().zip(logits) {
+            *one = if logit.is_finite() { share } else { 0.0 };
+        }
+    }
+
+    fn weigh(&self, _logits: &[f32], ids: &[u16], weights: &mut [f32]) {
+        weights.fill(1.0 / ids.len() as f32);
     }
 }
 

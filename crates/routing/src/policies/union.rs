@@ -12,6 +12,7 @@ use crate::filters::{self, DropOrder};
 use crate::policy::{self, Policy};
 use crate::scores::Softmax;
 use crate::select;
+use crate::stages::{self, Reach, Stages};
 use crate::{Routing, RoutingError};
 
 /// Top-k of the tokens, then the best tokens of the experts. Looks at all tokens of a call unless `keep` is 1.
@@ -49,6 +50,12 @@ impl Union {
     pub fn tokens_per_expert(&self, n_tokens: usize) -> usize {
         ((f64::from(self.keep) * n_tokens as f64) as usize).max(1)
     }
+
+    /// Turns the p of a token's picks into their scalar.
+    fn finish(&self, weights: &mut [f32]) {
+        let mass: f32 = weights.iter().sum();
+        weights.fill(mass / (mass + self.eps));
+    }
 }
 
 impl Policy for Union {
@@ -72,6 +79,11 @@ impl Policy for Union {
         self.keep >= 1.0
     }
 
+    fn stages(&self) -> Option<&dyn Stages> {
+        let stages: &dyn Stages = self;
+        self.batch_invariant().then_some(stages)
+    }
+
     fn route(&self, logits: &[f32], routing: &mut Routing) -> Result<(), RoutingError> {
         policy::begin(logits, self.n_experts, self.top_k, routing)?;
         for row in logits.chunks_exact(self.n_experts) {
@@ -87,11 +99,22 @@ impl Policy for Union {
         }
         for token in 0..routing.n_tokens() {
             let [first, end] = [token, token + 1].map(|at| routing.offsets()[at] as usize);
-            let weights = &mut routing.weights_mut()[first..end];
-            let mass: f32 = weights.iter().sum();
-            weights.fill(mass / (mass + self.eps));
+            self.finish(&mut routing.weights_mut()[first..end]);
         }
         Ok(())
+    }
+}
+
+impl Stages for Union {
+    fn reach(&self) -> Reach {
+        Reach::Fixed(self.top_k)
+    }
+
+    fn weigh(&self, logits: &[f32], ids: &[u16], weights: &mut [f32]) {
+        stages::gather(logits, ids, weights);
+        let softmax = Softmax::of(logits);
+        weights.iter_mut().for_each(|w| *w = softmax.p(*w));
+        self.finish(weights);
     }
 }
 

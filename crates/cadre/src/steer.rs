@@ -1,0 +1,110 @@
+//! Flags that change the choice of experts, per layer and expert, and the file that says the same.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use cadre_engine::Steering;
+use cadre_routing::steer::{Experts, Numbers};
+
+/// Other experts than the model picks. The same for every token that is read or written.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Steering (other results than the model's own; all off by default)")]
+#[group(id = "steering", multiple = true)]
+pub(crate) struct SteerArgs {
+    /// Use the best K experts per token in place of the model's number, fewer or more.
+    #[arg(long, value_name = "K")]
+    top_k_experts: Option<usize>,
+    /// Use the fewest experts that have more than P of the token's total score, 0 to 1; at most K, or the model's number.
+    #[arg(long, value_name = "P")]
+    top_p_experts: Option<f32>,
+    /// Leave out experts whose weight is below T times the token's largest, T from 0 to 1.
+    #[arg(long, value_name = "T")]
+    min_expert_weight: Option<f32>,
+    /// Keep at least so many of them; 1 unless said.
+    #[arg(long, value_name = "N", requires = "min_expert_weight")]
+    min_experts: Option<usize>,
+    /// Never pick these experts; the next best take their places. Layers and experts such as `3:5,7`, `0-11:4` or `*:12`;
+    /// several by `/` or by repeating the flag.
+    #[arg(long, value_name = "LAYERS:EXPERTS")]
+    mask_experts: Vec<Experts>,
+    /// Always pick these experts, in place of the lowest ranked ones.
+    #[arg(long, value_name = "LAYERS:EXPERTS")]
+    force_experts: Vec<Experts>,
+    /// Leave out these experts when they are picked; nothing takes their places.
+    #[arg(long, value_name = "LAYERS:EXPERTS")]
+    mute_experts: Vec<Experts>,
+    /// Add this to the router logits that experts are ranked by, as in `3:5=1.5,7=-2`; weights stay what they are.
+    #[arg(long, value_name = "LAYERS:EXPERT=B")]
+    bias_experts: Vec<Numbers>,
+    /// Multiply the weights of these experts when they are picked, as in `3:5=0.5`; 0 leaves them out.
+    #[arg(long, value_name = "LAYERS:EXPERT=G")]
+    gain_experts: Vec<Numbers>,
+    /// JSON file with any of top_k, top_p, ranks, min_weight, min_experts, mask, force, mute, bias and gain. Flags add to
+    /// what it says of experts, and replace its numbers.
+    #[arg(long, value_name = "FILE")]
+    steer: Option<PathBuf>,
+}
+
+impl SteerArgs {
+    /// What is asked for; empty when nothing is.
+    pub(crate) fn steering(&self) -> Result<Steering> {
+        let file = match &self.steer {
+            None => Steering::default(),
+            Some(path) => {
+                let shown = path.display();
+                let text = std::fs::read_to_string(path)
+                    .with_context(|| format!("cannot read the steering {shown}"))?;
+                serde_json::from_str(&text).with_context(|| format!("{shown} is not a steering"))?
+            }
+        };
+        let mut flags = Steering {
+            top_k: self.top_k_experts,
+            top_p: self.top_p_experts,
+            min_weight: self.min_expert_weight,
+            min_experts: self.min_experts,
+            ..Steering::default()
+        };
+        for (all, more) in [
+            (&mut flags.mask, &self.mask_experts),
+            (&mut flags.force, &self.force_experts),
+            (&mut flags.mute, &self.mute_experts),
+        ] {
+            more.iter().for_each(|one| all.extend(one));
+        }
+        for (all, more) in [
+            (&mut flags.bias, &self.bias_experts),
+            (&mut flags.gain, &self.gain_experts),
+        ] {
+            more.iter().for_each(|one| all.extend(one));
+        }
+        Ok(file.and(&flags))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_add_to_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("s.json");
+        let json = r#"{"top_k":4,"mask":{"3":[5]},"gain":{"*":{"1":0.5}}}"#;
+        std::fs::write(&file, json).unwrap();
+        let args = SteerArgs {
+            steer: Some(file.clone()),
+            top_k_experts: Some(2),
+            mask_experts: vec!["3:7".parse().unwrap(), "*:0/1:2".parse().unwrap()],
+            ..SteerArgs::default()
+        };
+        let said = "top-k-experts=2 mask-experts=3:5,7/*:0/1:2 gain-experts=*:1=0.5";
+        assert_eq!(args.steering().unwrap().to_string(), said);
+        std::fs::write(&file, r#"{"masks":{}}"#).unwrap();
+        let error = format!("{:#}", args.steering().unwrap_err());
+        assert!(
+            error.contains("s.json is not a steering: unknown field `masks`"),
+            "{error}"
+        );
+        assert!(SteerArgs::default().steering().unwrap().is_empty());
+    }
+}
