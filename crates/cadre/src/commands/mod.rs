@@ -12,6 +12,7 @@ pub(crate) mod inspect;
 mod inspect_text;
 pub(crate) mod logits;
 pub(crate) mod plan;
+pub(crate) mod plan_steer;
 pub(crate) mod pull;
 pub(crate) mod run;
 pub(crate) mod trace;

@@ -13,6 +13,7 @@ use clap::{Subcommand, ValueEnum};
 use serde::Serialize;
 
 use crate::cli::App;
+use crate::commands::plan_steer;
 use crate::commands::trace::write_file;
 use crate::failure::Failure;
 use crate::model::CheckpointArg;
@@ -35,6 +36,8 @@ enum What {
     Prune(PruneArgs),
     /// Merge experts into the most used ones.
     Merge(MergeArgs),
+    /// Find the experts that tell two sets of prompts apart, and write a steering of them.
+    Steer(Box<plan_steer::Args>),
     /// Show which experts a plan keeps.
     Show(ShowArgs),
 }
@@ -159,6 +162,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
             let plan = merge(&shape, &usage, args.method, &options);
             args.common.write(app, plan)
         }
+        What::Steer(args) => plan_steer::run(app, args),
         What::Show(args) => show(app, args),
     }
 }

@@ -19,6 +19,7 @@ mod interrupt;
 mod limits;
 mod lossy;
 mod nano;
+mod plan_steer;
 mod reshape;
 mod steer;
 mod streaming;

@@ -211,3 +211,40 @@ fn what_does_not_fit_is_refused() {
         assert!(text.contains(said), "{text}");
     }
 }
+
+/// `ln softmax` of every row.
+fn log_softmax(logits: &Value) -> Vec<Vec<f64>> {
+    let rows: Vec<Vec<f64>> = serde_json::from_value(logits.clone()).unwrap();
+    let normed = |row: &Vec<f64>| -> Vec<f64> {
+        let max = row.iter().copied().fold(f64::MIN, f64::max);
+        let log_sum = max + row.iter().map(|l| (l - max).exp()).sum::<f64>().ln();
+        row.iter().map(|l| l - log_sum).collect()
+    };
+    rows.iter().map(normed).collect()
+}
+
+#[test]
+fn the_lower_the_rank_of_the_only_expert_the_further_from_what_the_model_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("rank.json");
+    let prompt = "It was the best of times, it was the worst of times, it was the age of wisdom";
+    let run = json(&["run", "-p", prompt, "-n", "1", "-o", "json"]);
+    let tokens = run["prompt_tokens"].to_string();
+    let command = ["logits", "--tokens", &tokens, "-o", "json"];
+    let model = log_softmax(&json(&command)["logits"]);
+    let mut last = 0.0;
+    for rank in [1, 2, 4, 16] {
+        std::fs::write(&file, format!(r#"{{"ranks":[{rank}]}}"#)).unwrap();
+        let report = json(&[&command[..], &["--steer", arg(&file)]].concat());
+        assert_eq!(report["lossy"], format!("rank-experts={rank}"));
+        let steered = log_softmax(&report["logits"]);
+        let rows = model.iter().zip(&steered);
+        let pairs = rows.flat_map(|(p, q)| p.iter().zip(q));
+        let divergence = pairs.map(|(p, q)| p.exp() * (p - q)).sum::<f64>() / model.len() as f64;
+        assert!(
+            divergence > last,
+            "rank {rank}: {divergence}, before {last}"
+        );
+        last = divergence;
+    }
+}
