@@ -1,5 +1,6 @@
 //! Applying a plan to a checkpoint: the output is planned whole, then written by the machinery of conversions.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cadre_checkpoint::{Checkpoint, Conversion, ConvertTo, Mixer, NewExpert, NewExperts};
@@ -46,18 +47,47 @@ pub fn apply<'a>(source: &'a Checkpoint, plan: &Plan, options: Applying) -> Resu
     )?)
 }
 
+/// What the experts of an output are made of, by decoder layer.
+pub type Sources = BTreeMap<usize, LayerSources>;
+
+/// What the experts of a layer are made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerSources {
+    /// Experts before.
+    pub of: usize,
+    /// For every expert of the output those that it is made of; nothing for one that is never picked.
+    pub experts: Vec<Vec<u16>>,
+}
+
+/// What the experts of the output of `plan` are made of, `pad` as in [`Applying`].
+#[must_use]
+pub fn sources(plan: &Plan, shape: &ModelShape, pad: bool) -> Sources {
+    let most = most(plan);
+    let layers = plan.layers.iter().map(|layer| {
+        let made: Vec<Vec<u16>> = layer.experts.iter().map(|one| one.from.clone()).collect();
+        let experts = match pad {
+            true => filled(&made, most, shape.groups, &Vec::new()),
+            false => made,
+        };
+        let of = layer.of;
+        (layer.layer, LayerSources { of, experts })
+    });
+    layers.collect()
+}
+
+/// Experts of the layer that keeps most.
+fn most(plan: &Plan) -> usize {
+    let counts = plan.layers.iter().map(|layer| layer.experts.len());
+    counts.max().unwrap_or(0)
+}
+
 /// The plan in the words of the checkpoint's writer.
 fn new_experts(plan: &Plan, shape: &ModelShape, pad: bool) -> NewExperts {
-    let most = plan
-        .layers
-        .iter()
-        .map(|layer| layer.experts.len())
-        .max()
-        .unwrap_or(0);
+    let most = most(plan);
     let layers = plan.layers.iter().map(|layer| {
         let experts: Vec<NewExpert> = layer.experts.iter().map(new_expert).collect();
         match pad {
-            true => filled(&experts, most, shape.groups),
+            true => filled(&experts, most, shape.groups, &NewExpert::Never),
             false => experts,
         }
     });
@@ -78,13 +108,13 @@ fn new_expert(expert: &PlanExpert) -> NewExpert {
 }
 
 /// `experts` with each group filled up to its part of `most`.
-fn filled(experts: &[NewExpert], most: usize, groups: Groups) -> Vec<NewExpert> {
+fn filled<T: Clone>(experts: &[T], most: usize, groups: Groups, with: &T) -> Vec<T> {
     let n_groups = groups.n.max(1);
     let (has, wants) = (experts.len() / n_groups, most / n_groups);
     let mut list = Vec::with_capacity(most);
     for group in experts.chunks(has.max(1)) {
         list.extend_from_slice(group);
-        list.extend((has..wants).map(|_| NewExpert::Never));
+        list.extend((has..wants).map(|_| with.clone()));
     }
     list
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use cadre_checkpoint::CheckpointError;
+use cadre_engine::EngineError;
 use cadre_routing::plan::PlanError;
 use cadre_trace::TraceError;
 
@@ -16,6 +17,9 @@ pub enum ReshapeError {
     /// The checkpoint cannot be read, or not be written as planned.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A model cannot be run.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
     /// The trace cannot be read.
     #[error(transparent)]
     Trace(#[from] TraceError),

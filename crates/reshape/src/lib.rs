@@ -8,6 +8,7 @@
 //! - [`prune()`] and [`merge()`] are pure functions from usage to a [`Plan`](cadre_routing::plan::Plan).
 //! - [`read_plan`] and [`plan_json`] are the plan as a file.
 //! - [`apply()`] plans the output: a folder stays a folder, a GGUF file a GGUF file, and what is kept is copied byte for byte.
+//! - [`measure()`] runs both models over text, and a [`Report`] says what the plan cost.
 #![forbid(unsafe_code)]
 
 mod align;
@@ -18,15 +19,19 @@ mod error;
 mod file;
 mod mix;
 mod plans;
+mod quality;
+mod report;
 mod select;
 mod shape;
 mod show;
 mod usage;
 
-pub use apply::{Applying, apply};
+pub use apply::{Applying, LayerSources, Sources, apply, sources};
 pub use error::{ReshapeError, Result};
 pub use file::{parse_plan, plan_json, read_plan};
 pub use plans::{MergeMethod, MergeOptions, Method, PruneOptions, Similarity, merge, prune};
+pub use quality::{Overlap, Quality, Tally, measure};
+pub use report::{Comparison, LayerReport, Limits, Report, Side};
 pub use select::{Amount, Scope, Sizes};
 pub use shape::{shape_of, shape_of_trace};
 pub use show::{LayerSummary, summary as plan_summary, text as plan_text};

@@ -16,7 +16,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("trace", &["routing"]),
     ("engine", &["checkpoint", "kernels", "routing", "store"]),
     ("train", &["checkpoint", "kernels", "routing"]),
-    ("reshape", &["checkpoint", "kernels", "routing", "trace"]),
+    (
+        "reshape",
+        &["checkpoint", "engine", "kernels", "routing", "trace"],
+    ),
     ("testkit", &["checkpoint"]),
     (
         "cadre",

@@ -1,13 +1,17 @@
-//! `cadre apply`: writes a model as a plan says, a folder as a folder and a GGUF file as a GGUF file.
+//! `cadre apply`: writes a model as a plan says, a folder as a folder and a GGUF file as a GGUF file, and says what it cost.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use cadre_checkpoint::{Checkpoint, tensor_specs};
-use cadre_reshape::{Applying, apply, read_plan};
+use cadre_checkpoint::{Checkpoint, Conversion, tensor_specs};
+use cadre_engine::eval::Document;
+use cadre_reshape::{Applying, Report, apply, read_plan, shape_of, sources};
+use cadre_routing::plan::Plan;
 
+use super::apply_quality::{QualityArgs, Staged};
 use crate::cli::App;
 use crate::commands::convert;
+use crate::failure::Failure;
 use crate::model::CheckpointArg;
 use crate::output::{Out, bytes};
 
@@ -30,9 +34,18 @@ pub(crate) struct Args {
     /// Largest file of a folder or part of a GGUF file, such as 5GB or 500MB. Folders: 5GB. GGUF: no limit.
     #[arg(long, value_name = "SIZE", value_parser = convert::parse_size)]
     max_shard_size: Option<u64>,
+    #[command(flatten)]
+    quality: QualityArgs,
 }
 
-/// Checks the plan, writes, and opens what was written.
+/// A plan and what it is applied to.
+struct Work<'a> {
+    args: &'a Args,
+    plan: &'a Plan,
+    checkpoint: &'a Checkpoint,
+}
+
+/// Checks the plan, writes, opens what was written, and measures it if that is asked for.
 pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let plan = read_plan(&args.plan)?;
     let checkpoint = args.checkpoint.open(app)?;
@@ -44,14 +57,62 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     for note in conversion.notes() {
         tracing::warn!("{note}");
     }
-    let paths = convert::write(app, &conversion, &args.output)?;
-    let mut out = Out::new();
-    for path in &paths {
-        out.write(&format!("{}\n", path.display()))?;
+    let work = Work {
+        args,
+        plan: &plan,
+        checkpoint: &checkpoint,
+    };
+    if args.quality.is_asked_for() {
+        let documents = args.quality.documents(&checkpoint)?;
+        return work.measured(app, &conversion, &documents);
     }
-    if let Some(path) = paths.first() {
-        let made = Checkpoint::open(path)?;
-        made.expect_exactly(&tensor_specs(made.config()))?;
+    let paths = convert::write(app, &conversion, &args.output)?;
+    let made = opened(&paths)?;
+    let mut out = Out::new();
+    work.say(&mut out, &paths, &made)?;
+    out.finish()
+}
+
+impl Work<'_> {
+    /// Writes under a hidden name, which becomes the final one only if nothing that was asked for is missed.
+    fn measured(
+        &self,
+        app: &App,
+        conversion: &Conversion<'_>,
+        documents: &[Document],
+    ) -> Result<()> {
+        let quality = &self.args.quality;
+        let staged = Staged::new(&self.args.output)?;
+        let written = convert::write(app, conversion, &staged.path)?;
+        let made = opened(&written)?;
+        let sources = sources(self.plan, &shape_of(self.checkpoint), self.args.compat);
+        let pair = [self.checkpoint, &made];
+        let measured = quality.measure(app, pair, &sources, documents);
+        if measured.is_err() {
+            staged.remove(&written)?;
+        }
+        let report = quality.report(self.plan, pair, &measured?);
+        let files = quality.write(&report, &self.args.output)?;
+        if !report.missed.is_empty() {
+            staged.remove(&written)?;
+            return Err(Failure::check(report.missed.join("; "))
+                .hint(format!(
+                    "nothing was kept; the report is in {}; keep more experts, or allow more",
+                    files[0].display()
+                ))
+                .into());
+        }
+        let paths = staged.publish(&written)?;
+        let mut out = Out::new();
+        self.say(&mut out, &paths, &made)?;
+        out.write(&summary(&report, &files))?;
+        out.finish()
+    }
+
+    fn say(&self, out: &mut Out, paths: &[PathBuf], made: &Checkpoint) -> Result<()> {
+        for path in paths {
+            out.write(&format!("{}\n", path.display()))?;
+        }
         if !made.config().moe.uneven.is_empty() {
             tracing::warn!(
                 "layers have different numbers of experts: Cadre runs this, transformers and llama.cpp do not"
@@ -59,11 +120,35 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         }
         out.write(&format!(
             "{} of {} experts, {} of {}\n",
-            plan.n_kept(),
-            plan.n_before(),
+            self.plan.n_kept(),
+            self.plan.n_before(),
             bytes(made.data_bytes()),
-            bytes(checkpoint.data_bytes())
-        ))?;
+            bytes(self.checkpoint.data_bytes())
+        ))
     }
-    out.finish()
+}
+
+/// What was written must be a checkpoint of its own configuration.
+fn opened(paths: &[PathBuf]) -> Result<Checkpoint> {
+    let made = Checkpoint::open(paths.first().map_or(Path::new(""), PathBuf::as_path))?;
+    made.expect_exactly(&tensor_specs(made.config()))?;
+    Ok(made)
+}
+
+fn summary(report: &Report, files: &[PathBuf]) -> String {
+    let total = &report.total;
+    let files: Vec<String> = files
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
+    format!(
+        "perplexity {:.3} to {:.3} ({:+.1} %), KL {:.4} nats per token, same best guess {:.1} %, {} tokens\n{}\n",
+        total.perplexity_before,
+        total.perplexity_after,
+        100.0 * total.increase,
+        total.kl,
+        100.0 * total.agreement,
+        total.tokens,
+        files.join("\n")
+    )
 }

@@ -1,6 +1,7 @@
 //! One file per command: its arguments, and a thin `run` that calls the libraries and prints.
 
 pub(crate) mod apply;
+mod apply_quality;
 pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod completions;

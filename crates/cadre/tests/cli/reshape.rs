@@ -396,3 +396,98 @@ fn what_a_recording_lacks_is_said_with_what_to_do() {
     let (_, error) = failure(&args);
     assert!(error.contains("no layers with experts"), "{error}");
 }
+
+#[test]
+fn what_a_plan_costs_is_measured_reported_and_may_be_too_much() {
+    let bench = Bench::new(tiny());
+    let (plan, data) = (bench.path("plan.json"), bench.path("data.jsonl"));
+    let model = arg(bench.model.path());
+    let eval = |path: &str| {
+        json(&[
+            "eval",
+            "perplexity",
+            "-m",
+            path,
+            "--data",
+            arg(&data),
+            "-o",
+            "json",
+        ])
+    };
+    bench.prune(&["--keep", "1"]);
+    let same = bench.path("same");
+    let mut args = bench.apply_args(&plan, &same);
+    args.extend([
+        "--data",
+        arg(&data),
+        "--max-kl",
+        "0",
+        "--max-ppl-increase",
+        "0",
+    ]);
+    let said = stdout(&args);
+    assert!(said.contains("(+0.0 %), KL 0.0000"), "{said}");
+    assert!(said.contains("same best guess 100.0 %"), "{said}");
+
+    bench.prune(&["--keep", "0.25"]);
+    let small = bench.path("small");
+    let mut args = bench.apply_args(&plan, &small);
+    args.extend(["--data", arg(&data)]);
+    stdout(&args);
+    let text = fs::read_to_string(bench.path("small.quality.json")).unwrap();
+    let report: Value = serde_json::from_str(&text).unwrap();
+    for (side, path) in [("before", model), ("after", arg(&small))] {
+        let eval = eval(path);
+        let close = |a: &Value, b: &Value| {
+            let (a, b) = (a.as_f64().unwrap(), b.as_f64().unwrap());
+            assert!((a - b).abs() < 1e-5 * b.abs(), "{a} {b}");
+        };
+        close(&report[side]["perplexity"], &eval["perplexity"]);
+        let key = format!("perplexity_{side}");
+        for domain in ["code", "prose"] {
+            close(
+                &report["domains"][domain][&key],
+                &eval["domains"][domain]["perplexity"],
+            );
+        }
+    }
+    assert!(report["total"]["kl"].as_f64().unwrap() > 0.0);
+    let layers = report["layers"].as_array().unwrap();
+    assert!(layers.iter().all(|layer| {
+        let (kept, same) = (
+            layer["kept"].as_f64().unwrap(),
+            layer["same"].as_f64().unwrap(),
+        );
+        same <= kept && kept < 1.0 && same > 0.0
+    }));
+    let markdown = fs::read_to_string(bench.path("small.quality.md")).unwrap();
+    assert!(
+        markdown.contains("| experts | 16 | 4 | -75.0 % |"),
+        "{markdown}"
+    );
+    let html = fs::read_to_string(bench.path("small.quality.html")).unwrap();
+    assert!(html.contains("<svg") && !html.contains("src=") && !html.contains("://"));
+
+    let refused = bench.path("refused");
+    let report = bench.path("why");
+    let mut args = bench.apply_args(&plan, &refused);
+    args.extend([
+        "--data",
+        arg(&data),
+        "--max-kl",
+        "1e-9",
+        "--report",
+        arg(&report),
+    ]);
+    let (code, error) = failure(&args);
+    assert!(
+        code == 3 && error.contains("nats per token, more than"),
+        "{error}"
+    );
+    assert!(!refused.exists() && bench.path("why.md").exists());
+    let left = fs::read_dir(bench.folder.path()).unwrap();
+    let names: Vec<String> = left
+        .map(|one| one.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert!(!names.iter().any(|name| name.starts_with('.')), "{names:?}");
+}
