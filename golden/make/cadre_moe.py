@@ -1,11 +1,13 @@
 """Makes golden/cadre_moe/: tiny random checkpoints of Cadre's own model type, with what plain torch computes from them.
 
-    PY="$(bash golden/make/env.sh)" && "$PY" golden/make/cadre_moe.py [VARIANT ...]
+    PY="$(bash golden/make/env.sh)" && "$PY" golden/make/cadre_moe.py [[--add] VARIANT ...]
+
+Without names all variants replace the old ones; names alone are a trial; with `--add` these variants join the others.
 
 No library knows this model type, so the model is written out here, from the description of the format in
 docs/guide/models.md and the papers named there, one function per part and no thought of speed: every expert computes every
 token, attention is a masked softmax, an expert of attention is that over some of the tokens, the recurrent router is
-torch.nn.GRUCell. The folders, expected.json and MANIFEST.json have the form that checkpoints.py describes; `routing` lists
+torch.nn.GRUCell, the router before the model a decoder of its own. The folders, expected.json and MANIFEST.json have the form that checkpoints.py describes; `routing` lists
 null picks too, with weight 0, and leaves out attention. Cases are computed over the whole sequence; the script checks that
 every prefix gives the same numbers.
 
@@ -13,6 +15,7 @@ every prefix gives the same numbers.
 """
 
 import copy
+import json
 import shutil
 import sys
 import tempfile
@@ -59,6 +62,10 @@ MOE = {
     "residual_intermediate_size": None,
     "recurrent_router": None,
 }
+
+# A router before the model.
+BEFORE = {"hidden_size": 24, "n_layers": 1, "n_heads": 4, "head_dim": 6, "intermediate_size": 20, "per_layer": False}
+BEFORE_EACH = BEFORE | {"n_layers": 2, "per_layer": True}
 
 HEADS = {"n_experts": 4, "top_k": 2, "eps": 0.5}
 NO_MOE = {"layers": [], "n_experts": [], "top_k": None, "intermediate_size": None, "router": None}
@@ -154,6 +161,22 @@ VARIANTS = {
         "random experts: no router, draws from seed, layer and position",
         {"router": {"name": "uniform", "seed": 2**63 + 11}, "top_k": 2},
         {"seed": {"router": {"name": "uniform", "seed": 12}}},
+    ),
+    "decoupled": (
+        "Read-ME: one router before the model, the best expert in all layers, with weight 1",
+        {"top_k": 1, "decoupled_router": BEFORE},
+        {"attention": {"decoupled_router": BEFORE | {"mutes": "self_attn"}}, "feed_forward": {"decoupled_router": BEFORE | {"mutes": "mlp"}}},
+    ),
+    "decoupled_per_layer": (
+        "a router before the model of two layers, picks for each of uneven layers, raw softmax, past a dense layer",
+        {
+            "layers": [0, 2], "n_experts": [4, 7], "router": {"name": "top_k", "norm_topk_prob": False},
+            "shared_intermediate_size": 8, "decoupled_router": BEFORE_EACH,
+        },
+        {
+            "raw": {"router": {"name": "top_k", "norm_topk_prob": True}},
+            "attention": {"decoupled_router": BEFORE_EACH | {"mutes": "self_attn"}},
+        },
     ),
     "attention_experts": (
         "UoE whole: experts of attention, and of the feed-forward",
@@ -329,13 +352,41 @@ def pick(router, top_k, logits, n_real, bias):
     return [(i, scores[i] / total * router["scale"]) for i in ids], min(margin, gap(keys, top_k))
 
 
-def mixture(x, w, layer, c, state, seen):
-    """The feed-forward of a layer with experts. `state` is what routers below left, or None; returns (output, state)."""
+def logits_before(tokens, w, c):
+    """The logits [T, n] of a router that runs before the model, from tokens alone; None without one."""
+    sizes = c["cadre_moe"].get("decoupled_router")
+    if sizes is None:
+        return None
+    own = c | {"head_dim": sizes["head_dim"], "num_attention_heads": sizes["n_heads"], "num_key_value_heads": sizes["n_heads"]}
+    x, eps = w["model.router.embed_tokens.weight"][torch.tensor(tokens)], c["rms_norm_eps"]
+    for layer in range(sizes["n_layers"]):
+        prefix = f"model.router.layers.{layer}"
+        mixed = attention(rms_norm(x, w[f"{prefix}.input_layernorm.weight"], eps), w, f"{prefix}.self_attn", own)
+        x = x + mixed * (sizes.get("mutes") != "self_attn")
+        inner = swiglu(rms_norm(x, w[f"{prefix}.post_attention_layernorm.weight"], eps), w, f"{prefix}.mlp")
+        x = x + inner * (sizes.get("mutes") != "mlp")
+    return rms_norm(x, w["model.router.norm.weight"], eps) @ w["model.router.head.weight"].T
+
+
+def part_of(logits, layer, c):
+    """A layer's columns of the logits that were made before the model."""
+    moe = c["cadre_moe"]
+    if not moe["decoupled_router"]["per_layer"]:
+        return logits
+    at, counts = moe["layers"].index(layer), [n + moe["n_null"] for n in moe["n_experts"]]
+    return logits[:, sum(counts[:at]) : sum(counts[: at + 1])]
+
+
+def mixture(x, w, layer, c, state, seen, before=None):
+    """The feed-forward of a layer with experts. `state` is what routers below left, or None; returns (output, state).
+    `before` are the logits of a router that runs before the model, of all layers."""
     moe, prefix = c["cadre_moe"], f"model.layers.{layer}.mlp"
     n_real = moe["n_experts"][moe["layers"].index(layer)]
     router = moe["router"]
     if router["name"] == "uniform":
         logits = draws(router["seed"], layer, len(x), n_real)
+    elif before is not None:
+        logits = part_of(before, layer, c)
     elif (width := moe["recurrent_router"]) is not None:
         cell = torch.nn.GRUCell(width, width)
         cell.load_state_dict({part: w[f"model.router_gru.{part}"] for part in cell.state_dict()})
@@ -373,6 +424,7 @@ def forward(tokens, w, c):
     """(logits [T, vocab], routing of every layer with experts; of attention only how near it is to tipping over)."""
     eps, state, seen = c["rms_norm_eps"], None, []
     x = w["model.embed_tokens.weight"][torch.tensor(tokens)]
+    before = logits_before(tokens, w, c)
     for layer in range(c["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         normed = rms_norm(x, w[f"{prefix}.input_layernorm.weight"], eps)
@@ -382,7 +434,7 @@ def forward(tokens, w, c):
             x = x + attention(normed, w, f"{prefix}.self_attn", c)
         normed = rms_norm(x, w[f"{prefix}.post_attention_layernorm.weight"], eps)
         if layer in c["cadre_moe"]["layers"]:
-            y, state = mixture(normed, w, layer, c, state, seen)
+            y, state = mixture(normed, w, layer, c, state, seen, before)
         else:
             y = swiglu(normed, w, f"{prefix}.mlp")
         x = x + y
@@ -423,7 +475,7 @@ def shapes(c):
         n, width = moe["n_experts"][moe["layers"].index(layer)], moe["recurrent_router"]
         for expert in range(n):
             ffn(f"{mlp}.experts.{expert}", moe["intermediate_size"])
-        if moe["router"]["name"] != "uniform":
+        if moe["router"]["name"] != "uniform" and not moe.get("decoupled_router"):
             all_of[f"{mlp}.gate.weight"] = (n + moe["n_null"], width or d)
         if moe["router"].get("bias"):
             all_of[f"{mlp}.gate.e_score_correction_bias"] = (n,)
@@ -439,6 +491,23 @@ def shapes(c):
         for part in ("ih", "hh"):
             all_of[f"model.router_gru.weight_{part}"] = (3 * width, width)
             all_of[f"model.router_gru.bias_{part}"] = (3 * width,)
+    if sizes := moe.get("decoupled_router"):
+        r, heads, inner = sizes["hidden_size"], sizes["n_heads"] * sizes["head_dim"], sizes["intermediate_size"]
+        all_of["model.router.embed_tokens.weight"], all_of["model.router.norm.weight"] = (c["vocab_size"], r), (r,)
+        counts = [n + moe["n_null"] for n in moe["n_experts"]]
+        all_of["model.router.head.weight"] = (sum(counts) if sizes["per_layer"] else counts[0], r)
+        for layer in range(sizes["n_layers"]):
+            prefix = f"model.router.layers.{layer}"
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                all_of[f"{prefix}.{norm}.weight"] = (r,)
+            for name in "qkv":
+                all_of[f"{prefix}.self_attn.{name}_proj.weight"] = (heads, r)
+            all_of[f"{prefix}.self_attn.o_proj.weight"] = (r, heads)
+            for name in "qk":
+                all_of[f"{prefix}.self_attn.{name}_norm.weight"] = (sizes["head_dim"],)
+            for name in ("gate", "up"):
+                all_of[f"{prefix}.mlp.{name}_proj.weight"] = (inner, r)
+            all_of[f"{prefix}.mlp.down_proj.weight"] = (r, inner)
     return all_of
 
 
@@ -546,15 +615,19 @@ def main():
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     out, variants = ROOT / "golden" / "cadre_moe", {}
-    wanted = sys.argv[1:]
+    adds = sys.argv[1:2] == ["--add"]
+    wanted = sys.argv[2:] if adds else sys.argv[1:]
     with tempfile.TemporaryDirectory() as scratch:
         for name in wanted or VARIANTS:
             variants[name] = make_variant(name, Path(scratch) / name)
             print(name, variants[name], flush=True)
-        if wanted:
-            return  # a trial; only a complete set replaces the old one
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(scratch, out)
+        if wanted and not adds:
+            return  # a trial
+        if adds:
+            variants = json.loads((out / "MANIFEST.json").read_text())["variants"] | variants
+        else:
+            shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(scratch, out, dirs_exist_ok=True)
     manifest = {
         "script": "golden/make/cadre_moe.py",
         "requirements": "golden/make/requirements.txt",

@@ -32,10 +32,11 @@ pub(crate) struct StreamArgs {
     /// Which experts are kept: lfu, lru, lfru, edgemoe, layer-partition, random.
     #[arg(long, value_name = "POLICY", default_value_t, requires = "mem_budget")]
     cache_policy: PolicyKind,
-    /// Who says what is read before it is wanted: gate (the next layer's router, asked early), edgemoe, popularity,
-    /// previous, off. It is tried now and then, and kept up only while it helps.
-    #[arg(long, value_name = "WHO", default_value_t, requires = "mem_budget")]
-    read_ahead: AheadKind,
+    /// Who says what is read before it is wanted: gate (the next layer's router, asked early; the default), exact (the router
+    /// of models that have one before their layers; the default for these), edgemoe, popularity, previous, off. Guesses are
+    /// tried now and then, and kept up only while they help.
+    #[arg(long, value_name = "WHO", requires = "mem_budget")]
+    read_ahead: Option<AheadKind>,
     /// Read ahead without trying whether it helps.
     #[arg(long, requires = "mem_budget")]
     read_ahead_always: bool,
@@ -127,9 +128,9 @@ impl StreamArgs {
                 .into());
         };
         Ok(Some(StreamOptions {
+            ahead: self.read_ahead,
             store: StoreOptions {
                 policy: self.cache_policy,
-                ahead: self.read_ahead,
                 adaptive: !self.read_ahead_always,
                 scored: self.stats,
                 reader: self.reader,

@@ -8,6 +8,7 @@ use crate::models;
 use crate::rope::RopeConfig;
 use crate::{Dtype, generation};
 
+pub use crate::decoupled_router::DecoupledRouter;
 pub use crate::moe_config::{MoeConfig, ResidualMlp, RouterConfig, Score, SharedExpert};
 
 /// What a model is made of. Every spelling of every format arrives here as one.

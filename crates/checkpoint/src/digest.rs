@@ -80,6 +80,7 @@ fn config_line(config: &ModelConfig) -> String {
         (config.moe.n_null > 0).then(|| format!("null {}", config.moe.n_null)),
         config.moe.residual.map(|residual| format!("{residual:?}")),
         (config.moe.recurrent_router).map(|width| format!("recurrent {width}")),
+        (config.moe.decoupled_router).map(|router| format!("{router:?}")),
         attention.experts.map(|experts| format!("{experts:?}")),
     ];
     for extra in extras.into_iter().flatten() {

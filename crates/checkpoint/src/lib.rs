@@ -13,6 +13,7 @@ mod chat_side;
 mod checkpoint;
 mod config;
 mod convert;
+mod decoupled_router;
 mod digest;
 mod dtype;
 mod error;
@@ -39,8 +40,8 @@ pub use cadre_kernels::Format as Dtype;
 pub use chat_side::ChatSide;
 pub use checkpoint::{Checkpoint, EmbeddedFiles, TensorView};
 pub use config::{
-    Activation, AttentionConfig, AttentionExperts, MlaConfig, ModelConfig, MoeConfig, NormKind,
-    QkNorm, ResidualMlp, RouterConfig, Scales, Score, SharedExpert,
+    Activation, AttentionConfig, AttentionExperts, DecoupledRouter, MlaConfig, ModelConfig,
+    MoeConfig, NormKind, QkNorm, ResidualMlp, RouterConfig, Scales, Score, SharedExpert,
 };
 pub use convert::{
     Conversion, ConvertOptions, ConvertTo, Mixer, Mixture, NewExpert, NewExperts, TargetDtype,

@@ -1,5 +1,7 @@
 //! The experts of a model: how many each layer has, how they are picked, and what runs beside them.
 
+use crate::decoupled_router::DecoupledRouter;
+
 /// Experts of all layers together; far above any model, so that a damaged file cannot make
 /// readers reserve memory without end.
 const MAX_EXPERTS: usize = 1 << 22;
@@ -32,6 +34,8 @@ pub struct MoeConfig {
     pub residual: Option<ResidualMlp>,
     /// Width of the state that routers hand from layer to layer, for each token by itself.
     pub recurrent_router: Option<usize>,
+    /// The network that makes the logits of all layers before the first of them runs.
+    pub decoupled_router: Option<DecoupledRouter>,
 }
 
 impl Default for MoeConfig {
@@ -50,6 +54,7 @@ impl Default for MoeConfig {
             shared: None,
             residual: None,
             recurrent_router: None,
+            decoupled_router: None,
         }
     }
 }
@@ -219,10 +224,16 @@ impl MoeConfig {
         self.uneven = if same { Vec::new() } else { counts };
     }
 
-    /// Whether layers have a matrix that makes router logits; random picks need none.
+    /// Whether picks follow from logits; random ones do not.
+    #[must_use]
+    pub fn looks_at_logits(&self) -> bool {
+        !matches!(self.router, RouterConfig::Uniform { .. })
+    }
+
+    /// Whether layers have a matrix that makes router logits. Random picks need none, and a decoupled router makes them all.
     #[must_use]
     pub fn has_gate(&self) -> bool {
-        !matches!(self.router, RouterConfig::Uniform { .. })
+        self.looks_at_logits() && self.decoupled_router.is_none()
     }
 
     /// Length of a row of router logits in the layer that has most.
@@ -266,6 +277,8 @@ impl MoeConfig {
         say(!residual.is_empty(), residual.to_owned());
         let recurrent = "a router that hands a state from layer to layer";
         say(self.recurrent_router.is_some(), recurrent.to_owned());
+        let decoupled = "a router that runs before the model";
+        say(self.decoupled_router.is_some(), decoupled.to_owned());
         list
     }
 
@@ -292,6 +305,9 @@ impl MoeConfig {
             return Err(("(layers with experts)", problem));
         }
         self.check_counts()?;
+        if let Some(router) = &self.decoupled_router {
+            router.check(self)?;
+        }
         self.check_groups()
     }
 

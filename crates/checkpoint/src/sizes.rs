@@ -14,6 +14,7 @@ use crate::config::{MlaConfig, ModelConfig};
 use crate::convert::TargetDtype;
 use crate::convert::formats::{for_gguf, stays_f32};
 use crate::convert::forms::gguf_form;
+use crate::decoupled_router::TABLE;
 use crate::gguf_models;
 use crate::specs::tensor_specs;
 
@@ -154,7 +155,15 @@ fn file_sizes(checkpoint: &Checkpoint, wanted: TargetDtype) -> Sizes {
 /// Bytes of the key and value cache per token of context, in every layer.
 #[must_use]
 pub fn kv_bytes_per_token(config: &ModelConfig, formats: KvFormats) -> u64 {
-    (config.n_layers * kv_bytes_per_layer(config, formats)) as u64
+    (config.n_layers * kv_bytes_per_layer(config, formats)) as u64 + router_kv_bytes(config)
+}
+
+/// Bytes that a router before the model keeps of a token, which are f32 whatever the model's cache is.
+fn router_kv_bytes(config: &ModelConfig) -> u64 {
+    let router = config.moe.decoupled_router;
+    router.map_or(0, |router| {
+        F32 * (2 * router.n_layers * router.attention_width()) as u64
+    })
 }
 
 /// Bytes of the cache that decoding one token reads after `position` others. Windows bound it, layer by layer; where
@@ -170,7 +179,10 @@ pub fn kv_bytes_read(config: &ModelConfig, formats: KvFormats, position: usize) 
     windows
         .map(|window| window.map_or(position, |window| window.min(position)) as u64)
         .map(|seen| stored.saturating_mul(seen))
-        .fold(0, u64::saturating_add)
+        .fold(
+            router_kv_bytes(config).saturating_mul(position as u64),
+            u64::saturating_add,
+        )
 }
 
 /// Bytes that a layer keeps of a token: of latent attention, a rotary key and the latent.
@@ -209,8 +221,18 @@ pub fn scratch_bytes(config: &ModelConfig, n_ctx: usize, chunk: usize) -> u64 {
         width += hidden;
     }
     width += 8 * moe.recurrent_router.unwrap_or(0) as u64;
+    if let Some(router) = moe.decoupled_router {
+        // Its logits; stream, norm and output of a block; queries, keys, values and what they mix to; the feed-forward.
+        let heads = router.attention_width();
+        let own = router.n_logits(moe) + 3 * router.hidden_size + 4 * heads;
+        width += (own + router.intermediate_size) as u64;
+    }
     let routing = picks * 32;
-    let largest_input = [hidden, attention_input, inner];
+    let router = moe.decoupled_router.map_or(0, |router| {
+        let widest = router.attention_width().max(router.hidden_size);
+        widest.max(router.intermediate_size) as u64
+    });
+    let largest_input = [hidden, attention_input, inner, router];
     let input = largest_input.into_iter().max().unwrap_or(0) as f64;
     let products = (chunk as f64 * input * PRODUCT_BYTES) as u64;
     chunk * (F32 * width + routing) + products + F32 * config.vocab_size as u64
@@ -303,6 +325,8 @@ struct Place {
     is_heads: bool,
     /// The input embedding.
     is_table: bool,
+    /// That of the router before the model.
+    is_router_table: bool,
 }
 
 impl Place {
@@ -311,6 +335,7 @@ impl Place {
         let Some(rest) = name.strip_prefix("model.layers.") else {
             return Self {
                 is_table: name == "model.embed_tokens.weight",
+                is_router_table: name == TABLE,
                 ..Self::default()
             };
         };
@@ -319,7 +344,7 @@ impl Place {
             layer: layer.parse().ok(),
             is_expert: inside.starts_with("mlp.experts."),
             is_heads: inside.starts_with("self_attn.") && inside.ends_with("_proj.weight"),
-            is_table: false,
+            ..Self::default()
         }
     }
 }
@@ -356,7 +381,8 @@ impl<'a> Counter<'a> {
             None => size,
         };
         self.sizes.active += size;
-        self.sizes.read_per_token += if place.is_table && !self.config.tie_word_embeddings {
+        let is_looked_up = place.is_table && !self.config.tie_word_embeddings;
+        self.sizes.read_per_token += if is_looked_up || place.is_router_table {
             size / (self.config.vocab_size as u64).max(1)
         } else {
             size

@@ -24,6 +24,10 @@ pub fn tensor_specs(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     if let Some(width) = config.moe.recurrent_router {
         specs.router_gru(width);
     }
+    if let Some(router) = config.moe.decoupled_router {
+        let own = router.specs(config.vocab_size, &config.moe);
+        specs.list.extend(own);
+    }
     specs.norm("model.norm");
     if !config.tie_word_embeddings {
         specs.push("lm_head.weight", &embedding);

@@ -11,8 +11,8 @@ use cadre_routing::{Policy, RoutingError, Steered, Steering};
 
 use crate::batch::Sequence;
 use crate::blocks::{
-    Attention, AttentionExperts, Embedding, FeedForward, KvShape, LatentAttention, Linear, Moe,
-    MoeShape, Norm, Rope, RopeAngles, Step, add_rows,
+    Attention, AttentionExperts, DecoupledRouter, DecoupledShape, Embedding, FeedForward, KvShape,
+    LatentAttention, Linear, Moe, MoeShape, Norm, Rope, RopeAngles, Step, add_rows,
 };
 use crate::builder::Builder;
 use crate::error::Result;
@@ -29,6 +29,8 @@ pub(crate) struct Decoder {
     pub(crate) compute: Arc<Compute>,
     /// Where experts are read from, unless all are in memory.
     pub(crate) store: Option<Arc<ExpertStore>>,
+    /// Makes the router logits of all layers before they run, where the model has that.
+    pub(crate) decoupled: Option<DecoupledRouter>,
     pub(crate) embed_tokens: Embedding,
     pub(crate) embedding_scale: f32,
     pub(crate) layers: Vec<Layer>,
@@ -226,6 +228,7 @@ impl Builder<'_> {
         let mut decoder = Decoder {
             info: info(&self),
             shape: session_shape(config),
+            decoupled: self.decoupled_router()?,
             embed_tokens,
             embedding_scale: config.scales.embedding as f32,
             layers: layers?,
@@ -248,7 +251,7 @@ impl Builder<'_> {
     }
 }
 
-fn session_shape(config: &ModelConfig) -> SessionShape {
+pub(crate) fn session_shape(config: &ModelConfig) -> SessionShape {
     let experts = config.attention.experts;
     let n_experts = experts.map_or(0, |experts| experts.n_experts);
     let kv = match config.attention.mla {
@@ -270,6 +273,14 @@ fn session_shape(config: &ModelConfig) -> SessionShape {
     let moe = &config.moe;
     let shared = moe.shared.map_or(0, |shared| shared.intermediate_size);
     let residual = moe.residual.map_or(0, |part| part.intermediate_size);
+    let decoupled = moe.decoupled_router.map(|router| DecoupledShape {
+        d: router.hidden_size,
+        n_layers: router.n_layers,
+        n_heads: router.n_heads,
+        head_dim: router.head_dim,
+        d_inner: router.intermediate_size,
+        n_logits: router.n_logits(moe),
+    });
     SessionShape {
         d_model: config.hidden_size,
         kv,
@@ -283,7 +294,9 @@ fn session_shape(config: &ModelConfig) -> SessionShape {
             d_expert: moe.intermediate_size,
             d_beside: shared.max(residual),
             d_router: moe.recurrent_router.unwrap_or(0),
+            n_foretold: decoupled.map_or(0, |router| router.n_logits),
         },
+        decoupled,
         d_dense: if config.has_dense_layers() {
             config.intermediate_size
         } else {
@@ -345,6 +358,9 @@ impl Decoder {
             AnyFeedForward::Dense(_) => None,
         });
         all.extend(shared.into_iter().flatten());
+        if let Some(router) = &self.decoupled {
+            router.matrices(&mut all);
+        }
         all
     }
 

@@ -18,6 +18,7 @@ mod contrast;
 mod decoder;
 mod error;
 pub mod eval;
+mod foretell;
 mod generate;
 mod load;
 mod lossy;

@@ -178,6 +178,8 @@ impl Decoder {
     ) -> Result<(), Failure> {
         workspace.begin(batch);
         self.embed(workspace)?;
+        self.foretell(batch, workspace, observer.watches())
+            .map_err(|error| Failure { sequence: 0, error })?;
         for (index, layer) in self.layers.iter().enumerate() {
             self.remember(index, layer, batch, workspace)?;
             let is_last = index + 1 == self.layers.len();

@@ -2,15 +2,19 @@
 
 use std::sync::Arc;
 
-use cadre_checkpoint::{RouterConfig, Score};
+use cadre_checkpoint::{DecoupledRouter as DecoupledSizes, RopeConfig, RouterConfig, Score};
 use cadre_routing::policies::{
     DenseToSparse, GroupLimited, GroupLimitedOptions, GroupScore, NullExperts, ScoreFn,
     SparseMixer, Stage, Switch, Top2, TopK, TopP, Uniform, Union,
 };
 use cadre_routing::{Policy, RoutingError};
 
-use crate::blocks::{GruCell, Linear, Random, Recurrent, Router};
+use crate::blocks::{
+    Attention, DecoupledRouter, Embedding, FeedForward, Foretold, GruCell, KvCache, Linear, Norm,
+    Random, Recurrent, Rope, Router, RouterLayer,
+};
 use crate::builder::Builder;
+use crate::decoder::session_shape;
 use crate::error::{EngineError, Result};
 
 impl Builder<'_> {
@@ -25,6 +29,13 @@ impl Builder<'_> {
                 seed,
                 layer,
                 n_experts,
+            }));
+        }
+        if let Some(router) = moe.decoupled_router {
+            let at = moe.layers.iter().take_while(|l| **l < layer).count();
+            return Ok(Router::Foretold(Foretold {
+                first: router.first_logit(moe, at),
+                n_logits,
             }));
         }
         let gate = |n_in| {
@@ -69,6 +80,79 @@ impl Builder<'_> {
             state: part("hh")?,
         };
         Ok(Arc::clone(self.router_cell.get_or_init(|| Arc::new(cell))))
+    }
+
+    /// The router that runs before the model, where it has one.
+    pub(crate) fn decoupled_router(&self) -> Result<Option<DecoupledRouter>> {
+        let Some(sizes) = self.config.moe.decoupled_router else {
+            return Ok(None);
+        };
+        let (vocab, d) = (self.config.vocab_size, sizes.hidden_size);
+        let layers: Result<Vec<RouterLayer>> = (0..sizes.n_layers)
+            .map(|layer| self.router_layer(layer, sizes))
+            .collect();
+        let n_logits = sizes.n_logits(&self.config.moe);
+        let rope = RopeConfig::plain(self.config.rope.theta, sizes.head_dim);
+        Ok(Some(DecoupledRouter {
+            table: Embedding::Resident(
+                self.weights
+                    .matrix("model.router.embed_tokens.weight", [vocab, d])?,
+            ),
+            layers: layers?,
+            norm: self.router_norm("norm", d)?,
+            head: self
+                .weights
+                .matrix_f32("model.router.head.weight", [n_logits, d])?,
+            rope: Rope::new(&rope),
+            first_cache: KvCache::first_of_router(&session_shape(self.config).kv),
+        }))
+    }
+
+    fn router_norm(&self, name: &str, width: usize) -> Result<Norm> {
+        let name = format!("model.router.{name}.weight");
+        Ok(Norm::Rms {
+            weight: self.weights.vector(&name, width)?,
+            eps: self.config.norm_eps as f32,
+        })
+    }
+
+    fn router_layer(&self, layer: usize, sizes: DecoupledSizes) -> Result<RouterLayer> {
+        let (d, width, heads) = (
+            sizes.hidden_size,
+            sizes.intermediate_size,
+            sizes.attention_width(),
+        );
+        let name = |part: &str| format!("layers.{layer}.{part}");
+        let linear = |part: &str, shape| {
+            let name = format!("model.router.{}.weight", name(part));
+            let weight = self.weights.matrix_f32(&name, shape)?;
+            Ok::<_, EngineError>(Linear { weight, bias: None })
+        };
+        Ok(RouterLayer {
+            attention_norm: self.router_norm(&name("input_layernorm"), d)?,
+            attention: Attention {
+                n_heads: sizes.n_heads,
+                n_kv_heads: sizes.n_heads,
+                head_dim: sizes.head_dim,
+                q_proj: linear("self_attn.q_proj", [heads, d])?,
+                k_proj: linear("self_attn.k_proj", [heads, d])?,
+                v_proj: linear("self_attn.v_proj", [heads, d])?,
+                o_proj: linear("self_attn.o_proj", [d, heads])?,
+                q_norm: Some(self.router_norm(&name("self_attn.q_norm"), sizes.head_dim)?),
+                k_norm: Some(self.router_norm(&name("self_attn.k_norm"), sizes.head_dim)?),
+                clip: None,
+                scale: 1.0 / (sizes.head_dim as f32).sqrt(),
+                sinks: None,
+                window: None,
+            },
+            ffn_norm: self.router_norm(&name("post_attention_layernorm"), d)?,
+            ffn: FeedForward {
+                gate_proj: linear("mlp.gate_proj", [width, d])?,
+                up_proj: linear("mlp.up_proj", [width, d])?,
+                down_proj: linear("mlp.down_proj", [d, width])?,
+                activation: self.config.activation,
+            },
+        })
     }
 
     /// The rule from the logits of `layer` to its picks.

@@ -6,7 +6,7 @@ use cadre_checkpoint::MlaConfig;
 use cadre_kernels::{Kernels, KvFormats};
 use cadre_routing::Steered;
 
-use crate::blocks::{KvCache, KvShape, MoeShape};
+use crate::blocks::{DecoupledShape, KvCache, KvShape, MoeShape};
 use crate::error::{EngineError, Result};
 use crate::model::ModelInfo;
 use crate::workspace::Workspace;
@@ -55,6 +55,8 @@ pub(crate) struct SessionShape {
     /// Different rotations.
     pub(crate) n_ropes: usize,
     pub(crate) moe: MoeShape,
+    /// Sizes of a router that runs before the model, where there is one.
+    pub(crate) decoupled: Option<DecoupledShape>,
     /// Width of the widest dense feed-forward; 0 when there is none.
     pub(crate) d_dense: usize,
 }
@@ -114,8 +116,13 @@ impl Session {
         if options.chunk == 0 {
             return bad("chunk", 0, "at least 1".to_owned());
         }
+        let kv = KvCache::new(kernels, &shape.kv, options.kv, n_ctx);
+        let kv = match &shape.decoupled {
+            None => kv,
+            Some(router) => kv.with_router(kernels, router, n_ctx),
+        };
         Ok(Self {
-            kv: KvCache::new(kernels, &shape.kv, options.kv, n_ctx),
+            kv,
             shape,
             position: 0,
             n_ctx,

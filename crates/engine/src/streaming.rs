@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use cadre_checkpoint::{Checkpoint, FileRange, ModelConfig, TensorOnDisk};
 use cadre_kernels::{Bytes, Compute, Matrix, PlacedMemory};
-use cadre_store::{ExpertId, Form, Piece, Store, StoreError, StoreOptions};
+use cadre_store::{AheadKind, ExpertId, Form, Piece, Store, StoreError, StoreOptions};
 
 use crate::blocks::{FeedForward, Linear};
 use crate::error::{EngineError, Result};
@@ -21,7 +21,10 @@ const PARTS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 pub struct StreamOptions {
     /// Bytes that all weights may take: those that every token uses, and as many experts as fit beside them.
     pub budget: u64,
-    /// What is kept and how files are read; its own budget is not looked at.
+    /// Who says what is read before it is wanted; absent: the model's own router, which is asked a layer early, or has run
+    /// before the layers.
+    pub ahead: Option<AheadKind>,
+    /// What is kept and how files are read; its own budget, `ahead` and `foreseen` are not looked at.
     pub store: StoreOptions,
 }
 
@@ -31,6 +34,7 @@ impl StreamOptions {
     pub fn new(budget: u64) -> Self {
         Self {
             budget,
+            ahead: None,
             store: StoreOptions::default(),
         }
     }
@@ -134,6 +138,8 @@ pub(crate) fn open(
     let layers = config.moe_layers().len();
     let mut store_options = stream.store;
     store_options.budget = stream.budget.saturating_sub(dense);
+    store_options.foreseen = moe.decoupled_router.is_some();
+    store_options.ahead = ahead(stream.ahead, store_options.foreseen)?;
     let store = Store::new(form, [layers, n_experts], &files, &store_options)?;
     let needed = dense + store.n_bytes();
     if needed > stream.budget {
@@ -154,6 +160,31 @@ pub(crate) fn open(
         "experts are read from disk when they are wanted"
     );
     Ok(Some(Arc::new(store)))
+}
+
+/// Who says what is read early in a model whose picks are `foreseen`, or are not.
+fn ahead(wanted: Option<AheadKind>, foreseen: bool) -> Result<AheadKind> {
+    let (own, other, reason) = match foreseen {
+        true => (
+            AheadKind::Exact,
+            AheadKind::Gate,
+            "another way, such as exact: the router of this model runs before the layers, which have none to ask",
+        ),
+        false => (
+            AheadKind::Gate,
+            AheadKind::Exact,
+            "another way, such as gate: the routers of this model wait for its layers, so that nothing is certain before",
+        ),
+    };
+    match wanted {
+        None => Ok(own),
+        Some(kind) if kind != other => Ok(kind),
+        Some(kind) => Err(EngineError::BadOption {
+            name: "reading ahead",
+            value: kind.to_string(),
+            expected: reason.to_owned(),
+        }),
+    }
 }
 
 /// Refuses experts that could not take the place of the model's own.

@@ -7,7 +7,8 @@ use cadre_routing::Steered;
 
 use crate::batch::{Sequence, Span};
 use crate::blocks::{
-    AttentionExpertsScratch, AttentionScratch, LatentScratch, MoeScratch, RopeAngles,
+    AttentionExpertsScratch, AttentionScratch, DecoupledScratch, LatentScratch, MoeScratch,
+    RopeAngles,
 };
 use crate::error::{EngineError, Result};
 use crate::session::SessionShape;
@@ -41,6 +42,8 @@ pub struct Workspace {
     pub(crate) angles: Vec<RopeAngles>,
     pub(crate) attention: AnyAttentionScratch,
     pub(crate) moe: MoeScratch,
+    /// Of a router that runs before the model.
+    pub(crate) decoupled: Option<Box<DecoupledScratch>>,
     pub(crate) matmul: MatmulScratch,
     /// Grows to the rows that are asked for.
     pub(crate) logits: Vec<f32>,
@@ -84,7 +87,8 @@ impl Workspace {
         let widest = shape
             .d_model
             .max(shape.attention_width())
-            .max(shape.d_dense);
+            .max(shape.d_dense)
+            .max(shape.decoupled.map_or(0, |router| router.widest()));
         Ok(Self {
             capacity,
             spans: Vec::new(),
@@ -98,6 +102,9 @@ impl Workspace {
             attention: AnyAttentionScratch::new(&shape, capacity),
             matmul: MatmulScratch::with_capacity((capacity * widest).max(moe.largest_input())),
             moe,
+            decoupled: shape
+                .decoupled
+                .map(|router| Box::new(DecoupledScratch::new(&router, capacity))),
             logits: Vec::new(),
             shape,
         })

@@ -7,7 +7,7 @@ use std::alloc::System;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use cadre_checkpoint::{AttentionExperts, ModelConfig, scratch_bytes};
+use cadre_checkpoint::{AttentionExperts, DecoupledRouter, ModelConfig, scratch_bytes};
 use cadre_engine::{
     GenerateOptions, Hooks, LoadOptions, Logits, Model, NoObserver, Observer, Quant, RoutingEvent,
     SamplingOptions, Sequence, SessionOptions, generate, load,
@@ -59,11 +59,25 @@ fn models() -> Vec<(&'static str, Arc<dyn Model>, ModelConfig)> {
             });
         })
     };
+    let decoupled = || {
+        wide().configure(|c| {
+            c.model_type = "cadre_moe".to_owned();
+            c.moe.decoupled_router = Some(DecoupledRouter {
+                hidden_size: 64,
+                n_layers: 1,
+                n_heads: 4,
+                head_dim: 16,
+                intermediate_size: 64,
+                per_layer: true,
+            });
+        })
+    };
     vec![
         open("tiny", TinyMoe::default(), Quant::AsStored),
         open("wide", wide(), Quant::AsStored),
         open("wide q8_0", wide(), Quant::Q8_0),
         open("attention experts", experts(), Quant::AsStored),
+        open("router before the model", decoupled(), Quant::AsStored),
     ]
 }
 

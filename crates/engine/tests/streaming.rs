@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use cadre_checkpoint::Checkpoint;
+use cadre_checkpoint::{Checkpoint, DecoupledRouter};
 use cadre_engine::{
     AheadKind, EngineError, LoadOptions, Logits, Model, NoObserver, Observer, PolicyKind,
     ReaderKind, RoutingEvent, Sequence, SessionOptions, Steering, StreamOptions, load,
@@ -143,7 +143,13 @@ fn streamed_is_resident_byte_for_byte() {
             stream.store.reader =
                 [ReaderKind::Auto, ReaderKind::Pread, ReaderKind::Sync][random.below(3)];
             stream.store.request_bytes = [4096, 1 << 20][random.below(2)];
-            stream.store.ahead = AheadKind::ALL[random.below(AheadKind::ALL.len())];
+            let before = checkpoint.config().moe.decoupled_router.is_some();
+            stream.ahead = match AheadKind::ALL[random.below(AheadKind::ALL.len())] {
+                // Of the two ways in which the model's own router may say something, the one that it has.
+                AheadKind::Gate | AheadKind::Exact if before => Some(AheadKind::Exact),
+                AheadKind::Gate | AheadKind::Exact => Some(AheadKind::Gate),
+                kind => Some(kind),
+            };
             (stream.store.adaptive, stream.store.scored) =
                 (random.below(2) == 0, random.below(2) == 0);
             let (n_threads, chunk) = (1 + random.below(3), [1, 5, 64][random.below(3)]);
@@ -229,12 +235,84 @@ fn steered_streams_are_what_steered_residents_are() {
     }
 }
 
+/// A model with one router before its layers.
+fn decoupled(per_layer: bool) -> TinyMoe {
+    TinyMoe::default()
+        .n_layers(5)
+        .mlp_only_layers(&[1])
+        .configure(|config| {
+            config.model_type = "cadre_moe".to_owned();
+            config.moe.decoupled_router = Some(DecoupledRouter {
+                hidden_size: 16,
+                n_layers: 2,
+                n_heads: 2,
+                head_dim: 6,
+                intermediate_size: 20,
+                per_layer,
+            });
+        })
+}
+
+#[test]
+fn a_router_before_the_layers_foresees_every_pick() {
+    for per_layer in [false, true] {
+        let folder = decoupled(per_layer).build().unwrap();
+        let checkpoint = folder.open().unwrap();
+        let resident = logits(&*open(&checkpoint, 2, None), 64);
+        let least = least(&checkpoint);
+        for (budget, ahead) in [
+            (least, None),
+            (least + checkpoint.data_bytes() / 4, None),
+            (least + checkpoint.data_bytes() / 4, Some(AheadKind::Exact)),
+            (least + checkpoint.data_bytes() / 4, Some(AheadKind::EdgeMoe)),
+        ] {
+            let mut stream = StreamOptions::new(budget);
+            stream.ahead = ahead;
+            stream.store.scored = true;
+            let model = open(&checkpoint, 2, Some(stream));
+            for chunk in [1, 7, 64] {
+                assert!(logits(&*model, chunk) == resident, "{ahead:?} {chunk}");
+            }
+            let scores = model.predictor_scores();
+            let exact = scores.iter().find(|score| score.name == "exact").unwrap();
+            assert_eq!(exact.overall().whole_sets(), 1.0, "{exact:?}");
+            assert!(exact.overall().n_picks > 100);
+            assert!(scores.iter().all(|score| score.name != "gate"));
+            let stats = model.store_stats().unwrap();
+            if ahead != Some(AheadKind::EdgeMoe) {
+                assert_eq!(stats.wasted, 0);
+                assert!(2 * stats.read_ahead > stats.reads, "{stats:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn who_cannot_say_what_is_read_early_is_refused() {
+    let refused = |builder: TinyMoe, ahead: AheadKind| {
+        let mut stream = StreamOptions::new(1 << 20);
+        stream.ahead = Some(ahead);
+        let options = LoadOptions {
+            stream: Some(stream),
+            ..LoadOptions::default()
+        };
+        let folder = builder.build().unwrap();
+        load(&folder.open().unwrap(), &options)
+            .unwrap_err()
+            .to_string()
+    };
+    let said = refused(TinyMoe::default(), AheadKind::Exact);
+    assert!(said.contains("exact") && said.contains("wait for its layers"), "{said}");
+    let said = refused(decoupled(false), AheadKind::Gate);
+    assert!(said.contains("gate") && said.contains("before the layers"), "{said}");
+}
+
 #[test]
 fn with_room_for_all_every_expert_is_read_once() {
     let folder = TinyMoe::default().n_layers(4).build().unwrap();
     let checkpoint = folder.open().unwrap();
     let mut stream = StreamOptions::new(1 << 30);
-    stream.store.ahead = AheadKind::Off;
+    stream.ahead = Some(AheadKind::Off);
     let model = open(&checkpoint, 2, Some(stream));
     logits(&*model, 64);
     let first = model.store_stats().unwrap();

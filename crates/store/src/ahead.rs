@@ -28,6 +28,8 @@ pub enum AheadKind {
     /// The layer's own router, asked with the input of the layer before.
     #[default]
     Gate,
+    /// A router that has run before all layers: what it says is certain ([`crate::Store::foresee`]).
+    Exact,
     /// [`EdgeMoe`].
     EdgeMoe,
     /// [`Popularity`].
@@ -38,9 +40,10 @@ pub enum AheadKind {
 
 impl AheadKind {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Off,
         Self::Gate,
+        Self::Exact,
         Self::EdgeMoe,
         Self::Popularity,
         Self::Previous,
@@ -51,6 +54,7 @@ impl AheadKind {
         match self {
             Self::Off => "off",
             Self::Gate => "gate",
+            Self::Exact => "exact",
             Self::EdgeMoe => "edgemoe",
             Self::Popularity => "popularity",
             Self::Previous => "previous",
@@ -61,6 +65,8 @@ impl AheadKind {
         Some(match self {
             Self::Off => return None,
             Self::Gate => Box::new(Given::new("gate", n_layers)),
+            // A pass at a time, so that one that failed leaves nothing behind.
+            Self::Exact => Box::new(Given::new("exact", n_layers)),
             Self::EdgeMoe => Box::new(EdgeMoe::new(n_layers, n_experts)),
             Self::Popularity => Box::new(Popularity::new(
                 n_layers,
@@ -107,19 +113,28 @@ pub(crate) struct Ahead {
     predictor: Option<Box<dyn Predictor>>,
     /// `None`: always, without a trial.
     trial: Option<Trial>,
+    /// Whether picks are told before a pass, so that no layer's router need be asked early.
+    foreseen: bool,
     scoreboard: Option<Scoreboard>,
     ranked: Vec<u16>,
 }
 
 impl Ahead {
-    /// For layers with so many experts, none with more than `n_experts`. `adaptive`: only while it helps. `scored`: all ways of guessing are scored, whichever is acted on.
+    /// For layers with so many experts, none with more than `n_experts`. `adaptive`: only while it helps. `scored`: all ways
+    /// of guessing are scored, whichever is acted on; of the router's own word, that which there is: `foreseen`, or asked
+    /// a layer early.
     pub(crate) fn new(
         kind: AheadKind,
         (n_experts_of, n_experts): (&[u16], usize),
         (adaptive, scored): (bool, bool),
+        foreseen: bool,
     ) -> Self {
         let n_layers = n_experts_of.len();
-        let all = AheadKind::ALL.iter();
+        let absent = match foreseen {
+            true => AheadKind::Gate,
+            false => AheadKind::Exact,
+        };
+        let all = AheadKind::ALL.iter().filter(|kind| **kind != absent);
         let predictors = all
             .filter_map(|kind| kind.predictor(n_layers, n_experts))
             .collect();
@@ -128,7 +143,8 @@ impl Ahead {
             n_layers,
             n_experts_of: n_experts_of.to_vec(),
             predictor: kind.predictor(n_layers, n_experts),
-            trial: adaptive.then(Trial::default),
+            trial: (adaptive && kind != AheadKind::Exact).then(Trial::default),
+            foreseen,
             scoreboard: scored.then(|| Scoreboard::new(n_layers, predictors)),
             ranked: Vec::with_capacity(n_experts),
         }
@@ -141,6 +157,18 @@ impl Ahead {
         }
     }
 
+    /// Whether what is told before a pass is acted on.
+    pub(crate) fn is_exact(&self) -> bool {
+        self.kind == AheadKind::Exact
+    }
+
+    /// Takes what `layer` will pick in the pass that begins.
+    pub(crate) fn foresee(&mut self, layer: u16, experts: &[u16]) {
+        if let Some(scoreboard) = &mut self.scoreboard {
+            scoreboard.give(layer, experts);
+        }
+    }
+
     fn acts(&self, n_tokens: usize) -> bool {
         let helps = self.trial.as_ref().is_none_or(|trial| trial.is_on);
         self.kind != AheadKind::Off && (n_tokens > FEW || helps)
@@ -149,6 +177,9 @@ impl Ahead {
     /// What to find out for a pass of `n_tokens` whose picks in `layer` are `n_picked` experts.
     pub(crate) fn look(&self, layer: u16, n_tokens: usize, n_picked: usize) -> Look {
         let is_decoding = n_tokens <= FEW;
+        if self.is_exact() {
+            return Look::Nowhere;
+        }
         if !is_decoding
             && self.acts(n_tokens)
             && n_picked as f64 >= NEARLY_ALL * f64::from(self.n_experts_of[usize::from(layer)])
@@ -156,7 +187,8 @@ impl Ahead {
             return Look::Everywhere;
         }
         let is_asked = self.kind == AheadKind::Gate && self.acts(n_tokens);
-        match is_asked || (is_decoding && self.scoreboard.is_some()) {
+        let is_scored = is_decoding && self.scoreboard.is_some() && !self.foreseen;
+        match is_asked || is_scored {
             true => Look::Gate,
             false => Look::Nowhere,
         }
@@ -169,7 +201,8 @@ impl Ahead {
         picked: &[u16],
         n_tokens: usize,
     ) -> Option<(u16, &[u16])> {
-        if n_tokens > FEW {
+        // No tokens are those of a cache that is being filled.
+        if n_tokens > FEW || n_tokens == 0 {
             return None;
         }
         if let Some(scoreboard) = &mut self.scoreboard {
@@ -179,7 +212,7 @@ impl Ahead {
         let acts = self.acts(n_tokens);
         let predictor = self.predictor.as_mut()?;
         predictor.observe(layer, picked);
-        if self.kind == AheadKind::Gate || !acts {
+        if matches!(self.kind, AheadKind::Gate | AheadKind::Exact) || !acts {
             return None;
         }
         predictor.rank(next, &mut self.ranked);
@@ -277,7 +310,7 @@ mod tests {
 
     #[test]
     fn prompts_are_not_timed_and_read_ahead_at_once() {
-        let mut ahead = Ahead::new(AheadKind::Gate, (&[10, 4, 10], 10), (true, false));
+        let mut ahead = Ahead::new(AheadKind::Gate, (&[10, 4, 10], 10), (true, false), false);
         for _ in 0..100 {
             ahead.begin(64);
         }
@@ -296,7 +329,8 @@ mod tests {
     fn each_kind_expects_the_next_layer() {
         for kind in AheadKind::ALL {
             assert_eq!(kind.name().parse::<AheadKind>().unwrap(), kind);
-            let mut ahead = Ahead::new(kind, (&[8, 8], 8), (false, true));
+            let foreseen = kind == AheadKind::Exact;
+            let mut ahead = Ahead::new(kind, (&[8, 8], 8), (false, true), foreseen);
             let mut expected = Vec::new();
             for _ in 0..6 {
                 for layer in 0..2 {
@@ -305,13 +339,17 @@ mod tests {
                         .map(|(layer, ranked)| (layer, ranked.to_vec()))
                         .into_iter()
                         .collect();
-                    assert_eq!(ahead.look(layer, 1, 3), Look::Gate, "{kind} is scored");
+                    let look = match foreseen {
+                        true => Look::Nowhere,
+                        false => Look::Gate,
+                    };
+                    assert_eq!(ahead.look(layer, 1, 3), look, "{kind} is scored");
                     let n = ahead.give(1 - layer, &[1, 2, 3], 1);
                     assert_eq!(n, if kind == AheadKind::Gate { LIMIT } else { 0 });
                 }
             }
             match kind {
-                AheadKind::Off | AheadKind::Gate => assert!(expected.is_empty()),
+                AheadKind::Off | AheadKind::Gate | AheadKind::Exact => assert!(expected.is_empty()),
                 _ => {
                     assert_eq!((expected[0].0, expected[0].1.len()), (0, LIMIT), "{kind}");
                     assert!(
@@ -326,5 +364,24 @@ mod tests {
             assert!(ahead.scores().len() >= 4);
         }
         assert!("oracle".parse::<AheadKind>().is_err());
+    }
+
+    #[test]
+    fn what_was_foreseen_is_right_and_needs_no_trial() {
+        let mut ahead = Ahead::new(AheadKind::Exact, (&[8, 8], 8), (true, true), true);
+        for pass in 0..4_u16 {
+            // A pass that was told of and never came leaves nothing behind.
+            for _ in 0..2 {
+                (0..2).for_each(|layer| ahead.foresee(layer, &[pass, pass + layer + 1]));
+            }
+            ahead.begin(1);
+            assert!(ahead.acts(1) && ahead.is_exact());
+            for layer in 0..2 {
+                assert!(ahead.observe(layer, &[pass, pass + layer + 1], 1).is_none());
+            }
+        }
+        let names: Vec<&str> = ahead.scores().iter().map(|score| score.name).collect();
+        assert_eq!(names, ["exact", "edgemoe", "popularity", "previous", "control"]);
+        assert_eq!(ahead.scores()[0].overall().whole_sets(), 1.0);
     }
 }

@@ -47,6 +47,8 @@ pub(crate) struct Inner<F: Form> {
     pub(crate) ahead: Ahead,
     /// What is to be read ahead, best first.
     pub(crate) expected: VecDeque<ExpertId>,
+    /// What every layer of the pass will want, where that is known before it and acted on.
+    pub(crate) foreseen: Vec<Vec<u16>>,
     pub(crate) pieces: Vec<Bytes>,
     pub(crate) stats: StoreStats,
 }
@@ -58,6 +60,8 @@ pub(crate) struct Slot<F: Form> {
     pub(crate) expert: Option<F::Expert>,
     pub(crate) class: usize,
     pub(crate) in_use: bool,
+    /// Whether a later layer of the pass will want what it holds.
+    pub(crate) awaited: bool,
 }
 
 /// Where a wanted expert is.
@@ -109,6 +113,7 @@ impl<F: Form> Inner<F> {
                 Some(slot) => {
                     // It must stay until it has been computed.
                     self.slots[slot].in_use = true;
+                    self.slots[slot].awaited = false;
                     Place::Slot(slot)
                 }
                 None => Place::Disk,
@@ -123,6 +128,7 @@ impl<F: Form> Inner<F> {
             });
             self.expected.extend(expected);
         }
+        self.expect_foreseen(layer + 1);
         // What is in memory comes first, then what is being read, then the rest in the order of the file.
         let rank = |inner: &Self, at: usize| {
             let id = ExpertId {
@@ -267,7 +273,8 @@ impl<F: Form> Inner<F> {
         let free = (first..first + self.n_transit).find(|slot| !self.transit[*slot].in_use);
         let Some(free) = free else { return Ok(false) };
         let (slots, now) = (&self.slots, self.now);
-        let placed = self.cache.place(id, now, &|slot| slots[slot].in_use);
+        let pinned = |slot: usize| slots[slot].in_use || slots[slot].awaited;
+        let placed = self.cache.place(id, now, &pinned);
         let place = match placed {
             Placed::Free(slot) => Place::Slot(slot),
             Placed::Evicted(slot, _) => {

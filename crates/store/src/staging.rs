@@ -78,6 +78,11 @@ impl Staging {
         }
     }
 
+    /// How many there are.
+    pub(crate) fn n_buffers(&self) -> usize {
+        self.buffers.len()
+    }
+
     /// The buffer that holds `expert`, or will.
     pub(crate) fn of(&self, expert: ExpertId) -> Option<usize> {
         let holds =

@@ -9,6 +9,7 @@ use crate::budget::{Division, SizeClass};
 use crate::cache::Cache;
 use crate::error::StoreError;
 use crate::expert::{ExpertId, Now};
+use crate::foresight::Foresight;
 use crate::form::Form;
 use crate::inner::{Inner, Slot};
 use crate::pass::Pass;
@@ -27,8 +28,10 @@ pub struct StoreOptions {
     pub policy: PolicyKind,
     /// What is read before it is wanted.
     pub ahead: AheadKind,
-    /// Whether that is tried and kept up only while it helps.
+    /// Whether that is tried and kept up only while it helps. What is certain needs no trial.
     pub adaptive: bool,
+    /// Whether what a pass will want is told before it begins: [`Store::foresee`].
+    pub foreseen: bool,
     /// Whether all ways of guessing what will be wanted are scored: [`Store::scores`].
     pub scored: bool,
     /// How files are read.
@@ -46,6 +49,7 @@ impl Default for StoreOptions {
             policy: PolicyKind::default(),
             ahead: AheadKind::default(),
             adaptive: true,
+            foreseen: false,
             scored: false,
             reader: ReaderKind::default(),
             lanes: crate::reader::LANES,
@@ -165,6 +169,7 @@ impl<F: Form> Store<F> {
             expert: None,
             class,
             in_use: false,
+            awaited: false,
         };
         let slots = division.cache.iter().enumerate();
         let slots: Vec<Slot<F>> = slots
@@ -197,8 +202,10 @@ impl<F: Form> Store<F> {
                     options.ahead,
                     (&n_experts_of, n_experts),
                     (options.adaptive, options.scored),
+                    options.foreseen,
                 ),
                 expected: VecDeque::with_capacity(n_experts),
+                foreseen: vec![Vec::with_capacity(n_experts); n_layers],
                 pieces: Vec::new(),
                 stats: StoreStats::default(),
             }),
@@ -266,6 +273,12 @@ impl<F: Form> Store<F> {
     /// Sets for every expert of `layer` whether it is in memory, in one go.
     pub fn mark_cached(&self, layer: u16, is_cached: &mut [bool]) {
         self.lock().mark_cached(layer, is_cached);
+    }
+
+    /// Takes what the layers of the next pass will want, before the first of them: where [`StoreOptions::foreseen`] says that
+    /// this is known. With [`AheadKind::Exact`] it is acted on; it is scored in any case.
+    pub fn foresee(&self) -> Foresight<'_, F> {
+        Foresight::new(&self.form, self.lock())
     }
 
     /// Begins the pass of `layer`, with `experts` serving so many tokens each, ascending, out of `n_tokens` tokens.

@@ -334,3 +334,54 @@ fn preloading_fills_what_is_empty_and_nothing_else() {
     pass(&store, &files, (0, &every), &[]).unwrap();
     assert!(store.stats().hits > 0);
 }
+
+/// Random picks of three layers, told before every pass: nothing is read in vain, every miss but the first layer's is
+/// asked for before its turn, and fewer experts are read than without, since what is awaited is not given up.
+#[test]
+fn what_is_foreseen_is_read_early_and_kept() {
+    let run = |ahead: AheadKind| {
+        let (files, form) = files();
+        let store = StoreOptions {
+            ahead,
+            foreseen: true,
+            scored: true,
+            ..options(120_000, PolicyKind::Lru)
+        };
+        let store = open(form, &files, store);
+        let mut state = 7_u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as usize % N_EXPERTS
+        };
+        for _ in 0..60 {
+            let picks: Vec<Vec<u16>> = (0..N_LAYERS)
+                .map(|_| {
+                    let mut picks = vec![next() as u16, next() as u16];
+                    picks.sort_unstable();
+                    picks.dedup();
+                    picks
+                })
+                .collect();
+            let mut foresight = store.foresee();
+            for (layer, picks) in (0..).zip(&picks) {
+                foresight.wants(layer, picks);
+            }
+            drop(foresight);
+            for (layer, picks) in (0..).zip(&picks) {
+                pass(&store, &files, (layer, picks), &[]).unwrap();
+            }
+        }
+        (store.stats(), store.scores()[0].clone())
+    };
+    let (exact, score) = run(AheadKind::Exact);
+    let (off, _) = run(AheadKind::Off);
+    assert_eq!((score.name, score.overall().whole_sets()), ("exact", 1.0));
+    assert_eq!(exact.lookups, off.lookups);
+    assert_eq!(exact.wasted, 0);
+    assert!(
+        exact.read_ahead as f64 > 0.9 * exact.reads as f64,
+        "{exact:?}"
+    );
+    assert!(exact.reads < off.reads, "{exact:?} {off:?}");
+    assert_eq!(off.read_ahead, 0);
+}

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use cadre_checkpoint::{
-    Checkpoint, FormatSize, Holding, ModelSizes, held_sizes, kv_bytes_per_token, model_sizes,
-    tensor_specs,
+    Checkpoint, DecoupledRouter, FormatSize, Holding, ModelSizes, held_sizes, kv_bytes_per_token,
+    model_sizes, tensor_specs,
 };
 use cadre_engine::KvFormats;
 use serde::Serialize;
@@ -70,6 +70,8 @@ pub(crate) struct Report {
     pub(crate) residual_width: Option<usize>,
     /// Width of the state that routers hand from layer to layer.
     pub(crate) recurrent_router_width: Option<usize>,
+    /// The router that runs before the layers.
+    pub(crate) decoupled_router: Option<DecoupledReport>,
     pub(crate) router: Option<Router>,
     n_heads: usize,
     n_kv_heads: usize,
@@ -95,6 +97,25 @@ pub(crate) struct Report {
     pub(crate) ignored: Vec<Ignored>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) layers: Option<Vec<Layer>>,
+}
+
+/// A small network over token ids whose logits all layers pick by.
+#[derive(Debug, Serialize)]
+pub(crate) struct DecoupledReport {
+    pub(crate) width: usize,
+    pub(crate) n_layers: usize,
+    /// Whether every layer of the model has picks of its own.
+    pub(crate) per_layer: bool,
+}
+
+impl From<DecoupledRouter> for DecoupledReport {
+    fn from(router: DecoupledRouter) -> Self {
+        Self {
+            width: router.hidden_size,
+            n_layers: router.n_layers,
+            per_layer: router.per_layer,
+        }
+    }
 }
 
 /// A quantity, split by what a token touches.
@@ -242,6 +263,7 @@ fn report(checkpoint: &Checkpoint, args: &Args) -> Result<Report> {
         experts_per_layer: (!config.moe.uneven.is_empty()).then(|| config.moe.uneven.clone()),
         residual_width: config.moe.residual.map(|part| part.intermediate_size),
         recurrent_router_width: config.moe.recurrent_router,
+        decoupled_router: config.moe.decoupled_router.map(DecoupledReport::from),
         router: Router::new(config),
         n_heads: config.n_heads,
         n_kv_heads: config.n_kv_heads,

@@ -58,7 +58,18 @@ fn lines(report: &Report) -> Vec<(&'static str, String)> {
         let recurrent =
             recurrent.map(|width| format!(", with a state of {width} along the layers"));
         let recurrent = recurrent.unwrap_or_default();
-        lines.push(("router", format!("{router}{recurrent}")));
+        let decoupled = report.decoupled_router.as_ref().map(|router| {
+            let picks = match router.per_layer {
+                true => "picks for each layer",
+                false => "the same picks for all layers",
+            };
+            format!(
+                ", by a network of width {} before the layers; {picks}",
+                router.width
+            )
+        });
+        let decoupled = decoupled.unwrap_or_default();
+        lines.push(("router", format!("{router}{recurrent}{decoupled}")));
     }
     lines.extend([
         ("attention", report.attention.to_string()),

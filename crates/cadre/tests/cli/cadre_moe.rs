@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use cadre_checkpoint::{AttentionExperts, ResidualMlp, RouterConfig};
+use cadre_checkpoint::{AttentionExperts, DecoupledRouter, ResidualMlp, RouterConfig};
 use cadre_testkit::{TinyFolder, TinyMoe};
 
 use crate::common::{arg, failure, json, stdout};
@@ -157,6 +157,77 @@ fn attention_experts_are_counted_and_streamed() {
     let file = scratch.path().join("m.gguf");
     let (_, errors) = failure(&["convert", "-m", path, "-o", arg(&file)]);
     assert!(errors.contains("attention cut into 2 experts"), "{errors}");
+}
+
+/// One router before the layers.
+fn decoupled() -> TinyFolder {
+    let model = TinyMoe::default().n_layers(4).configure(|config| {
+        config.model_type = "cadre_moe".to_owned();
+        config.moe.decoupled_router = Some(DecoupledRouter {
+            hidden_size: 16,
+            n_layers: 1,
+            n_heads: 2,
+            head_dim: 8,
+            intermediate_size: 24,
+            per_layer: false,
+        });
+    });
+    model.build().unwrap()
+}
+
+/// Tokens take the same experts in every layer, which is known before the first of them.
+#[test]
+fn a_router_before_the_layers_is_shown_traced_and_streamed() {
+    let model = decoupled();
+    let path = arg(model.path());
+    let text = stdout(&["inspect", "-m", path]);
+    assert!(
+        text.contains("width 16 before the layers; the same picks for all layers"),
+        "{text}"
+    );
+    let report = json(&["inspect", "-m", path, "-o", "json"]);
+    assert_eq!(report["decoupled_router"]["width"], 16);
+    // 4 layers of 2 heads, as the default has them, and the router's one: keys and values in f32.
+    assert_eq!(report["kv_bytes_per_token"], 4 * 2 * (4 * 2 * 8 + 16));
+    let run = [
+        "run", "-m", path, "-p", "the cat", "-n", "12", "--temp", "0",
+    ];
+    let resident = stdout(&run);
+    for more in [
+        &["--mem-budget", "1MiB"][..],
+        &["--mem-budget", "1MiB", "--read-ahead", "exact"],
+        &["--mem-budget", "1MiB", "--read-ahead", "off"],
+    ] {
+        assert_eq!(stdout(&[&run[..], more].concat()), resident, "{more:?}");
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let at = |name: &str| arg(&scratch.path().join(name)).to_owned();
+    let (data, trace) = (at("text.txt"), at("trace.parquet"));
+    fs::write(&data, "the quick brown fox jumps over the lazy dog").unwrap();
+    stdout(&["trace", "-m", path, "--data", &data, "-o", &trace]);
+    let stats = json(&["trace", "show", &trace, "-o", "json"]);
+    let loads: Vec<_> = stats["layers"].as_array().unwrap().iter().collect();
+    assert_eq!(loads.len(), 4);
+    assert!(loads.iter().all(|layer| layer["load"] == loads[0]["load"]));
+    let (_, errors) = failure(&["convert", "-m", path, "-o", &at("m.gguf")]);
+    assert!(errors.contains("a router that runs before the model"), "{errors}");
+    let folder = at("copy");
+    stdout(&["convert", "-m", path, "-o", &folder]);
+    let copied = [&["run", "-m", &folder], &run[3..]].concat();
+    assert_eq!(stdout(&copied), resident);
+}
+
+#[test]
+fn who_cannot_foresee_is_not_asked_to() {
+    let usual = TinyMoe::default().build().unwrap();
+    let run = |path: &str, who: &str| {
+        let budget = ["--mem-budget", "1MiB", "--read-ahead", who];
+        failure(&[&["run", "-m", path, "-p", "a", "-n", "1"][..], &budget].concat()).1
+    };
+    let said = run(arg(usual.path()), "exact");
+    assert!(said.contains("wait for its layers"), "{said}");
+    let said = run(arg(decoupled().path()), "gate");
+    assert!(said.contains("runs before the layers"), "{said}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use super::mixture::Mixture;
 use crate::Dtype;
 use crate::config::ModelConfig;
+use crate::decoupled_router::is_matrix_of_router;
 use crate::error::{CheckpointError, Result};
 
 /// What the user asks for.
@@ -72,6 +73,7 @@ pub(crate) fn stays_f32(name: &str, shape: &[usize]) -> bool {
         || name.ends_with(".mlp.router_in.weight")
         || name.ends_with(".mlp.residual_coefficient.weight")
         || name.starts_with("model.router_gru.")
+        || is_matrix_of_router(name)
 }
 
 /// The format of a tensor of a GGUF file. `form` is the model as GGUF holds it, `name` and `shape` are canonical (of

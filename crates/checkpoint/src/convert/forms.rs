@@ -161,6 +161,11 @@ pub(super) fn differences(ours: &ModelConfig, theirs: &ModelConfig) -> Vec<Strin
         list.same("shared expert", &a.shared, &b.shared);
         list.same("feed-forward beside experts", &a.residual, &b.residual);
         list.same("recurrent router", &a.recurrent_router, &b.recurrent_router);
+        list.same(
+            "router before the model",
+            &a.decoupled_router,
+            &b.decoupled_router,
+        );
     }
     list.0
 }

@@ -1,6 +1,6 @@
 //! `cadre_moe`: what Cadre's trainer makes and no published architecture can hold; Qwen3's attention, and under the key
-//! `cadre_moe` any router, uneven layers, null experts, shared experts, a feed-forward beside them, a recurrent router,
-//! experts of attention.
+//! `cadre_moe` any router, uneven layers, null experts, shared experts, a feed-forward beside them, a recurrent router, a
+//! router before the model, experts of attention.
 //!
 //! The format is described in `docs/guide/models.md`. Inside `cadre_moe` every key must be known.
 
@@ -8,8 +8,8 @@ use serde_json::{Map, Value, json};
 
 use super::{Architecture, common};
 use crate::config::{
-    AttentionExperts, ModelConfig, MoeConfig, QkNorm, ResidualMlp, RouterConfig, Score,
-    SharedExpert,
+    AttentionExperts, DecoupledRouter, ModelConfig, MoeConfig, QkNorm, ResidualMlp, RouterConfig,
+    Score, SharedExpert,
 };
 use crate::error::Result;
 use crate::keys::Keys;
@@ -37,8 +37,12 @@ const KEYS: &[&str] = &[
     "residual",
     "residual_intermediate_size",
     "recurrent_router",
+    DECOUPLED,
     ATTENTION,
 ];
+
+/// Inside of it, the router that runs before the model.
+const DECOUPLED: &str = "decoupled_router";
 
 /// Inside of it, the experts of attention.
 const ATTENTION: &str = "attention_experts";
@@ -97,6 +101,7 @@ fn from_json(keys: &Keys) -> Result<ModelConfig> {
                 "num_experts_per_tok" => "top_k",
                 "n_group" => "router.n_groups",
                 "topk_group" => "router.keep_groups",
+                key if key.starts_with(DECOUPLED) => key,
                 _ => "layers",
             };
             ours.problem(key, problem)
@@ -135,6 +140,7 @@ fn moe(keys: &Keys) -> Result<MoeConfig> {
         intermediate_size: keys.size("intermediate_size")?,
         recurrent_router: keys.size_maybe("recurrent_router")?,
         residual: residual(keys)?,
+        decoupled_router: decoupled_router(keys)?,
         ..MoeConfig::default()
     };
     let counts = keys.sizes("n_experts")?;
@@ -159,6 +165,30 @@ fn moe(keys: &Keys) -> Result<MoeConfig> {
     moe.top_k = top_k(keys, &moe)?;
     check_parts(keys, &moe)?;
     Ok(moe)
+}
+
+/// What it cannot go together with is checked with the rest of the experts.
+fn decoupled_router(keys: &Keys) -> Result<Option<DecoupledRouter>> {
+    let Some(keys) = keys.object(DECOUPLED)? else {
+        return Ok(None);
+    };
+    const SIZES: [&str; 5] = [
+        "hidden_size",
+        "n_layers",
+        "n_heads",
+        "head_dim",
+        "intermediate_size",
+    ];
+    keys.refuse_others(&[&SIZES[..], &["per_layer"]].concat())?;
+    let [hidden_size, n_layers, n_heads, head_dim, intermediate_size] = SIZES.map(|key| keys.size(key));
+    Ok(Some(DecoupledRouter {
+        hidden_size: hidden_size?,
+        n_layers: n_layers?,
+        n_heads: n_heads?,
+        head_dim: head_dim?,
+        intermediate_size: intermediate_size?,
+        per_layer: keys.flag("per_layer")?,
+    }))
 }
 
 fn residual(keys: &Keys) -> Result<Option<ResidualMlp>> {
@@ -293,7 +323,7 @@ fn check_parts(keys: &Keys, moe: &MoeConfig) -> Result<()> {
         };
         return Err(keys.problem("n_null", problem));
     }
-    if let (Some(width), false) = (moe.recurrent_router, moe.has_gate()) {
+    if let (Some(width), false) = (moe.recurrent_router, moe.looks_at_logits()) {
         let reason = format!("`{name}` picks without logits, which the recurrence would make");
         return Err(keys.unsupported("recurrent_router", &json!(width), &reason));
     }
@@ -323,6 +353,20 @@ fn to_json(config: &ModelConfig, map: &mut Map<String, Value>) {
             "recurrent_router": moe.recurrent_router,
         }),
     };
+    if let Some(router) = moe.decoupled_router {
+        let DecoupledRouter {
+            hidden_size,
+            n_layers,
+            n_heads,
+            head_dim,
+            intermediate_size,
+            per_layer,
+        } = router;
+        ours[DECOUPLED] = json!({
+            "hidden_size": hidden_size, "n_layers": n_layers, "n_heads": n_heads, "head_dim": head_dim,
+            "intermediate_size": intermediate_size, "per_layer": per_layer,
+        });
+    }
     if let Some(experts) = config.attention.experts {
         let AttentionExperts {
             n_experts,
@@ -408,6 +452,12 @@ mod tests {
         })
     }
 
+    fn decoupled(per_layer: bool) -> Value {
+        json!({
+            "hidden_size": 12, "n_layers": 1, "n_heads": 2, "head_dim": 6, "intermediate_size": 20, "per_layer": per_layer,
+        })
+    }
+
     const GROUPS: &str = r#"{"name": "group_limited", "score": "sigmoid", "n_groups": 2, "keep_groups": 1,
         "group_score": "sum_of_best_two", "norm_topk_prob": true, "scale": 2.5, "bias": true}"#;
 
@@ -431,6 +481,8 @@ mod tests {
             json!({"attention_experts": {"n_experts": 2, "top_k": 1, "eps": 0.25}}),
             attention_alone(),
             json!({"residual": "learned", "residual_intermediate_size": 7, "recurrent_router": 5}),
+            json!({"decoupled_router": decoupled(false)}),
+            json!({"decoupled_router": decoupled(true), "n_experts": [4, 6], "shared_intermediate_size": 10}),
         ];
         for edits in cases {
             let config = read(edits.clone()).unwrap();
@@ -487,6 +539,10 @@ mod tests {
         );
         assert!(attention.contains(&gate) && !specs.contains(&gate));
         assert!(attention.iter().all(|(name, _)| !name.contains("experts")));
+        let before = read(json!({"n_experts": [2, 3], "decoupled_router": decoupled(true)})).unwrap();
+        let before = tensor_specs(&before);
+        assert!(before.contains(&("model.router.head.weight".to_owned(), vec![5, 12])));
+        assert!(before.iter().all(|(name, _)| !name.contains(".mlp.gate.")));
         let uniform = read(json!({"router": {"name": "uniform", "seed": 1}})).unwrap();
         let gates = tensor_specs(&uniform)
             .iter()
@@ -532,6 +588,27 @@ mod tests {
         refused(
             json!({"router": {"name": "uniform", "seed": 1}, "recurrent_router": 4}),
             "recurrent_router",
+        );
+        let with = |key: &str, value: Value| {
+            let mut router = decoupled(false);
+            router[key] = value;
+            json!({ "decoupled_router": router })
+        };
+        refused(with("width", json!(4)), "width");
+        refused(with("n_heads", Value::Null), "n_heads");
+        refused(with("head_dim", json!(5)), "decoupled_router.head_dim");
+        refused(with("per_layer", Value::Null), "per_layer");
+        refused(
+            json!({"decoupled_router": decoupled(false), "n_experts": [4, 6]}),
+            "decoupled_router.per_layer",
+        );
+        refused(
+            json!({"decoupled_router": decoupled(false), "recurrent_router": 4}),
+            "only one of the two",
+        );
+        refused(
+            json!({"decoupled_router": decoupled(false), "router": {"name": "uniform", "seed": 1}}),
+            "picks without logits",
         );
         let attention = |n: usize, top_k: usize| json!({"attention_experts": {"n_experts": n, "top_k": top_k, "eps": 1.0}});
         refused(attention(4, 1), "a divisor of the 2 key and value heads");

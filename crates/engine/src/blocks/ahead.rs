@@ -1,7 +1,8 @@
-//! Looking ahead: what the next layer's router says to this layer's input, which is mostly what it will say to its own.
+//! Looking ahead: what the next layer's router says to this layer's input, which is mostly what it will say to its own; and
+//! what all layers will pick, where a router has said so before the first of them.
 //!
-//! The stream changes little from one layer to the next, so most of these picks come true. They only decide what is read
-//! early, and change no result.
+//! The stream changes little from one layer to the next, so most of the guesses come true; what a router before the model
+//! says is certain. Either only decides what is read early, and changes no result.
 
 use cadre_kernels::MatmulScratch;
 use cadre_routing::Routing;
@@ -10,7 +11,9 @@ use cadre_store::Look;
 use super::experts::Turn;
 use super::lossy::LossyScratch;
 use super::pick::SteerScratch;
-use super::{Moe, Norm, RouterScratch, Step};
+use super::{Experts, Moe, MoeScratch, Norm, Router, RouterScratch, Step};
+use crate::batch::{Sequence, Span};
+use crate::streaming::ExpertStore;
 
 /// The next layer that has experts, and the stream before this layer's.
 #[derive(Clone, Copy)]
@@ -33,6 +36,8 @@ pub(crate) struct AheadScratch {
     lossy: LossyScratch,
     counts: Vec<u32>,
     ranked: Vec<u16>,
+    /// Rows of each sequence that a layer will compute.
+    spans: Vec<Span>,
 }
 
 impl Ahead<'_> {
@@ -45,7 +50,7 @@ impl Ahead<'_> {
     ) {
         let (
             Turn::Streamed(pass),
-            super::Experts::Streamed {
+            Experts::Streamed {
                 layer, n_experts, ..
             },
         ) = (turn, &self.moe.experts)
@@ -67,38 +72,80 @@ impl Ahead<'_> {
         self.moe
             .router
             .guess(step, normed, logits, (router, matmul));
-        // What cannot be routed here says so when it is that layer's turn.
-        let AheadScratch {
-            logits,
-            routing,
-            steer,
-            ..
-        } = &mut *scratch;
         let step = Step {
             layer: self.layer,
             ..step
         };
-        if self.moe.pick(step, logits, (routing, steer)).is_err() {
-            return;
+        let mark = |is_cached: &mut [bool]| pass.mark_cached(*layer, is_cached);
+        if scratch.pick(self.moe, step, mark) {
+            pass.give(*layer, &scratch.ranked);
         }
-        if let Some(rules) = self.moe.lossy.as_ref().filter(|_| step.decodes) {
-            // What would not be computed need not be read.
-            scratch.lossy.is_cached.resize(*n_experts, false);
-            pass.mark_cached(*layer, &mut scratch.lossy.is_cached);
-            let AheadScratch {
-                logits,
-                routing,
-                lossy,
-                ..
-            } = scratch;
-            rules.edit(logits, routing, lossy);
+    }
+}
+
+/// Tells the store what `layers` will pick, by logits that a router has made before them: each with its index among all
+/// layers, and whether it computes only the rows whose logits are wanted.
+pub(crate) fn foresee<'m>(
+    step: Step<'_>,
+    layers: impl Iterator<Item = (usize, &'m Moe, bool)>,
+    batch: &[Sequence<'_>],
+    store: &ExpertStore,
+    scratch: &mut MoeScratch,
+) {
+    let mut foresight = store.foresee();
+    for (index, moe, trimmed) in layers {
+        let (Experts::Streamed { layer, .. }, Router::Foretold(part)) = (&moe.experts, &moe.router)
+        else {
+            continue;
+        };
+        let (ahead, router) = (&mut scratch.ahead, &scratch.router);
+        let mut spans = std::mem::take(&mut ahead.spans);
+        spans.clear();
+        let mut n_rows = 0;
+        for (span, sequence) in step.spans.iter().zip(batch) {
+            let n = match trimmed {
+                true => sequence.n_logits(),
+                false => span.n_rows,
+            };
+            spans.push(span.last(n, n_rows));
+            n_rows += n;
         }
-        scratch.rank(*n_experts);
-        pass.give(*layer, &scratch.ranked);
+        ahead.logits.resize(n_rows * part.n_logits, 0.0);
+        let rows = step.spans.iter().zip(&spans);
+        let rows = rows.flat_map(|(span, kept)| span.end() - kept.n_rows..span.end());
+        part.copy(router, rows, &mut ahead.logits);
+        let own = Step {
+            layer: index,
+            spans: &spans,
+            ..step
+        };
+        let mark = |is_cached: &mut [bool]| foresight.mark_cached(*layer, is_cached);
+        if ahead.pick(moe, own, mark) {
+            foresight.wants(*layer, &ahead.ranked);
+        }
+        ahead.spans = spans;
     }
 }
 
 impl AheadScratch {
+    /// Routes the logits as `moe` will, as far as is known now; `mark` says which of its experts are in memory. False
+    /// where they cannot be routed, which is said when it is that layer's turn.
+    fn pick(&mut self, moe: &Moe, step: Step<'_>, mark: impl FnOnce(&mut [bool])) -> bool {
+        let picks = (&mut self.routing, &mut self.steer);
+        if moe.pick(step, &self.logits, picks).is_err() {
+            return false;
+        }
+        let n_experts = moe.experts.n_experts();
+        if let Some(rules) = moe.lossy.as_ref().filter(|_| step.decodes) {
+            // What would not be computed need not be read.
+            self.lossy.is_cached.resize(n_experts, false);
+            mark(&mut self.lossy.is_cached);
+            rules.edit(&self.logits, &mut self.routing, &mut self.lossy);
+        }
+        self.rank(n_experts);
+        true
+    }
+
     /// The experts of the routing, the most picked first.
     fn rank(&mut self, n_experts: usize) {
         self.counts.clear();

@@ -2,6 +2,8 @@
 
 use cadre_kernels::{Kernels, KvFormats, KvLayer, KvSizes};
 
+use super::DecoupledShape;
+
 /// Keys and values of one layer.
 pub(crate) type LayerKv = KvLayer;
 
@@ -19,7 +21,8 @@ pub(crate) struct KvShape {
     pub(crate) value_dim: usize,
 }
 
-/// One [`LayerKv`] per layer, or per expert of each layer.
+/// One [`LayerKv`] per layer, or per expert of each layer, and behind these one per layer of a router that runs before
+/// the model.
 #[derive(Debug)]
 pub(crate) struct KvCache {
     pub(crate) layers: Vec<LayerKv>,
@@ -36,12 +39,36 @@ impl KvCache {
             value_dim: shape.value_dim,
         };
         let layer = || LayerKv::new(kernels, sizes, formats, n_ctx);
-        let n_layers = shape.n_layers * shape.n_experts.max(1);
+        let n_layers = Self::first_of_router(shape);
         let n_held = shape.n_layers * shape.n_experts;
         Self {
             layers: std::iter::repeat_with(layer).take(n_layers).collect(),
             held: (0..n_held).map(|_| Vec::with_capacity(n_ctx)).collect(),
         }
+    }
+
+    /// With caches for a router that runs before the model. Its picks should not depend on how the model's keys and values
+    /// are stored, so that these are f32.
+    pub(crate) fn with_router(
+        mut self,
+        kernels: Kernels,
+        shape: &DecoupledShape,
+        n_ctx: usize,
+    ) -> Self {
+        let sizes = KvSizes {
+            n_heads: shape.n_heads,
+            key_dim: shape.head_dim,
+            value_dim: shape.head_dim,
+        };
+        let layer = || LayerKv::new(kernels, sizes, KvFormats::default(), n_ctx);
+        self.layers
+            .extend(std::iter::repeat_with(layer).take(shape.n_layers));
+        self
+    }
+
+    /// Where the caches of such a router begin.
+    pub(crate) fn first_of_router(shape: &KvShape) -> usize {
+        shape.n_layers * shape.n_experts.max(1)
     }
 
     pub(crate) fn n_bytes(&self) -> usize {

@@ -6,6 +6,7 @@
 mod ahead;
 mod attention;
 mod attention_experts;
+mod decoupled;
 mod embedding;
 mod experts;
 mod feed_forward;
@@ -20,9 +21,10 @@ mod residual;
 mod rope;
 mod router;
 
-pub(crate) use ahead::Ahead;
+pub(crate) use ahead::{Ahead, foresee};
 pub(crate) use attention::{Attention, AttentionScratch};
 pub(crate) use attention_experts::{AttentionExperts, AttentionExpertsScratch};
+pub(crate) use decoupled::{DecoupledRouter, DecoupledScratch, DecoupledShape, RouterLayer};
 pub(crate) use embedding::Embedding;
 pub(crate) use experts::Experts;
 pub(crate) use feed_forward::{FeedForward, FeedForwardScratch};
@@ -34,7 +36,7 @@ pub(crate) use moe::{Moe, MoeError, MoeScratch, MoeShape, Shared};
 pub(crate) use norm::Norm;
 pub(crate) use residual::Residual;
 pub(crate) use rope::{Rope, RopeAngles};
-pub(crate) use router::{GruCell, Random, Recurrent, Router, RouterScratch};
+pub(crate) use router::{Foretold, GruCell, Random, Recurrent, Router, RouterScratch};
 
 use std::sync::Arc;
 

@@ -64,6 +64,8 @@ pub(crate) struct MoeShape {
     pub(crate) d_beside: usize,
     /// Width of the state of recurrent routers; 0 without.
     pub(crate) d_router: usize,
+    /// Logits of a token that are made before the layers; 0 without.
+    pub(crate) n_foretold: usize,
 }
 
 /// Buffers of [`Moe::forward`] for the rows of a pass; the feed-forward's serve dense layers too.
@@ -85,7 +87,7 @@ pub(crate) struct MoeScratch {
     /// Offsets of the rows of a batch of experts.
     offsets: Vec<usize>,
     steer: SteerScratch,
-    ahead: AheadScratch,
+    pub(super) ahead: AheadScratch,
     lossy: LossyScratch,
     pub(crate) ffn: FeedForwardScratch,
     largest_input: usize,
@@ -99,7 +101,7 @@ impl MoeScratch {
         let n_beside = if shape.d_beside > 0 { capacity } else { 0 };
         Self {
             logits: vec![0.0; capacity * shape.n_experts],
-            router: RouterScratch::new(shape.d_router, capacity),
+            router: RouterScratch::new((shape.d_router, shape.n_foretold), capacity),
             routing: Routing::with_capacity(capacity, shape.max_picks),
             part: Routing::new(),
             groups: Groups::with_capacity(n_pairs, shape.n_experts),
@@ -574,6 +576,7 @@ mod tests {
                 d_expert: 12,
                 d_beside: 0,
                 d_router: 0,
+                n_foretold: 0,
             };
             let moe = random_moe(&shape, norm);
             let x_td = Random::new(9).values(17 * shape.d_model, 1.0);
@@ -593,6 +596,7 @@ mod tests {
             d_expert: 40,
             d_beside: 0,
             d_router: 0,
+            n_foretold: 0,
         };
         let moe = random_moe(&shape, true);
         let x_td = Random::new(2).values(50 * shape.d_model, 1.0);
@@ -612,6 +616,7 @@ mod tests {
             d_expert: 8,
             d_beside: 0,
             d_router: 0,
+            n_foretold: 0,
         };
         let moe = random_moe(&shape, true);
         let x_td = Random::new(3).values(5 * shape.d_model, 1.0);

@@ -1,4 +1,4 @@
-//! Where router logits come from: a matrix, a recurrence along the layers, or a draw.
+//! Where router logits come from: a matrix, a recurrence along the layers, a router that has run before them, or a draw.
 
 use std::sync::Arc;
 
@@ -14,6 +14,8 @@ pub(crate) enum Router {
     Linear(Linear),
     /// RMoE's, whose state comes from the layers below.
     Recurrent(Recurrent),
+    /// A router for all layers, which has run before the first of them.
+    Foretold(Foretold),
     /// Random numbers in place of logits.
     Random(Random),
 }
@@ -40,6 +42,14 @@ pub(crate) struct GruCell {
     pub(crate) state: Linear,
 }
 
+/// A layer's part of the logits that are there before the layers run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Foretold {
+    /// The layer's first logit in a token's row of them.
+    pub(crate) first: usize,
+    pub(crate) n_logits: usize,
+}
+
 /// Random numbers that follow from seed, layer and position: a token's are the same in every pass.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Random {
@@ -48,7 +58,7 @@ pub(crate) struct Random {
     pub(crate) n_experts: usize,
 }
 
-/// What recurrent routers remember of a pass, and memory to compute in; empty for other routers.
+/// What routers remember of a pass, and memory to compute in; empty for those that look at a layer's input alone.
 #[derive(Debug, Default)]
 pub(crate) struct RouterScratch {
     width: usize,
@@ -59,13 +69,18 @@ pub(crate) struct RouterScratch {
     of_state: Vec<f32>,
     /// State of the rows of a look ahead, which leaves the real one alone.
     guessed: Vec<f32>,
+    /// `[rows, n_foretold]`: what was said before the first layer.
+    foretold: Vec<f32>,
+    n_foretold: usize,
 }
 
 impl RouterScratch {
-    /// For `capacity` rows and a state of `width` values; 0 without.
-    pub(crate) fn new(width: usize, capacity: usize) -> Self {
+    /// For `capacity` rows, a state of `width` values, and `n_foretold` logits that are made before the layers; 0 without.
+    pub(crate) fn new((width, n_foretold): (usize, usize), capacity: usize) -> Self {
         Self {
             width,
+            foretold: vec![0.0; capacity * n_foretold],
+            n_foretold,
             state: vec![0.0; capacity * width],
             input: vec![0.0; capacity * width],
             of_input: vec![0.0; 3 * capacity * width],
@@ -84,6 +99,14 @@ impl RouterScratch {
         let width = self.width;
         self.state
             .copy_within(from.start * width..from.end * width, to * width);
+        let n = self.n_foretold;
+        self.foretold
+            .copy_within(from.start * n..from.end * n, to * n);
+    }
+
+    /// Where the logits of `n_rows` go that are made before the layers.
+    pub(crate) fn foretold(&mut self, n_rows: usize) -> &mut [f32] {
+        &mut self.foretold[..n_rows * self.n_foretold]
     }
 }
 
@@ -93,6 +116,7 @@ impl Router {
         match self {
             Self::Linear(gate) => gate.n_out(),
             Self::Recurrent(router) => router.gate.n_out(),
+            Self::Foretold(part) => part.n_logits,
             Self::Random(random) => random.n_experts,
         }
     }
@@ -105,7 +129,7 @@ impl Router {
                 all.push(&router.input);
                 router.gate.matrices(all);
             }
-            Self::Random(_) => {}
+            Self::Foretold(_) | Self::Random(_) => {}
         }
     }
 
@@ -113,7 +137,7 @@ impl Router {
     pub(crate) fn shared_matrices(&self) -> Option<[&Matrix; 2]> {
         match self {
             Self::Recurrent(router) => Some([&router.cell.input.weight, &router.cell.state.weight]),
-            Self::Linear(_) | Self::Random(_) => None,
+            Self::Linear(_) | Self::Foretold(_) | Self::Random(_) => None,
         }
     }
 
@@ -135,6 +159,7 @@ impl Router {
                 gate.forward(step.compute, &state[..n], logits, matmul);
                 scratch.state = state;
             }
+            Self::Foretold(part) => part.copy(scratch, 0..step.n_rows(), logits),
             Self::Random(random) => random.fill(step, logits),
         }
     }
@@ -195,6 +220,21 @@ impl Recurrent {
     }
 }
 
+impl Foretold {
+    /// The logits of `rows`, one after the other.
+    pub(super) fn copy(
+        &self,
+        scratch: &RouterScratch,
+        rows: impl Iterator<Item = usize>,
+        logits: &mut [f32],
+    ) {
+        for (to, row) in logits.chunks_exact_mut(self.n_logits).zip(rows) {
+            let from = row * scratch.n_foretold + self.first;
+            to.copy_from_slice(&scratch.foretold[from..from + self.n_logits]);
+        }
+    }
+}
+
 impl Random {
     fn fill(&self, step: Step<'_>, logits: &mut [f32]) {
         for span in step.spans {
@@ -238,7 +278,7 @@ mod tests {
     /// Two layers over `rows`, which begin at `position`; the state is moved as the stream would be.
     fn two_layers(routers: &[Router; 2], x: &[f32], rows: &[usize], d: usize) -> Vec<f32> {
         let compute = Compute::new(Kernels::detect(), 1);
-        let mut scratch = RouterScratch::new(5, 8);
+        let mut scratch = RouterScratch::new((5, 0), 8);
         let mut matmul = MatmulScratch::default();
         // Something that an earlier pass has left.
         scratch.state.fill(3.0);
@@ -330,7 +370,7 @@ mod tests {
             },
         };
         let compute = Compute::new(Kernels::detect(), 1);
-        let mut scratch = RouterScratch::new(width, 1);
+        let mut scratch = RouterScratch::new((width, 0), 1);
         let mut matmul = MatmulScratch::default();
         let (x, mut state) = ([0.5, -1.0], [0.25, -0.75]);
         assert_eq!(x.len(), d);
@@ -340,6 +380,25 @@ mod tests {
     }
 
     const EXPECTED_STEP: [f32; 2] = [-0.246_662_44, -0.561_294_85];
+
+    #[test]
+    fn what_was_foretold_moves_with_its_rows() {
+        let mut scratch = RouterScratch::new((0, 5), 4);
+        let all = scratch.foretold(3);
+        all.iter_mut()
+            .enumerate()
+            .for_each(|(i, value)| *value = i as f32);
+        let part = Foretold {
+            first: 2,
+            n_logits: 2,
+        };
+        let mut logits = [0.0; 4];
+        part.copy(&scratch, 1..3, &mut logits);
+        assert_eq!(logits, [7.0, 8.0, 12.0, 13.0]);
+        scratch.move_rows(2..3, 0);
+        part.copy(&scratch, 0..2, &mut logits);
+        assert_eq!(logits, [12.0, 13.0, 7.0, 8.0]);
+    }
 
     #[test]
     fn draws_follow_positions() {

@@ -2,7 +2,8 @@
 //!
 //! Source: Read-ME (arXiv 2410.19123), whose one router runs before the model: while a layer computes, the experts of
 //! the next are brought in without guessing, and eviction may use Belady's rule (`policies::Belady`, told by
-//! `Policy::foresee`). A model of that kind gives the routing of as many tokens as it has read.
+//! `Policy::foresee`). A model of that kind gives the routing of as many tokens as it has read. Here replays are told of any
+//! number of tokens; a store is told of one pass at a time (`crate::Foresight`).
 
 use std::collections::VecDeque;
 
