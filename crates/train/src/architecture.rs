@@ -2,7 +2,8 @@
 //! beside the experts.
 
 use crate::routers::{Order, Route, Routed, RouterOptions, RouterSizes, Union};
-use cadre_checkpoint::{ModelConfig, MoeConfig, RouterConfig, Score};
+use burn::tensor::Tensor;
+use cadre_checkpoint::{DecoupledRouter, ModelConfig, MoeConfig, RouterConfig, Score};
 use cadre_routing::filters::Capacity;
 use cadre_routing::policies::{GroupScore, ScoreFn};
 use cadre_routing::{Loads, RoutingError};
@@ -45,6 +46,8 @@ pub struct MoeParts {
     pub recurrent_router: Option<usize>,
     /// Whether that state starts anew in every layer.
     pub recurrent_restarts: bool,
+    /// Sizes of the router that runs before the layers and makes the logits of all (Read-ME).
+    pub decoupled: Option<DecoupledRouter>,
 }
 
 /// How a dense feed-forward joins the experts.
@@ -84,6 +87,7 @@ impl Architecture {
             }),
             recurrent_router: moe.recurrent_router,
             recurrent_restarts: false,
+            decoupled: moe.decoupled_router,
         };
         let counts: Vec<usize> = moe.counts().collect();
         let mut config = config.clone();
@@ -155,12 +159,35 @@ impl Architecture {
         self.parts.recurrent_router.filter(|_| wanted)
     }
 
+    /// Logits per token of the router that runs before the layers: those of one layer, or of all.
+    #[must_use]
+    pub fn n_foretold(&self) -> usize {
+        let mut counts = self.moe.iter().map(|moe| moe.router.n_experts());
+        match self.parts.decoupled {
+            Some(sizes) if sizes.per_layer => counts.sum(),
+            Some(_) => counts.next().unwrap_or(0),
+            None => 0,
+        }
+    }
+
+    /// Of the logits `[T, n]` of such a router, those of the `nth` layer with experts.
+    #[must_use]
+    pub fn foretold_part(&self, logits: Tensor<2>, nth: usize) -> Tensor<2> {
+        if self.parts.decoupled.is_none_or(|sizes| !sizes.per_layer) {
+            return logits;
+        }
+        let count = |moe: &MoeLayer| moe.router.n_experts();
+        let first = self.moe[..nth].iter().map(count).sum();
+        logits.narrow(1, first, count(&self.moe[nth]))
+    }
+
     /// Number of parameters of the feed-forward part of MoE layer `moe`, its router included, the shared recurrence not.
     fn n_parameters_of(&self, moe: &MoeLayer) -> usize {
         let d = self.config.hidden_size;
         let feed_forward = |width: usize| 3 * d * width;
         let (n_logits, n_experts) = (moe.router.n_experts(), moe.router.n_real_experts());
-        let router = match (moe.router.has_gate(), self.parts.recurrent_router) {
+        let has_gate = moe.router.has_gate() && self.parts.decoupled.is_none();
+        let router = match (has_gate, self.parts.recurrent_router) {
             (false, _) => 0,
             (true, None) => n_logits * d,
             (true, Some(p)) => p * d + n_logits * p,
@@ -180,6 +207,7 @@ impl Architecture {
         // Everything but the MoE parts is as in the dense model of the same sizes.
         let mut dense = self.config.clone();
         dense.moe.layers.clear();
+        dense.moe.decoupled_router = None;
         let all: usize = cadre_checkpoint::tensor_specs(&dense)
             .iter()
             .map(|(_, shape)| shape.iter().product::<usize>())
@@ -187,7 +215,12 @@ impl Architecture {
         let replaced = self.moe.len() * 3 * self.config.hidden_size * self.config.intermediate_size;
         let moe: usize = self.moe.iter().map(|moe| self.n_parameters_of(moe)).sum();
         let gru = self.recurrent_router().map_or(0, |p| 6 * p * p + 6 * p);
-        all - replaced + moe + gru
+        let decoupled = self.parts.decoupled.map_or(0, |sizes| {
+            let (r, heads) = (sizes.hidden_size, sizes.attention_width());
+            let layer = 2 * r + 4 * r * heads + 2 * sizes.head_dim + 3 * r * sizes.intermediate_size;
+            (self.config.vocab_size + self.n_foretold() + 1) * r + sizes.n_layers * layer
+        });
+        all - replaced + moe + gru + decoupled
     }
 }
 

@@ -80,14 +80,19 @@ impl Given {
             .start
             .as_ref()
             .and_then(|start| start.from.as_deref());
-        let teacher = recipe.distill.as_ref().map(|d| d.teacher.as_path());
-        let Some(folder) = from.or(teacher) else {
+        let teachers = [
+            recipe.distill.as_ref().map(|d| d.teacher.as_path()),
+            recipe.router_distill.as_ref().map(|d| d.teacher.as_path()),
+        ];
+        let teachers = teachers.into_iter().flatten();
+        let Some(folder) = from.or_else(|| teachers.clone().next()) else {
             return Ok(None);
         };
         let given = Self::read(folder)?;
-        if let (Some(_), Some(teacher)) = (from, teacher)
-            && !same_vocabulary(&given.tokenizer_json, &Self::read(teacher)?.tokenizer_json)
-        {
+        for teacher in teachers.filter(|teacher| *teacher != folder) {
+            if same_vocabulary(&given.tokenizer_json, &Self::read(teacher)?.tokenizer_json) {
+                continue;
+            }
             return Err(TrainError::DoesNotFit {
                 path: teacher.to_owned(),
                 differences: vec![format!(

@@ -2,6 +2,8 @@
 
 use crate::architecture::{Architecture, Residual};
 use crate::error::{Result, TrainError};
+use crate::layers::attention::SelfAttention;
+use crate::layers::decoupled::DecoupledRouter;
 use crate::layers::moe::Moe;
 use crate::lm::{FeedForward, LanguageModel, Layer};
 use crate::params::values;
@@ -129,6 +131,7 @@ fn stored_moe(exported: Exported<'_>) -> Result<MoeConfig> {
                 learned: kind == Residual::Learned,
             }),
         recurrent_router: architecture.recurrent_router(),
+        decoupled_router: architecture.parts.decoupled,
         ..MoeConfig::default()
     };
     moe.set_counts(counts);
@@ -266,6 +269,9 @@ pub fn tensors(model: &LanguageModel, biases: &[Vec<f32>]) -> Vec<TensorData<'st
             &gru.bias_hh,
         );
     }
+    if let Some(router) = &model.router {
+        push_router(&mut out, router);
+    }
     push(&mut out, "model.norm".to_owned(), &model.norm);
     if let Some(head) = &model.lm_head {
         push(&mut out, "lm_head".to_owned(), head);
@@ -290,13 +296,42 @@ fn push_named<const D: usize>(
     });
 }
 
+/// The router that runs before the layers.
+fn push_router(out: &mut Vec<TensorData<'_>>, router: &DecoupledRouter) {
+    let name = |part: &str| format!("model.router.{part}");
+    push(out, name("embed_tokens"), &router.embed_tokens);
+    for (i, layer) in router.layers.iter().enumerate() {
+        let name = name(&format!("layers.{i}"));
+        let norm = &layer.input_layernorm;
+        push(out, format!("{name}.input_layernorm"), norm);
+        push_attention(out, &name, &layer.self_attn);
+        let norm = &layer.post_attention_layernorm;
+        push(out, format!("{name}.post_attention_layernorm"), norm);
+        let (gate_up, down) = (&layer.mlp.gate_up, &layer.mlp.down);
+        push_experts(out, gate_up, down, |_| format!("{name}.mlp"));
+    }
+    push(out, name("norm"), &router.norm);
+    push(out, name("head"), &router.head);
+}
+
 fn push_layer(out: &mut Vec<TensorData<'_>>, name: &str, layer: &Layer) {
     push(
         out,
         format!("{name}.input_layernorm"),
         &layer.input_layernorm,
     );
-    let attention = &layer.self_attn;
+    push_attention(out, name, &layer.self_attn);
+    let norm = &layer.post_attention_layernorm;
+    push(out, format!("{name}.post_attention_layernorm"), norm);
+    match &layer.mlp {
+        FeedForward::Moe(moe) => push_moe(out, &format!("{name}.mlp"), moe),
+        FeedForward::Dense(mlp) => {
+            push_experts(out, &mlp.gate_up, &mlp.down, |_| format!("{name}.mlp"));
+        }
+    }
+}
+
+fn push_attention(out: &mut Vec<TensorData<'_>>, name: &str, attention: &SelfAttention) {
     for (part, param) in [
         ("q_proj", &attention.q_proj),
         ("k_proj", &attention.k_proj),
@@ -310,14 +345,6 @@ fn push_layer(out: &mut Vec<TensorData<'_>>, name: &str, layer: &Layer) {
     }
     push(out, format!("{name}.self_attn.q_norm"), &attention.q_norm);
     push(out, format!("{name}.self_attn.k_norm"), &attention.k_norm);
-    let norm = &layer.post_attention_layernorm;
-    push(out, format!("{name}.post_attention_layernorm"), norm);
-    match &layer.mlp {
-        FeedForward::Moe(moe) => push_moe(out, &format!("{name}.mlp"), moe),
-        FeedForward::Dense(mlp) => {
-            push_experts(out, &mlp.gate_up, &mlp.down, |_| format!("{name}.mlp"));
-        }
-    }
 }
 
 fn push_moe(out: &mut Vec<TensorData<'_>>, name: &str, moe: &Moe) {

@@ -3,6 +3,8 @@
 use crate::architecture::Architecture;
 use crate::error::{Result, TrainError};
 use crate::init::Init;
+use crate::layers::attention::SelfAttention;
+use crate::layers::decoupled::DecoupledRouter;
 use crate::layers::moe::Moe;
 use crate::lm::{FeedForward, LanguageModel, Layer};
 use burn::module::Param;
@@ -41,6 +43,9 @@ pub fn import(checkpoint: &Checkpoint, device: &Device) -> Result<LanguageModel>
         })?;
         set(&mut gru.bias_ih, |s| load("model.router_gru.bias_ih", s))?;
         set(&mut gru.bias_hh, |s| load("model.router_gru.bias_hh", s))?;
+    }
+    if let Some(router) = &mut model.router {
+        import_router(router, &load)?;
     }
     set(&mut model.norm, |shape| load("model.norm.weight", shape))?;
     if let Some(head) = &mut model.lm_head {
@@ -123,29 +128,16 @@ fn import_layer(
     name: &str,
     load: &impl Fn(&str, &[usize]) -> Loaded,
 ) -> Result<()> {
-    let named = |part: &str| format!("{name}.{part}.weight");
-    let attention = &mut layer.self_attn;
-    for (part, param) in [
-        ("self_attn.q_proj", &mut attention.q_proj),
-        ("self_attn.k_proj", &mut attention.k_proj),
-        ("self_attn.v_proj", &mut attention.v_proj),
-        ("self_attn.o_proj", &mut attention.o_proj),
-    ] {
-        set(param, |shape| load(&named(part), shape))?;
-    }
-    if let Some(gate) = &mut attention.gate {
-        set(gate, |shape| load(&named("self_attn.gate"), shape))?;
-    }
-    for (part, param) in [
+    import_attention(&mut layer.self_attn, name, load)?;
+    let norms = [
         ("input_layernorm", &mut layer.input_layernorm),
-        ("self_attn.q_norm", &mut attention.q_norm),
-        ("self_attn.k_norm", &mut attention.k_norm),
         (
             "post_attention_layernorm",
             &mut layer.post_attention_layernorm,
         ),
-    ] {
-        set(param, |shape| load(&named(part), shape))?;
+    ];
+    for (part, param) in norms {
+        set(param, |shape| load(&format!("{name}.{part}.weight"), shape))?;
     }
     let prefix = format!("{name}.mlp");
     match &mut layer.mlp {
@@ -154,6 +146,47 @@ fn import_layer(
             import_experts([&mut mlp.gate_up, &mut mlp.down], |_| prefix.clone(), load)
         }
     }
+}
+
+fn import_attention(
+    attention: &mut SelfAttention,
+    name: &str,
+    load: &impl Fn(&str, &[usize]) -> Loaded,
+) -> Result<()> {
+    let named = |part: &str| format!("{name}.self_attn.{part}.weight");
+    for (part, param) in [
+        ("q_proj", &mut attention.q_proj),
+        ("k_proj", &mut attention.k_proj),
+        ("v_proj", &mut attention.v_proj),
+        ("o_proj", &mut attention.o_proj),
+    ] {
+        set(param, |shape| load(&named(part), shape))?;
+    }
+    if let Some(gate) = &mut attention.gate {
+        set(gate, |shape| load(&named("gate"), shape))?;
+    }
+    set(&mut attention.q_norm, |shape| load(&named("q_norm"), shape))?;
+    set(&mut attention.k_norm, |shape| load(&named("k_norm"), shape))
+}
+
+/// The router that runs before the layers.
+fn import_router(
+    router: &mut DecoupledRouter,
+    load: &impl Fn(&str, &[usize]) -> Loaded,
+) -> Result<()> {
+    let named = |part: &str| format!("model.router.{part}.weight");
+    set(&mut router.embed_tokens, |s| load(&named("embed_tokens"), s))?;
+    for (i, layer) in router.layers.iter_mut().enumerate() {
+        let part = |part: &str| named(&format!("layers.{i}.{part}"));
+        set(&mut layer.input_layernorm, |s| load(&part("input_layernorm"), s))?;
+        import_attention(&mut layer.self_attn, &format!("model.router.layers.{i}"), load)?;
+        let norm = part("post_attention_layernorm");
+        set(&mut layer.post_attention_layernorm, |s| load(&norm, s))?;
+        let prefix = |_| format!("model.router.layers.{i}.mlp");
+        import_experts([&mut layer.mlp.gate_up, &mut layer.mlp.down], prefix, load)?;
+    }
+    set(&mut router.norm, |s| load(&named("norm"), s))?;
+    set(&mut router.head, |s| load(&named("head"), s))
 }
 
 fn import_moe(moe: &mut Moe, name: &str, load: &impl Fn(&str, &[usize]) -> Loaded) -> Result<()> {

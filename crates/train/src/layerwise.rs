@@ -219,6 +219,7 @@ mod tests {
             architecture: &architecture,
             weights: recipe.losses,
             teacher: None,
+            guide: None,
         };
         let mut scoped = ScopedLoads::new(Scope::Buffer);
         let (mut losses, mut sum) = (Vec::new(), GradientSum::default());
@@ -234,6 +235,7 @@ mod tests {
                     precision: Precision::F32,
                     recompute,
                 },
+                detached: false,
             };
             let parts = objective.of(&model, &batch, &pass, &mut scoped).unwrap();
             losses.extend([parts.cross_entropy, parts.balance, parts.z]);

@@ -4,8 +4,9 @@ use crate::architecture::Architecture;
 use crate::init::Init;
 use crate::layers::attention::SelfAttention;
 use crate::layers::attention_experts;
+use crate::layers::decoupled::DecoupledRouter;
 use crate::layers::mlp::Mlp;
-use crate::layers::moe::Moe;
+use crate::layers::moe::{Logits, Moe};
 use crate::layers::recurrent::RouterGru;
 use crate::losses;
 use crate::ops::{self, AttentionShape, Numerics, Precision};
@@ -54,6 +55,8 @@ pub struct LanguageModel {
     pub lm_head: Option<Param<Tensor<2>>>,
     /// The recurrence of the routers, where they have one
     pub router_gru: Option<RouterGru>,
+    /// The router that runs before the layers, where there is one
+    pub router: Option<DecoupledRouter>,
 }
 
 /// Token ids of some sequences of equal length, and the tokens that follow each.
@@ -82,6 +85,8 @@ pub struct Pass<'a> {
     pub biases: &'a [Vec<f32>],
     /// What the large products are made of, and what is computed again.
     pub numerics: Numerics,
+    /// Whether no loss reaches a router before the layers through what they do with its logits.
+    pub detached: bool,
 }
 
 /// What a forward pass leaves behind.
@@ -93,6 +98,8 @@ pub struct Forward {
     pub routed: Vec<Routed>,
     /// What the router of each layer's attention decided, in order; empty where attention has no experts.
     pub attention: Vec<Routed>,
+    /// `[T, n]`: the logits of a router before the layers, where there is one.
+    pub foretold: Option<Tensor<2>>,
     /// What the large products were made of.
     pub precision: Precision,
 }
@@ -146,6 +153,9 @@ impl LanguageModel {
             router_gru: architecture
                 .recurrent_router()
                 .map(|width| RouterGru::init(width, init, "router_gru")),
+            router: architecture.parts.decoupled.map(|sizes| {
+                DecoupledRouter::init(sizes, config, architecture.n_foretold(), init)
+            }),
         }
     }
 
@@ -218,6 +228,7 @@ impl LanguageModel {
             routed,
             attention,
             precision,
+            ..
         } = forward;
         let cross_entropy = precision.cross_entropy(hidden, self.head(), batch.targets.clone());
         let n = routed.len().max(1) as f32;
@@ -254,6 +265,8 @@ pub(crate) struct Walk<'a> {
     architecture: &'a Architecture,
     pass: &'a Pass<'a>,
     shape: AttentionShape,
+    /// The logits of a router before the layers.
+    foretold: Option<Tensor<2>>,
 }
 
 impl<'a> Walk<'a> {
@@ -274,11 +287,35 @@ impl<'a> Walk<'a> {
             eps: config.norm_eps as f32,
             precision: pass.numerics.precision,
         };
+        let router = model.router.as_ref().zip(architecture.parts.decoupled);
+        let foretold =
+            router.map(|(router, sizes)| router.logits(sizes, batch.tokens.clone(), shape));
         Self {
             model,
             architecture,
             pass,
             shape,
+            foretold,
+        }
+    }
+
+    /// Where the router logits of the `nth` layer with experts come from.
+    fn logits<'s>(&'s self, nth: usize, state: Option<&'s mut Tensor<2>>) -> Logits<'s> {
+        if let Some(logits) = &self.foretold {
+            let logits = match self.pass.detached {
+                true => logits.clone().detach(),
+                false => logits.clone(),
+            };
+            return Logits::Foretold(self.architecture.foretold_part(logits, nth));
+        }
+        match (&self.model.router_gru, state) {
+            (Some(cell), Some(state)) => {
+                if self.architecture.parts.recurrent_restarts {
+                    *state = cell.start(self.shape.batch * self.shape.seq_len);
+                }
+                Logits::Recurrent(cell, state)
+            }
+            _ => Logits::Gate,
         }
     }
 
@@ -304,14 +341,8 @@ impl<'a> Walk<'a> {
                 let rule = rules.find(|(_, rule)| rule.layer == index);
                 let (nth, rule) = rule.expect("a rule for every MoE layer");
                 let context = pass.context(index, Some(nth), self.shape.seq_len);
-                let mut state = self.model.router_gru.as_ref().zip(state);
-                if let Some((cell, state)) = state
-                    .as_mut()
-                    .filter(|_| self.architecture.parts.recurrent_restarts)
-                {
-                    **state = cell.start(self.shape.batch * self.shape.seq_len);
-                }
-                let (y, decided) = moe.forward(normed, rule, &context, state, pass.numerics)?;
+                let from = self.logits(nth, state);
+                let (y, decided) = moe.forward(normed, rule, &context, from, pass.numerics)?;
                 (y, Some(decided))
             }
             FeedForward::Dense(mlp) => (mlp.forward(normed, pass.numerics), None),
@@ -330,6 +361,7 @@ impl<'a> Walk<'a> {
             hidden: ops::rms_norm(x, self.model.norm.val(), self.shape.eps),
             routed,
             attention,
+            foretold: self.foretold.clone(),
             precision: self.pass.numerics.precision,
         }
     }

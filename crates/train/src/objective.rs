@@ -7,6 +7,7 @@ use crate::losses::{self, LossWeights};
 use crate::methods::balance_scope::{ScopedLoads, merge};
 use crate::methods::consistency::consistency;
 use crate::methods::distill::Teacher;
+use crate::methods::router_distill::Guide;
 use crate::ops::Recompute;
 use crate::optimizer::GradientSum;
 use crate::routers::Routed;
@@ -20,6 +21,8 @@ pub(crate) struct Objective<'a> {
     pub(crate) architecture: &'a Architecture,
     pub(crate) weights: LossWeights,
     pub(crate) teacher: Option<&'a Teacher>,
+    /// What a router before the layers follows.
+    pub(crate) guide: Option<&'a Guide>,
 }
 
 /// The loss of a micro-batch and its parts without their coefficients.
@@ -136,7 +139,7 @@ impl Objective<'_> {
             }
         };
         let loads = scoped.of(self.architecture.balance_loads(&forward.routed))?;
-        let hidden = forward.hidden.clone();
+        let (hidden, foretold) = (forward.hidden.clone(), forward.foretold.clone());
         let losses = model.score(self.architecture, forward, batch, &loads);
         let weights = self.weights;
         let loss = losses.cross_entropy.clone()
@@ -164,6 +167,13 @@ impl Objective<'_> {
         {
             parts.loss = parts.loss + entropy.clone() * weights.entropy;
             parts.insert("entropy", entropy);
+        }
+        if let (Some(guide), Some(logits)) = (self.guide, foretold) {
+            let followed = guide.follow(&logits, self.architecture, batch)?;
+            parts.loss = parts.loss + followed.loss.clone() * guide.beta();
+            parts.insert("router_distillation", followed.loss);
+            let agreement = ("router_agreement".to_owned(), followed.agreement);
+            parts.further.extend([agreement]);
         }
         Ok((hidden, parts))
     }

@@ -7,10 +7,12 @@ pub use model::{Experts, Model};
 use crate::architecture::{Architecture, MoeParts};
 use crate::device::Place;
 use crate::error::{Result, TrainError};
+use crate::layers::decoupled;
 pub use crate::losses::LossWeights;
 use crate::methods::balance_bias::BalanceBias;
 use crate::methods::distill::Distill;
 use crate::methods::evolve::Evolve;
+use crate::methods::router_distill::RouterDistill;
 use crate::methods::start::Start;
 use crate::ops::{Precision, Recompute};
 use crate::optimizer::AdamWConfig;
@@ -46,6 +48,9 @@ pub struct Recipe {
     /// A teacher to follow.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distill: Option<Distill>,
+    /// A mixture whose routers one before the layers follows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router_distill: Option<RouterDistill>,
     /// One expert that becomes many.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evolve: Option<Evolve>,
@@ -221,6 +226,7 @@ impl Recipe {
             .check_parts(self.model_config().moe.layers.len())?;
         let architecture = self.architecture();
         let architecture = architecture.map_err(|e| format!("[router]: {e}"))?;
+        decoupled::check(self, &architecture)?;
         if !options.allow_non_causal {
             check_causal(&options, &architecture)?;
         }
@@ -246,6 +252,7 @@ impl Recipe {
             residual: m.residual.map(|kind| (kind, residual_width)),
             recurrent_router: m.recurrent_router,
             recurrent_restarts: m.recurrent_restarts,
+            decoupled: m.decoupled_router.map(|options| options.stored()),
         };
         let mut architecture = Architecture::with_parts(config, &options, &counts, parts)?;
         // As checkpoints have it, but for what they cannot say.

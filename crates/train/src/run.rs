@@ -9,6 +9,7 @@ use crate::log::{EvalRecord, LayerRecord, Score, StepRecord};
 use crate::methods::balance_bias;
 use crate::methods::balance_scope::{Scope, ScopedLoads, merge};
 use crate::methods::distill::Teacher;
+use crate::methods::router_distill::Guide;
 use crate::methods::start;
 use crate::objective::{Objective, value};
 use crate::ops::Numerics;
@@ -31,6 +32,7 @@ pub(crate) struct Run<'a> {
     /// Selection-only biases by MoE layer; empty without `[balance_bias]` and without any where the run starts from.
     biases: Vec<Vec<f32>>,
     teacher: Option<Teacher>,
+    guide: Option<Guide>,
     /// Of the newest step, to say where a divergence began.
     largest: Option<LargestGradient>,
 }
@@ -82,11 +84,15 @@ impl<'a> Run<'a> {
                 &device.clone().without_autodiff(),
             )
         });
+        let guide = recipe.router_distill.as_ref().map(|options| {
+            Guide::open(options, &architecture, &device.clone().without_autodiff())
+        });
         Ok(Self {
             model: Some(model),
             optimizer: AdamW::new(recipe.optimizer),
             biases,
             teacher: teacher.transpose()?,
+            guide: guide.transpose()?,
             largest: None,
             recipe,
             architecture,
@@ -191,6 +197,7 @@ impl<'a> Run<'a> {
             index,
             training: true,
             biases: &self.biases,
+            detached: self.guide.is_some(),
         }
     }
 
@@ -206,6 +213,7 @@ impl<'a> Run<'a> {
             architecture: &self.architecture,
             weights: self.recipe.losses,
             teacher: self.teacher.as_ref(),
+            guide: self.guide.as_ref(),
         };
         // Over a single pass there is nothing to gather.
         let scope = match n_micro * objective.n_passes() {

@@ -156,6 +156,18 @@ const KINDS: &[(&str, &str, bool, &str)] = &[
         "cadre_moe",
     ),
     (
+        "n_experts = 4\ntop_k = 1\ndecoupled_router = { hidden_size = 10, n_heads = 2, head_dim = 6, intermediate_size = 7 }",
+        "",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = [2, 5]\ntop_k = 3\nshared_intermediate_size = 4\ndecoupled_router = { hidden_size = 6, n_layers = 2, n_heads = 1, head_dim = 4, intermediate_size = 5, per_layer = true }",
+        "name = 'null_experts'\nn_null = 2",
+        false,
+        "cadre_moe",
+    ),
+    (
         "n_experts = 0\nn_kv_heads = 2\nattention_experts = { n_experts = 2, top_k = 2 }",
         "",
         false,

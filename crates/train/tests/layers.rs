@@ -48,6 +48,14 @@ const VARIANTS: &[(&str, &str)] = &[
         "name = 'null_experts'\nn_null = 2",
     ),
     ("n_experts = 4", "name = 'uniform'"),
+    (
+        "n_experts = 4\ntop_k = 2\ndecoupled_router = { hidden_size = 10, n_heads = 2, head_dim = 6, intermediate_size = 7 }",
+        "",
+    ),
+    (
+        "n_experts = [2, 5]\ndecoupled_router = { hidden_size = 6, n_layers = 2, n_heads = 1, head_dim = 4, intermediate_size = 5, per_layer = true }",
+        "name = 'switch'",
+    ),
     ("n_experts = 4\ntop_k = 2", "name = 'union'\neps = 1.0"),
     (
         "n_experts = 4\ntop_k = 2",

@@ -21,6 +21,10 @@ const VARIANTS: &[(&str, &str)] = &[
         "name = 'null_experts'\nn_null = 3",
     ),
     (
+        "n_experts = [4, 3]\ntop_k = 2\ndecoupled_router = { hidden_size = 8, n_heads = 2, head_dim = 4, intermediate_size = 8, per_layer = true }",
+        "name = 'top_k'",
+    ),
+    (
         "n_experts = 4\ntop_k = 2\nattention_experts = { n_experts = 2, top_k = 1 }",
         "name = 'union'",
     ),

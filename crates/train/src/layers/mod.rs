@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod attention_experts;
+pub mod decoupled;
 pub mod mlp;
 pub mod moe;
 pub mod recurrent;

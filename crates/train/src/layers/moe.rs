@@ -17,7 +17,8 @@ use std::sync::Arc;
 /// Parameters; experts are stacked.
 #[derive(Module, Debug)]
 pub struct Moe {
-    /// Router, `[n_experts, d_model]` or `[n_experts, p]`, null experts included; absent for rules without logits
+    /// Router, `[n_experts, d_model]` or `[n_experts, p]`, null experts included; absent for rules without logits, and where
+    /// a router before the layers makes them
     pub gate: Option<Param<Tensor<2>>>,
     /// `[n_real_experts, 2 I, d_model]`, gate rows first
     pub gate_up: Param<Tensor<3>>,
@@ -29,6 +30,17 @@ pub struct Moe {
     pub shared: Option<Mlp>,
     /// A feed-forward beside the experts
     pub residual: Option<ResidualMlp>,
+}
+
+/// Where the router logits of a layer come from.
+#[derive(Debug)]
+pub enum Logits<'a> {
+    /// The layer's own matrix, and zeros for rules that do not look at them.
+    Gate,
+    /// The recurrent router: its cell, and the state `[T, p]` of the tokens, which is moved on.
+    Recurrent(&'a RouterGru, &'a mut Tensor<2>),
+    /// `[T, n_experts]`, from a router that has run before the layers.
+    Foretold(Tensor<2>),
 }
 
 impl Moe {
@@ -50,9 +62,7 @@ impl Moe {
         let gate_up = init.normal(&named("gate_up"), [n_real, 2 * width, d], 1.0);
         let down = init.normal(&named("down"), [n_real, d, width], residual_scale);
         Self {
-            gate: layer
-                .router
-                .has_gate()
+            gate: (layer.router.has_gate() && parts.decoupled.is_none())
                 .then(|| matrix("gate", [n, recurrent.unwrap_or(d)])),
             gate_up: Param::from_tensor(gate_up),
             down: Param::from_tensor(down),
@@ -66,9 +76,7 @@ impl Moe {
         }
     }
 
-    /// `x [T, d_model]` -> `[T, d_model]` and what the router decided. With a recurrent router, `state` is its cell and
-    /// the state `[T, p]` of the tokens, which is moved on. The router is f32 whatever `numerics`
-    /// says.
+    /// `x [T, d_model]` -> `[T, d_model]` and what the router decided. The router is f32 whatever `numerics` says.
     ///
     /// # Errors
     /// Router logits that are not finite.
@@ -77,10 +85,10 @@ impl Moe {
         x: Tensor<2>,
         layer: &MoeLayer,
         context: &RouteContext<'_>,
-        state: Option<(&RouterGru, &mut Tensor<2>)>,
+        from: Logits<'_>,
         numerics: Numerics,
     ) -> Result<(Tensor<2>, Routed), RoutingError> {
-        let logits = self.logits(&x, layer, state);
+        let logits = self.logits(&x, layer, from);
         let mut routed = layer.router.route(logits, context)?;
         let dispatch = Arc::new(dispatch(&mut routed, layer, context));
         let (gate_up, down) = (self.gate_up.val(), self.down.val());
@@ -95,14 +103,10 @@ impl Moe {
     }
 
     /// Router logits `[T, n_experts]`; zeros for rules that do not look at them.
-    fn logits(
-        &self,
-        x: &Tensor<2>,
-        layer: &MoeLayer,
-        state: Option<(&RouterGru, &mut Tensor<2>)>,
-    ) -> Tensor<2> {
-        match (&self.gate, &self.router_in, state) {
-            (Some(gate), Some(router_in), Some((gru, state))) => {
+    fn logits(&self, x: &Tensor<2>, layer: &MoeLayer, from: Logits<'_>) -> Tensor<2> {
+        match (&self.gate, &self.router_in, from) {
+            (_, _, Logits::Foretold(logits)) => logits,
+            (Some(gate), Some(router_in), Logits::Recurrent(gru, state)) => {
                 let u = ops::linear(x.clone(), router_in.val());
                 *state = gru.forward(u, state.clone());
                 ops::linear(state.clone(), gate.val())

@@ -8,6 +8,7 @@ pub mod balance_scope;
 pub mod consistency;
 pub mod distill;
 pub mod evolve;
+pub mod router_distill;
 pub mod start;
 
 use crate::architecture::Architecture;
@@ -26,5 +27,7 @@ pub(crate) fn check(recipe: &Recipe, architecture: &Architecture) -> Result<(), 
         .distill
         .as_ref()
         .map_or(Ok(()), distill::Distill::check)?;
+    let guide = recipe.router_distill.as_ref();
+    guide.map_or(Ok(()), |guide| guide.check(recipe))?;
     recipe.start.as_ref().map_or(Ok(()), start::Start::check)
 }

@@ -17,6 +17,8 @@ use crate::params;
 use burn::tensor::Device;
 use cadre_checkpoint::ModelConfig;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 
 /// `[start]` of a recipe.
@@ -47,7 +49,7 @@ impl Part {
     #[must_use]
     pub fn of(path: &str) -> Self {
         let name = path.rsplit('.').next().unwrap_or_default();
-        if path.starts_with("router_gru") || path.ends_with(".self_attn.gate") {
+        if path.starts_with("router_gru") || path.starts_with("router.") || path.ends_with(".self_attn.gate") {
             return Self::Router;
         }
         match name {
@@ -78,7 +80,9 @@ impl Start {
     }
 }
 
-/// The checkpoint in `folder`, for a run of `architecture` whose random parameters are `fresh`.
+/// The checkpoint in `folder`, for a run of `architecture` whose random parameters are `fresh`. Where the run has a router
+/// before its layers and the checkpoint none, that one is new, but for its embedding, which is made of the first columns of
+/// the model's; the checkpoint's own routers are left behind.
 ///
 /// # Errors
 /// A folder that is no checkpoint, a layout that the trainer does not know, or sizes other than the recipe's, all of which
@@ -89,9 +93,16 @@ pub fn load(
     fresh: &LanguageModel,
     device: &Device,
 ) -> Result<Opened> {
-    let opened = export::open(folder, device)?;
+    let mut opened = export::open(folder, device)?;
     let mut differences = compare(&opened.architecture.config, &architecture.config);
-    let (found, wanted) = (params::collect(&opened.model), params::collect(fresh));
+    let (mut found, mut wanted) = (params::collect(&opened.model), params::collect(fresh));
+    let has_router = |a: &Architecture| a.parts.decoupled.is_some();
+    let router_is_new = has_router(architecture) && !has_router(&opened.architecture);
+    if router_is_new {
+        let stays = |path: &str| Part::of(path) != Part::Router || path.contains(".self_attn.");
+        found.retain(|path, _| stays(path));
+        wanted.retain(|path, _| stays(path) && !path.starts_with("router."));
+    }
     let shape = |shape: Option<&params::Values>| {
         shape.map_or_else(|| "absent".to_owned(), |(shape, _)| format!("{shape:?}"))
     };
@@ -106,12 +117,45 @@ pub fn load(
         }
     }
     if differences.is_empty() {
+        if router_is_new {
+            opened.model = with_new_router(fresh, &found);
+            // They moved the selection of routers that are gone.
+            opened.biases.clear();
+        }
         return Ok(opened);
     }
     Err(TrainError::DoesNotFit {
         path: folder.to_owned(),
         differences,
     })
+}
+
+/// The parameters `found`, and what is missing there from `fresh`.
+fn with_new_router(
+    fresh: &LanguageModel,
+    found: &BTreeMap<String, params::Values>,
+) -> LanguageModel {
+    let own = params::collect(fresh);
+    let columns = |shape: &[usize]| {
+        let (table_shape, table) = found.get("embed_tokens")?;
+        let (&[rows, width], &[_, d]) = (shape, table_shape.as_slice()) else {
+            return None;
+        };
+        let row = |row: usize| table[row * d..row * d + width].iter().copied();
+        (width <= d).then(|| (0..rows).flat_map(row).collect::<Vec<f32>>())
+    };
+    let take = |path: &str, shape: &[usize]| {
+        let copied = match path {
+            "router.embed_tokens" => columns(shape),
+            _ => None,
+        };
+        let values = copied.or_else(|| found.get(path).map(|(_, values)| values.clone()));
+        let values = values.or_else(|| own.get(path).map(|(_, values)| values.clone()));
+        Ok::<_, Infallible>(values.expect("every parameter is in one of the two"))
+    };
+    match params::replace(fresh.clone(), take) {
+        Ok(model) => model,
+    }
 }
 
 /// What parameters do not show: numbers by which the same values would compute something else.
@@ -143,6 +187,8 @@ mod tests {
             ("layers.0.mlp.Moe.gate", Part::Router),
             ("layers.3.mlp.Moe.router_in", Part::Router),
             ("router_gru.weight_ih", Part::Router),
+            ("router.embed_tokens", Part::Router),
+            ("router.layers.0.mlp.gate_up", Part::Router),
             ("layers.0.mlp.Moe.gate_up", Part::Experts),
             ("layers.0.mlp.Moe.down", Part::Experts),
             ("layers.0.mlp.Moe.shared.gate_up", Part::Dense),

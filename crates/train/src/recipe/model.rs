@@ -1,7 +1,7 @@
 //! `[model]` of a recipe: sizes, and what the model is made of.
 
 use crate::architecture::Residual;
-use crate::layers::attention_experts;
+use crate::layers::{attention_experts, decoupled};
 use crate::routers::RouterOptions;
 use cadre_checkpoint::{
     Activation, AttentionConfig, ModelConfig, MoeConfig, NormKind, QkNorm, RopeConfig,
@@ -48,6 +48,9 @@ pub struct Model {
     /// Whether that state starts anew in every layer: the same parameters without the memory, for comparisons.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub recurrent_restarts: bool,
+    /// A router that runs before the layers and makes the logits of all (Read-ME); absent for routers of layers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decoupled_router: Option<decoupled::Options>,
     /// Attention cut by heads into experts (Union of Experts); absent for attention by all heads.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention_experts: Option<attention_experts::Options>,
@@ -208,6 +211,7 @@ impl Model {
                 router: RouterConfig::TopK {
                     norm: m.norm_topk_prob,
                 },
+                decoupled_router: m.decoupled_router.map(|options| options.stored()),
                 ..MoeConfig::default()
             },
             scales: Scales::default(),
