@@ -198,10 +198,7 @@ mod tests {
             shape("model.router.layers.1.mlp.down_proj.weight"),
             [12, 20]
         );
-        assert_eq!(
-            shape("model.router.layers.0.self_attn.k_norm.weight"),
-            [4]
-        );
+        assert_eq!(shape("model.router.layers.0.self_attn.k_norm.weight"), [4]);
         assert_eq!(shape("model.router.head.weight"), [10, 12]);
         assert!(is_matrix_of_router("model.router.norm.weight"));
         assert!(!is_matrix_of_router("model.router.embed_tokens.weight"));

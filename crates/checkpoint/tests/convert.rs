@@ -164,6 +164,8 @@ const OURS: &[(&str, &str)] = &[
         "attention cut into 4 experts of which a token takes 2",
     ),
     ("attention_experts_dense", "attention cut into 2 experts"),
+    ("decoupled", "a router that runs before the model"),
+    ("decoupled_per_layer", "a router that runs before the model"),
     ("sparse_mixer", "GGUF is written for"),
 ];
 

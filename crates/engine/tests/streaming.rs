@@ -264,7 +264,10 @@ fn a_router_before_the_layers_foresees_every_pick() {
             (least, None),
             (least + checkpoint.data_bytes() / 4, None),
             (least + checkpoint.data_bytes() / 4, Some(AheadKind::Exact)),
-            (least + checkpoint.data_bytes() / 4, Some(AheadKind::EdgeMoe)),
+            (
+                least + checkpoint.data_bytes() / 4,
+                Some(AheadKind::EdgeMoe),
+            ),
         ] {
             let mut stream = StreamOptions::new(budget);
             stream.ahead = ahead;
@@ -302,9 +305,15 @@ fn who_cannot_say_what_is_read_early_is_refused() {
             .to_string()
     };
     let said = refused(TinyMoe::default(), AheadKind::Exact);
-    assert!(said.contains("exact") && said.contains("wait for its layers"), "{said}");
+    assert!(
+        said.contains("exact") && said.contains("wait for its layers"),
+        "{said}"
+    );
     let said = refused(decoupled(false), AheadKind::Gate);
-    assert!(said.contains("gate") && said.contains("before the layers"), "{said}");
+    assert!(
+        said.contains("gate") && said.contains("before the layers"),
+        "{said}"
+    );
 }
 
 #[test]

@@ -381,7 +381,10 @@ mod tests {
             }
         }
         let names: Vec<&str> = ahead.scores().iter().map(|score| score.name).collect();
-        assert_eq!(names, ["exact", "edgemoe", "popularity", "previous", "control"]);
+        assert_eq!(
+            names,
+            ["exact", "edgemoe", "popularity", "previous", "control"]
+        );
         assert_eq!(ahead.scores()[0].overall().whole_sets(), 1.0);
     }
 }

@@ -217,7 +217,8 @@ impl Architecture {
         let gru = self.recurrent_router().map_or(0, |p| 6 * p * p + 6 * p);
         let decoupled = self.parts.decoupled.map_or(0, |sizes| {
             let (r, heads) = (sizes.hidden_size, sizes.attention_width());
-            let layer = 2 * r + 4 * r * heads + 2 * sizes.head_dim + 3 * r * sizes.intermediate_size;
+            let layer =
+                2 * r + 4 * r * heads + 2 * sizes.head_dim + 3 * r * sizes.intermediate_size;
             (self.config.vocab_size + self.n_foretold() + 1) * r + sizes.n_layers * layer
         });
         all - replaced + moe + gru + decoupled

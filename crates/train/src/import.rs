@@ -175,11 +175,19 @@ fn import_router(
     load: &impl Fn(&str, &[usize]) -> Loaded,
 ) -> Result<()> {
     let named = |part: &str| format!("model.router.{part}.weight");
-    set(&mut router.embed_tokens, |s| load(&named("embed_tokens"), s))?;
+    set(&mut router.embed_tokens, |s| {
+        load(&named("embed_tokens"), s)
+    })?;
     for (i, layer) in router.layers.iter_mut().enumerate() {
         let part = |part: &str| named(&format!("layers.{i}.{part}"));
-        set(&mut layer.input_layernorm, |s| load(&part("input_layernorm"), s))?;
-        import_attention(&mut layer.self_attn, &format!("model.router.layers.{i}"), load)?;
+        set(&mut layer.input_layernorm, |s| {
+            load(&part("input_layernorm"), s)
+        })?;
+        import_attention(
+            &mut layer.self_attn,
+            &format!("model.router.layers.{i}"),
+            load,
+        )?;
         let norm = part("post_attention_layernorm");
         set(&mut layer.post_attention_layernorm, |s| load(&norm, s))?;
         let prefix = |_| format!("model.router.layers.{i}.mlp");

@@ -153,9 +153,10 @@ impl LanguageModel {
             router_gru: architecture
                 .recurrent_router()
                 .map(|width| RouterGru::init(width, init, "router_gru")),
-            router: architecture.parts.decoupled.map(|sizes| {
-                DecoupledRouter::init(sizes, config, architecture.n_foretold(), init)
-            }),
+            router: architecture
+                .parts
+                .decoupled
+                .map(|sizes| DecoupledRouter::init(sizes, config, architecture.n_foretold(), init)),
         }
     }
 

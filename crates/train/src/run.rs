@@ -84,9 +84,10 @@ impl<'a> Run<'a> {
                 &device.clone().without_autodiff(),
             )
         });
-        let guide = recipe.router_distill.as_ref().map(|options| {
-            Guide::open(options, &architecture, &device.clone().without_autodiff())
-        });
+        let guide = recipe
+            .router_distill
+            .as_ref()
+            .map(|options| Guide::open(options, &architecture, &device.clone().without_autodiff()));
         Ok(Self {
             model: Some(model),
             optimizer: AdamW::new(recipe.optimizer),

@@ -154,7 +154,10 @@ fn a_new_router_reads_the_embedding_of_the_model() {
     for row in 0..280 {
         let (ours, theirs) = (&table[row * 12..][..12], &embedding[row * 16..][..12]);
         // Weight decay and bf16.
-        let near = ours.iter().zip(theirs).all(|(a, b)| (a - b).abs() <= 1e-2 * b.abs());
+        let near = ours
+            .iter()
+            .zip(theirs)
+            .all(|(a, b)| (a - b).abs() <= 1e-2 * b.abs());
         assert!(near, "row {row}: {ours:?} {theirs:?}");
     }
     assert!(teacher.exists());
@@ -179,11 +182,17 @@ fn what_does_not_go_together_is_refused_by_name() {
         "set `per_layer = true`",
     );
     refused(
-        &[(MODEL, &each), ("lr = 1e-2", "lr = 1e-2\nrecompute = \"layer\"")],
+        &[
+            (MODEL, &each),
+            ("lr = 1e-2", "lr = 1e-2\nrecompute = \"layer\""),
+        ],
         "train.recompute",
     );
     refused(
-        &[(MODEL, &each), ("[train]", "[router]\nname = \"uniform\"\n[train]")],
+        &[
+            (MODEL, &each),
+            ("[train]", "[router]\nname = \"uniform\"\n[train]"),
+        ],
         "does not look at",
     );
     let both = format!("{each}\nrecurrent_router = 3");

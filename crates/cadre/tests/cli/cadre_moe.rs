@@ -210,7 +210,10 @@ fn a_router_before_the_layers_is_shown_traced_and_streamed() {
     assert_eq!(loads.len(), 4);
     assert!(loads.iter().all(|layer| layer["load"] == loads[0]["load"]));
     let (_, errors) = failure(&["convert", "-m", path, "-o", &at("m.gguf")]);
-    assert!(errors.contains("a router that runs before the model"), "{errors}");
+    assert!(
+        errors.contains("a router that runs before the model"),
+        "{errors}"
+    );
     let folder = at("copy");
     stdout(&["convert", "-m", path, "-o", &folder]);
     let copied = [&["run", "-m", &folder], &run[3..]].concat();

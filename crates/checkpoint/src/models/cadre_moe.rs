@@ -180,7 +180,8 @@ fn decoupled_router(keys: &Keys) -> Result<Option<DecoupledRouter>> {
         "intermediate_size",
     ];
     keys.refuse_others(&[&SIZES[..], &["per_layer"]].concat())?;
-    let [hidden_size, n_layers, n_heads, head_dim, intermediate_size] = SIZES.map(|key| keys.size(key));
+    let [hidden_size, n_layers, n_heads, head_dim, intermediate_size] =
+        SIZES.map(|key| keys.size(key));
     Ok(Some(DecoupledRouter {
         hidden_size: hidden_size?,
         n_layers: n_layers?,
@@ -539,7 +540,8 @@ mod tests {
         );
         assert!(attention.contains(&gate) && !specs.contains(&gate));
         assert!(attention.iter().all(|(name, _)| !name.contains("experts")));
-        let before = read(json!({"n_experts": [2, 3], "decoupled_router": decoupled(true)})).unwrap();
+        let before =
+            read(json!({"n_experts": [2, 3], "decoupled_router": decoupled(true)})).unwrap();
         let before = tensor_specs(&before);
         assert!(before.contains(&("model.router.head.weight".to_owned(), vec![5, 12])));
         assert!(before.iter().all(|(name, _)| !name.contains(".mlp.gate.")));

@@ -7,8 +7,8 @@
 use cadre_kernels::{Compute, MatmulScratch, Matrix};
 
 use super::{
-    Attention, AttentionScratch, Embedding, FeedForward, FeedForwardScratch, Norm, Rope, RopeAngles,
-    Step,
+    Attention, AttentionScratch, Embedding, FeedForward, FeedForwardScratch, Norm, Rope,
+    RopeAngles, Step,
 };
 use crate::batch::Sequence;
 use crate::error::Result;
@@ -127,7 +127,9 @@ impl DecoupledRouter {
                 (&*normed, &mut *block_out),
                 (&mut scratch.attention, &mut *matmul),
             );
-            layer.attention.forward(step, angles, rows, batch, attention);
+            layer
+                .attention
+                .forward(step, angles, rows, batch, attention);
             self.join(compute, block_out, hidden);
             layer.ffn_norm.forward(compute, hidden, normed);
             let ffn = (&mut scratch.ffn, &mut *matmul);

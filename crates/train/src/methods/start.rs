@@ -49,7 +49,10 @@ impl Part {
     #[must_use]
     pub fn of(path: &str) -> Self {
         let name = path.rsplit('.').next().unwrap_or_default();
-        if path.starts_with("router_gru") || path.starts_with("router.") || path.ends_with(".self_attn.gate") {
+        if path.starts_with("router_gru")
+            || path.starts_with("router.")
+            || path.ends_with(".self_attn.gate")
+        {
             return Self::Router;
         }
         match name {
