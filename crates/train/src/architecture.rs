@@ -1,7 +1,7 @@
 //! What is trained besides parameters: the model's description, the routing rule of every MoE layer, and what stands
 //! beside the experts.
 
-use crate::routers::{Order, Route, Routed, RouterOptions, RouterSizes, Union};
+use crate::routers::{Order, Route, Routed, RouterOptions, RouterSizes, TopK, Union};
 use burn::tensor::Tensor;
 use cadre_checkpoint::{DecoupledRouter, ModelConfig, MoeConfig, RouterConfig, Score};
 use cadre_routing::filters::Capacity;
@@ -120,9 +120,14 @@ impl Architecture {
                 top_k,
                 norm_topk_prob,
             };
+            // Who runs before the layers may be taught, and then needs no weights to learn by.
+            let may_be_taught = parts.decoupled.is_some() && router.name == "top_k";
             Ok(MoeLayer {
                 layer,
-                router: router.build(sizes)?,
+                router: match may_be_taught {
+                    true => Box::new(TopK::taught(n_experts, top_k, norm_topk_prob)?),
+                    false => router.build(sizes)?,
+                },
                 capacity: router.capacity(),
             })
         });

@@ -79,7 +79,8 @@ impl Given {
         let from = recipe
             .start
             .as_ref()
-            .and_then(|start| start.from.as_deref());
+            .and_then(|start| start.from.as_deref())
+            .or(recipe.cut.as_ref().map(|cut| cut.dense.as_path()));
         let teachers = [
             recipe.distill.as_ref().map(|d| d.teacher.as_path()),
             recipe.router_distill.as_ref().map(|d| d.teacher.as_path()),

@@ -320,6 +320,27 @@ impl<'a> Walk<'a> {
         }
     }
 
+    /// What the feed-forward of layer `index` is given, `[T, d_model]`, for `x`, what the layer is given.
+    ///
+    /// # Errors
+    /// Logits of attention's router that are not finite.
+    pub(crate) fn feed_forward_input(
+        &self,
+        index: usize,
+        x: Tensor<2>,
+    ) -> Result<Tensor<2>, RoutingError> {
+        let layer = &self.model.layers[index];
+        let rule = self
+            .pass
+            .attention_rule(self.architecture, index, self.shape.seq_len);
+        let (x, _) = layer.attend(x, self.shape, rule)?;
+        Ok(ops::rms_norm(
+            x,
+            layer.post_attention_layernorm.val(),
+            self.shape.eps,
+        ))
+    }
+
     /// `x [T, d_model]` through layer `index`, and what its routers decided. `state`, the recurrent router's, is moved
     /// on.
     ///

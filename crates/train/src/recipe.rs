@@ -10,6 +10,7 @@ use crate::error::{Result, TrainError};
 use crate::layers::decoupled;
 pub use crate::losses::LossWeights;
 use crate::methods::balance_bias::BalanceBias;
+use crate::methods::cut::Cut;
 use crate::methods::distill::Distill;
 use crate::methods::evolve::Evolve;
 use crate::methods::router_distill::RouterDistill;
@@ -54,6 +55,9 @@ pub struct Recipe {
     /// One expert that becomes many.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evolve: Option<Evolve>,
+    /// A dense model that becomes the experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut: Option<Cut>,
     /// A checkpoint to start from, and what of it does not move.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<Start>,

@@ -8,6 +8,7 @@ use crate::lm::{Batch, LanguageModel, Pass};
 use crate::log::{EvalRecord, LayerRecord, Score, StepRecord};
 use crate::methods::balance_bias;
 use crate::methods::balance_scope::{Scope, ScopedLoads, merge};
+use crate::methods::cut;
 use crate::methods::distill::Teacher;
 use crate::methods::router_distill::Guide;
 use crate::methods::start;
@@ -50,8 +51,8 @@ struct Totals {
 }
 
 impl<'a> Run<'a> {
-    /// The first step of `recipe` is next.
-    pub(crate) fn new(recipe: &'a Recipe) -> Result<Self> {
+    /// The first step of `recipe` is next. What is cut from a dense model is cut by what `corpus` makes it do.
+    pub(crate) fn new(recipe: &'a Recipe, corpus: Option<&Corpus>) -> Result<Self> {
         let architecture = recipe.architecture()?;
         let asked = recipe.train.precision;
         if asked.here() != asked {
@@ -84,10 +85,20 @@ impl<'a> Run<'a> {
                 &device.clone().without_autodiff(),
             )
         });
-        let guide = recipe
-            .router_distill
-            .as_ref()
-            .map(|options| Guide::open(options, &architecture, &device.clone().without_autodiff()));
+        let mut neurons = None;
+        if let (Some(options), Some(corpus)) = (&recipe.cut, corpus) {
+            let text = (corpus, recipe.train.seq_len, &device);
+            let (cut, found) = cut::load(options, &architecture, &model, text)?;
+            model = cut;
+            neurons = Some((found, options.sharpness));
+        }
+        // Without text nothing is cut, and nobody can be followed.
+        let taught = recipe.router_distill.as_ref();
+        let taught = taught.filter(|_| recipe.cut.is_none() || neurons.is_some());
+        let guide = taught.map(|options| {
+            let plain = device.clone().without_autodiff();
+            Guide::open(options, &architecture, neurons, &plain)
+        });
         Ok(Self {
             model: Some(model),
             optimizer: AdamW::new(recipe.optimizer),

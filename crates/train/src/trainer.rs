@@ -62,7 +62,7 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
     files::create_dir(folder)?;
     progress.stage("tokenizer and tokens");
     let corpus = Corpus::prepare(recipe, data, folder)?;
-    let mut run = Run::new(recipe)?;
+    let mut run = Run::new(recipe, Some(&corpus))?;
     let snapshots = folder.join("snapshots");
     let refused = run.resume(&snapshots)?;
     progress.begin(run.steps(), recipe.train.steps, &refused);
@@ -157,7 +157,7 @@ pub fn forget(recipe: &Recipe) -> Result<()> {
 /// # Errors
 /// Divergence.
 pub fn bench(recipe: &Recipe, steps: u64) -> Result<Vec<StepRecord>> {
-    let mut run = Run::new(recipe)?;
+    let mut run = Run::new(recipe, None)?;
     (0..steps)
         .map(|_| run.step(|step, micro| data::random_batch(recipe, step, micro)))
         .collect()

@@ -99,6 +99,144 @@ fn a_router_before_the_layers_learns_what_those_of_layers_do() {
     }
 }
 
+/// A dense model of 8 neurons, and the changes of a recipe that cuts it into experts of `width`, one for each domain.
+fn dense(folder: &Path) -> PathBuf {
+    let of_experts = "n_experts = 4\n        top_k = 2\n        moe_intermediate_size = 8";
+    let wide = format!("{MODEL}\ninitializer_range = 0.3");
+    let changes = [
+        (of_experts, "n_experts = 0\nintermediate_size = 8"),
+        (MODEL, wide.as_str()),
+    ];
+    let recipe = recipe_with(folder, "dense", &changes);
+    run(&recipe, None);
+    recipe.output.dir.join("model")
+}
+
+/// The text of a recipe that cuts `dense` into `n` experts of `width`, taught by it.
+fn cut(folder: &Path, name: &str, dense: &Path, [n, width]: [usize; 2]) -> String {
+    let model = router(true);
+    let tables = format!(
+        "[cut]\ndense = {dense:?}\ntokens = 64\n[router_distill]\nteacher = {dense:?}\n[train]"
+    );
+    let experts = format!("n_experts = {n}\ntop_k = 1\nmoe_intermediate_size = {width}");
+    let changes = [
+        (
+            "n_experts = 4\n        top_k = 2\n        moe_intermediate_size = 8",
+            experts.as_str(),
+        ),
+        (MODEL, model.as_str()),
+        ("[train]", tables.as_str()),
+        ("eval_every = 4", "eval_every = 8"),
+    ];
+    text(folder, name, &changes)
+}
+
+fn losses(folder: &Path) -> f32 {
+    let opened = export::open(folder, &Device::flex()).unwrap();
+    let ids = |by: usize| Arc::new((0..16).map(|i| (i * 7 + by) as u32 % 280).collect());
+    let batch = Batch {
+        tokens: ids(0),
+        targets: ids(3),
+        seq_len: 8,
+    };
+    let losses = opened
+        .model
+        .losses(&opened.architecture, &batch, &Pass::default());
+    losses.unwrap().cross_entropy.into_scalar()
+}
+
+#[test]
+fn one_domain_and_all_neurons_are_the_dense_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let dense = dense(folder.path());
+    let text = cut(folder.path(), "whole", &dense, [1, 8]).replace("lr = 1e-2", "lr = 1e-30");
+    let lines = text.lines().filter(|line| !line.contains("domain = \"b\""));
+    let text: Vec<&str> = lines.collect();
+    let recipe = Recipe::parse(Path::new("tiny.toml"), &text.join("\n")).unwrap();
+    run(&recipe, None);
+    let (ours, theirs) = (losses(&recipe.output.dir.join("model")), losses(&dense));
+    assert!((ours - theirs).abs() < 1e-5, "{ours} {theirs}");
+}
+
+#[test]
+fn experts_are_neurons_of_the_dense_model_and_their_router_follows_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let dense = dense(folder.path());
+    let frozen = "[start]\nfreeze = [\"experts\", \"dense\"]\n[cut]";
+    let parse = |name: &str| {
+        let text = cut(folder.path(), name, &dense, [2, 4]).replace("[cut]", frozen);
+        Recipe::parse(Path::new("tiny.toml"), &text).unwrap()
+    };
+    let (whole, parts) = (parse("whole"), parse("parts"));
+    run(&whole, None);
+    for stop_after in [Some(3), None] {
+        run(&parts, stop_after);
+    }
+    assert_eq!(trajectory(&whole), trajectory(&parts));
+    let steps = trajectory(&whole);
+    let part = |at: usize| steps[at]["parts"]["router_distillation"].as_f64().unwrap();
+    assert!(
+        part(0) > 0.0 && part(7) < part(0),
+        "{} {}",
+        part(0),
+        part(7)
+    );
+
+    let open = |folder: &Path| Checkpoint::open(folder).unwrap();
+    let (ours, theirs) = (open(&whole.output.dir.join("model")), open(&dense));
+    let rows = |checkpoint: &Checkpoint, name: &str, n: usize| -> Vec<Vec<f32>> {
+        let values = checkpoint.tensor_f32(name, &[n, 16]).unwrap();
+        values.chunks_exact(16).map(<[f32]>::to_vec).collect()
+    };
+    for layer in 0..2 {
+        let all = rows(
+            &theirs,
+            &format!("model.layers.{layer}.mlp.up_proj.weight"),
+            8,
+        );
+        for expert in 0..2 {
+            let name = format!("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight");
+            let own = rows(&ours, &name, 4);
+            let places = own
+                .iter()
+                .map(|row| all.iter().position(|other| other == row));
+            let places: Vec<usize> = places.map(Option::unwrap).collect();
+            assert!(
+                places.windows(2).all(|pair| pair[0] < pair[1]),
+                "{places:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_cut_that_makes_no_sense_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let dense = folder.path().join("dense");
+    let refused = |from: &str, to: &str, expected: &str| {
+        let text = cut(folder.path(), "run", &dense, [2, 4]);
+        assert!(text.contains(from), "{from}");
+        let error = Recipe::parse(Path::new("tiny.toml"), &text.replace(from, to)).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+    };
+    refused(
+        "n_experts = 2",
+        "n_experts = 3",
+        "`model.n_experts` has to be 2",
+    );
+    refused("top_k = 1", "top_k = 2", "`model.top_k` = 1");
+    refused("tokens = 64", "tokens = 0", "cut.tokens");
+    refused("tokens = 64", "sharpness = 0.0", "cut.sharpness");
+    refused("[cut]", "[start]\nfrom = \"x\"\n[cut]", "start.from");
+    refused(
+        "[router_distill]\nteacher = ",
+        "[router_distill]\nbeta = 1.0\nteacher = \"x\" #",
+        "who teaches",
+    );
+    let decoupled = router(true).replace(MODEL, "");
+    refused(decoupled.trim(), "", "needs `model.decoupled_router`");
+}
+
 /// With a guide the text does not reach the router, and without one it does, where weights follow from logits.
 #[test]
 fn the_text_reaches_the_router_unless_it_is_taught() {
@@ -194,6 +332,10 @@ fn what_does_not_go_together_is_refused_by_name() {
             ("[train]", "[router]\nname = \"uniform\"\n[train]"),
         ],
         "does not look at",
+    );
+    refused(
+        &[(MODEL, &each), ("top_k = 2", "top_k = 1")],
+        "does not learn from the text",
     );
     let both = format!("{each}\nrecurrent_router = 3");
     refused(&[(MODEL, &both)], "recurrent_router");

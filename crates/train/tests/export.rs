@@ -156,7 +156,7 @@ const KINDS: &[(&str, &str, bool, &str)] = &[
         "cadre_moe",
     ),
     (
-        "n_experts = 4\ntop_k = 1\ndecoupled_router = { hidden_size = 10, n_heads = 2, head_dim = 6, intermediate_size = 7 }",
+        "n_experts = 4\ntop_k = 2\ndecoupled_router = { hidden_size = 10, n_heads = 2, head_dim = 6, intermediate_size = 7 }",
         "",
         false,
         "cadre_moe",

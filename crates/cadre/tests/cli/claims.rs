@@ -1,4 +1,5 @@
-//! Every recipe of `recipes/claims`: a few steps on a little text, resumed to the same bits, and a model that runs.
+//! Every recipe of `recipes/claims` and `recipes/read-me`: a few steps on a little text, resumed to the same bits, and a
+//! model that runs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -53,8 +54,13 @@ impl Bed {
 
     /// Arguments that train the recipe called `name` for `steps` steps of a few tokens.
     fn train(&self, name: &str, steps: usize) -> Vec<String> {
-        let recipes = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/claims");
-        let recipe = recipes.join(format!("{name}.toml"));
+        self.train_with("claims", name, steps, &[])
+    }
+
+    /// As [`Bed::train`], with a recipe of another folder, and more that is set.
+    fn train_with(&self, folder: &str, name: &str, steps: usize, more: &[String]) -> Vec<String> {
+        let recipes = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes");
+        let recipe = recipes.join(folder).join(format!("{name}.toml"));
         let sources = DOMAINS.map(|domain| {
             let train = self.folder.path().join(format!("{domain}.jsonl"));
             let heldout = self.folder.path().join(format!("{domain}.heldout.jsonl"));
@@ -81,6 +87,7 @@ impl Bed {
             set.push(format!("distill.teacher={teacher:?}"));
             set.push("distill.until_step=3".to_owned());
         }
+        set.extend_from_slice(more);
         let mut args = vec!["train".to_owned(), recipe.to_str().unwrap().to_owned()];
         args.extend(set.into_iter().flat_map(|one| ["--set".to_owned(), one]));
         args
@@ -149,5 +156,59 @@ fn every_recipe_of_the_claims_trains_resumes_exactly_and_runs() {
             stdout(&[&["run", "-m", arg(&model)], &prompt[..]].concat());
         }
         println!("{name}: {:.1} s", start.elapsed().as_secs_f64());
+    }
+}
+
+/// Read-ME whole: a dense model, its neurons as experts with a router before the layers, and these tuned; then a mixture
+/// that has such a router from the start. What is trained streams with every pick known.
+#[test]
+fn read_me_trains_resumes_exactly_and_streams() {
+    let bed = Bed::new();
+    let model = |name: &str| bed.run_folder(name).join("model");
+    let dense = model("dense");
+    let of_router = [
+        format!("cut.dense={dense:?}"),
+        "cut.tokens=128".to_owned(),
+        format!("router_distill.teacher={dense:?}"),
+    ];
+    let of_experts = [format!("start.from={:?}", model("router"))];
+    let runs: [(&str, &[String]); 4] = [
+        ("dense", &[]),
+        ("router", &of_router),
+        ("experts", &of_experts),
+        ("scratch", &[]),
+    ];
+    for (name, more) in runs {
+        let train = bed.train_with("read-me", name, STEPS, more);
+        run(&train, true);
+        let losses = bed.losses(name);
+        assert!(losses.iter().all(|loss| loss.is_finite()), "{losses:?}");
+        let weights = fs::read(model(name).join("model.safetensors")).unwrap();
+        let last = bed
+            .run_folder(name)
+            .join(format!("snapshots/step-{STEPS:08}"));
+        fs::remove_dir_all(last).unwrap();
+        fs::remove_dir_all(model(name)).unwrap();
+        run(&train, true);
+        assert_eq!(bed.losses(name), losses, "{name}");
+        let again = fs::read(model(name).join("model.safetensors")).unwrap();
+        assert!(again == weights, "{name}: the resumed run ends elsewhere");
+        let folder = model(name);
+        let generate = [
+            "run",
+            "-m",
+            arg(&folder),
+            "-p",
+            "Nbc",
+            "-n",
+            "6",
+            "--temp",
+            "0",
+        ];
+        let resident = stdout(&generate);
+        if name != "dense" {
+            let budget = ["--mem-budget", "4MiB", "--read-ahead", "exact"];
+            assert_eq!(stdout(&[&generate[..], &budget].concat()), resident);
+        }
     }
 }

@@ -15,6 +15,7 @@ use super::attention::SelfAttention;
 use super::mlp::Mlp;
 use crate::architecture::Architecture;
 use crate::init::Init;
+use crate::methods::start::Part;
 use crate::ops::{self, AttentionShape, Numerics, Precision, Recompute};
 use crate::recipe::Recipe;
 use burn::module::{Module, Param};
@@ -90,6 +91,17 @@ pub(crate) fn check(recipe: &Recipe, architecture: &Architecture) -> Result<(), 
     if !sizes.per_layer && counts.iter().any(|n| *n != counts[0]) {
         return Err(format!(
             "{key} gives all layers the same picks, but they have {counts:?} experts; set `per_layer = true` in it"
+        ));
+    }
+    let m = &recipe.model;
+    let weights_are_1 = architecture.router.name == "top_k" && m.top_k == 1 && m.norm_topk_prob;
+    let start = recipe.start.as_ref();
+    let is_still = start.is_some_and(|start| start.freeze.contains(&Part::Router));
+    let is_told = recipe.router_distill.is_some();
+    if weights_are_1 && counts.iter().any(|n| *n > 1) && !is_still && !is_told {
+        return Err(format!(
+            "{key} does not learn from the text where its one pick has the weight 1; add `[router_distill]`, freeze it, or set \
+             `model.norm_topk_prob = false`"
         ));
     }
     if recipe.train.recompute == Recompute::Layer {

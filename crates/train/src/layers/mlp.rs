@@ -1,9 +1,10 @@
 //! The dense SwiGLU feed-forward: one expert that every token uses.
 
 use crate::init::Init;
-use crate::ops::{Dispatch, Numerics};
+use crate::ops::{self, Dispatch, Numerics};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
+use burn::tensor::activation::silu;
 use std::sync::Arc;
 
 /// Parameters of a dense layer, stacked as one expert.
@@ -41,5 +42,15 @@ impl Mlp {
         let weights = Tensor::ones([n_tokens], &x.device());
         let dispatch = Arc::new(Dispatch::dense(n_tokens));
         numerics.experts(x, self.gate_up.val(), self.down.val(), weights, dispatch)
+    }
+
+    /// What [`Self::forward`] multiplies by its last matrix: `silu(gate x) * up x`, `[T, I]`, in f32.
+    #[must_use]
+    pub fn inner(&self, x: Tensor<2>) -> Tensor<2> {
+        let gate_up = self.gate_up.val();
+        let [_, rows, d_model] = gate_up.dims();
+        let both = ops::linear(x, gate_up.reshape([rows, d_model]));
+        let width = rows / 2;
+        silu(both.clone().narrow(1, 0, width)) * both.narrow(1, width, width)
     }
 }

@@ -34,6 +34,7 @@ pub struct Moe {
 
 /// Where the router logits of a layer come from.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "it lives for one call")]
 pub enum Logits<'a> {
     /// The layer's own matrix, and zeros for rules that do not look at them.
     Gate,

@@ -6,6 +6,7 @@
 pub mod balance_bias;
 pub mod balance_scope;
 pub mod consistency;
+pub mod cut;
 pub mod distill;
 pub mod evolve;
 pub mod router_distill;
@@ -27,6 +28,10 @@ pub(crate) fn check(recipe: &Recipe, architecture: &Architecture) -> Result<(), 
         .distill
         .as_ref()
         .map_or(Ok(()), distill::Distill::check)?;
+    recipe
+        .cut
+        .as_ref()
+        .map_or(Ok(()), |cut| cut.check(recipe))?;
     let guide = recipe.router_distill.as_ref();
     guide.map_or(Ok(()), |guide| guide.check(recipe))?;
     recipe.start.as_ref().map_or(Ok(()), start::Start::check)

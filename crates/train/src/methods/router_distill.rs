@@ -1,4 +1,5 @@
-//! Teaching a router that runs before the model: it follows the routers of a trained mixture, which look at its layers.
+//! Teaching a router that runs before the model: it follows the routers of a trained mixture, which look at its layers, or
+//! what a dense model uses that its experts were cut from.
 //!
 //! Paper: Read-ME, Cai et al., 2024, arXiv 2410.19123, whose router is taught by what its dense model would use, and never by
 //! the text.
@@ -9,17 +10,19 @@
 //! come from there, routers of layers are left behind, and the new router's embedding is the first columns of the model's.
 //! State: none. Cost: one forward pass of the teacher per micro-batch. `router_agreement` in the log is the share of tokens
 //! (and layers) whose best expert is the teacher's.
-//! Differs from paper: the teacher is a mixture, whose picks are known, where the paper counts active neurons of a dense
-//! model that the experts are cut from.
+//! With `[cut]` the teacher is the dense model, and q follows from active neurons (`methods/cut.rs`); that is the paper's. A
+//! mixture as the teacher is ours.
+//! Differs from paper: KL in the direction of its equation 4; its code adds the cross-entropy with the best expert.
 //! Check: tests/decoupled.rs.
 
 use crate::architecture::Architecture;
 use crate::error::{Result, TrainError};
 use crate::export::{self, Opened};
 use crate::lm::{Batch, Pass};
+use crate::methods::cut::{self, Neurons};
 use crate::recipe::Recipe;
 use burn::tensor::activation::{log_softmax, softmax};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
 use cadre_routing::RoutingError;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -50,6 +53,13 @@ impl RouterDistill {
                 "`[router_distill]` needs `model.decoupled_router`, which it teaches".to_owned(),
             );
         }
+        if let Some(cut) = recipe.cut.as_ref().filter(|cut| cut.dense != self.teacher) {
+            return Err(format!(
+                "`router_distill.teacher` is {}, but the experts are cut from {}; with `[cut]` that is who teaches",
+                self.teacher.display(),
+                cut.dense.display()
+            ));
+        }
         if self.beta > 0.0 && self.beta.is_finite() {
             return Ok(());
         }
@@ -65,6 +75,8 @@ impl RouterDistill {
 pub struct Guide {
     beta: f32,
     opened: Opened,
+    /// Of a dense teacher: which of its neurons the experts have, and how clearly that is told.
+    cut: Option<(Neurons, f32)>,
 }
 
 /// What a micro-batch says about a router.
@@ -84,9 +96,18 @@ impl Guide {
     pub fn open(
         options: &RouterDistill,
         architecture: &Architecture,
+        cut: Option<(Neurons, f32)>,
         device: &Device,
     ) -> Result<Self> {
         let opened = export::open(&options.teacher, device)?;
+        if cut.is_some() {
+            // The model that the experts were cut from, which has been looked at.
+            return Ok(Self {
+                beta: options.beta,
+                opened,
+                cut,
+            });
+        }
         let sizes = |a: &Architecture| {
             let layers: Vec<(usize, usize)> = a
                 .moe
@@ -126,6 +147,7 @@ impl Guide {
         Ok(Self {
             beta: options.beta,
             opened,
+            cut: None,
         })
     }
 
@@ -145,32 +167,23 @@ impl Guide {
         architecture: &Architecture,
         batch: &Batch,
     ) -> Result<Followed, RoutingError> {
-        let pass = Pass {
-            biases: &self.opened.biases,
-            ..Pass::default()
-        };
-        let forward = self
-            .opened
-            .model
-            .forward(&self.opened.architecture, batch, &pass)?;
-        let teacher: Vec<Tensor<2>> = forward.routed.into_iter().map(|r| r.logits).collect();
-        let n = teacher.len().max(1);
+        let targets = self.targets(batch)?;
+        let n = targets.len().max(1);
         let shared = architecture
             .parts
             .decoupled
             .is_some_and(|sizes| !sizes.per_layer);
         let pairs: Vec<(Tensor<2>, Tensor<2>)> = match shared {
             true => {
-                let probs = teacher.into_iter().map(|l| softmax(l, 1));
-                let sum = probs.reduce(|sum, p| sum + p);
+                let sum = targets.into_iter().reduce(|sum, q| sum + q);
                 sum.map(|sum| (logits.clone(), sum / n as f32))
                     .into_iter()
                     .collect()
             }
             false => {
                 let part = |nth: usize| architecture.foretold_part(logits.clone(), nth);
-                let teacher = teacher.into_iter().enumerate();
-                teacher.map(|(nth, l)| (part(nth), softmax(l, 1))).collect()
+                let targets = targets.into_iter().enumerate();
+                targets.map(|(nth, q)| (part(nth), q)).collect()
             }
         };
         let (mut agreed, mut n_compared) = (0, 0);
@@ -191,6 +204,32 @@ impl Guide {
             loss: loss.expect("a model with a router has layers with experts") / n,
             agreement: agreed as f64 / n_compared.max(1) as f64,
         })
+    }
+
+    /// What every layer's picks should follow, `[T, n]`, without a graph.
+    fn targets(&self, batch: &Batch) -> Result<Vec<Tensor<2>>, RoutingError> {
+        if let Some((neurons, sharpness)) = &self.cut {
+            let layers = cut::wanted(&self.opened, neurons, batch, *sharpness)?;
+            let device = self.opened.model.norm.val().device();
+            let n_tokens = batch.tokens.len();
+            let tensor = |values: Vec<f32>| {
+                let shape = [n_tokens, values.len() / n_tokens];
+                Tensor::from_data(TensorData::new(values, shape), &device)
+            };
+            return Ok(layers.into_iter().map(tensor).collect());
+        }
+        let pass = Pass {
+            biases: &self.opened.biases,
+            ..Pass::default()
+        };
+        let Opened {
+            architecture,
+            model,
+            ..
+        } = &self.opened;
+        let forward = model.forward(architecture, batch, &pass)?;
+        let layers = forward.routed.into_iter();
+        Ok(layers.map(|routed| softmax(routed.logits, 1)).collect())
     }
 }
 

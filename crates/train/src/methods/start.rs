@@ -32,6 +32,9 @@ pub struct Start {
     pub freeze: Vec<Part>,
 }
 
+/// Parameters by path.
+type Parameters = BTreeMap<String, params::Values>;
+
 /// A part of a model; every parameter is in one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -106,19 +109,7 @@ pub fn load(
         found.retain(|path, _| stays(path));
         wanted.retain(|path, _| stays(path) && !path.starts_with("router."));
     }
-    let shape = |shape: Option<&params::Values>| {
-        shape.map_or_else(|| "absent".to_owned(), |(shape, _)| format!("{shape:?}"))
-    };
-    for path in wanted
-        .keys()
-        .chain(found.keys().filter(|k| !wanted.contains_key(*k)))
-    {
-        let (a, b) = (shape(found.get(path)), shape(wanted.get(path)));
-        // Many tensors have a wrong size for the same reason; a few of them say it.
-        if a != b && differences.len() < 8 {
-            differences.push(format!("parameter {path} is {a} there, {b} by the recipe"));
-        }
-    }
+    differences.extend(different_shapes(&found, &wanted));
     if differences.is_empty() {
         if router_is_new {
             opened.model = with_new_router(fresh, &found);
@@ -133,11 +124,34 @@ pub fn load(
     })
 }
 
+/// What has another shape than by the recipe, or is there once only; the first few, since many tensors have a wrong size for
+/// the same reason.
+fn different_shapes(found: &Parameters, wanted: &Parameters) -> Vec<String> {
+    let shape = |shape: Option<&params::Values>| {
+        shape.map_or_else(|| "absent".to_owned(), |(shape, _)| format!("{shape:?}"))
+    };
+    let others = found.keys().filter(|path| !wanted.contains_key(*path));
+    wanted
+        .keys()
+        .chain(others)
+        .map(|path| (path, shape(found.get(path)), shape(wanted.get(path))))
+        .filter(|(_, theirs, ours)| theirs != ours)
+        .map(|(path, theirs, ours)| {
+            format!("parameter {path} is {theirs} there, {ours} by the recipe")
+        })
+        .take(8)
+        .collect()
+}
+
+/// As [`different_shapes`], for parameters without those of a router before the layers.
+pub(super) fn misshapen(found: &Parameters, fresh: &Parameters) -> Vec<String> {
+    let mut wanted = fresh.clone();
+    wanted.retain(|path, _| !path.starts_with("router."));
+    different_shapes(found, &wanted)
+}
+
 /// The parameters `found`, and what is missing there from `fresh`.
-fn with_new_router(
-    fresh: &LanguageModel,
-    found: &BTreeMap<String, params::Values>,
-) -> LanguageModel {
+pub(super) fn with_new_router(fresh: &LanguageModel, found: &Parameters) -> LanguageModel {
     let own = params::collect(fresh);
     let columns = |shape: &[usize]| {
         let (table_shape, table) = found.get("embed_tokens")?;
@@ -162,7 +176,7 @@ fn with_new_router(
 }
 
 /// What parameters do not show: numbers by which the same values would compute something else.
-fn compare(theirs: &ModelConfig, ours: &ModelConfig) -> Vec<String> {
+pub(super) fn compare(theirs: &ModelConfig, ours: &ModelConfig) -> Vec<String> {
     let numbers = |c: &ModelConfig| {
         [
             ("num_attention_heads", c.n_heads as f64),

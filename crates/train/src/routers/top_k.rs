@@ -36,6 +36,18 @@ impl TopK {
                 expected: "false, because a renormalised single weight is always 1 and the router would not learn",
             });
         }
+        Self::taught(n_experts, top_k, norm_topk_prob)
+    }
+
+    /// As [`TopK::new`], also renormalised top-1: for a router that learns from something else than its weights.
+    ///
+    /// # Errors
+    /// As [`policies::TopK::new`].
+    pub fn taught(
+        n_experts: usize,
+        top_k: usize,
+        norm_topk_prob: bool,
+    ) -> Result<Self, RoutingError> {
         Ok(Self {
             policy: policies::TopK::new(n_experts, top_k, norm_topk_prob)?,
         })
