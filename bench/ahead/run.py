@@ -190,7 +190,7 @@ def budget(share):
 def measure(args, side):
     """The record of one decoding run."""
     command = [
-        args.cadre, "bench", "-m", str(FOLDER), "-p", "0", "-n", str(args.tokens), "-r", "1", "-t", str(args.threads),
+        args.cadre, "bench", "-m", str(FOLDER), "-p", "0", "-n", str(args.tokens), "-r", "1", "-b", "64", "-t", str(args.threads),
         "--mem-budget", str(budget(args.share)), "--read-ahead", side, "-o", "json",
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
