@@ -11,6 +11,9 @@ pub(crate) const PREFIX: &str = "model.router.";
 /// Its table of tokens, of which a token reads one row.
 pub(crate) const TABLE: &str = "model.router.embed_tokens.weight";
 
+/// What makes the logits of its stream.
+pub(crate) const HEAD: &str = "model.router.head.weight";
+
 /// More layers than this would not be a small network.
 const MAX_LAYERS: usize = 64;
 /// Nor would wider attention.
@@ -85,7 +88,7 @@ impl DecoupledRouter {
         }
         list.push((format!("{PREFIX}norm.weight"), vec![d]));
         let head = vec![self.n_logits(moe), d];
-        list.push((format!("{PREFIX}head.weight"), head));
+        list.push((HEAD.to_owned(), head));
         list
     }
 

@@ -131,6 +131,10 @@ fn assert_is_cut(source: &Checkpoint, plan: &Plan, made: &Checkpoint) {
             continue;
         }
         let theirs = source.tensor(name).unwrap();
+        if name == "model.router.head.weight" {
+            assert_head_is_cut(source, plan, (&ours.to_f32(), &theirs.to_f32()));
+            continue;
+        }
         let layer = name
             .split('.')
             .nth(2)
@@ -154,6 +158,45 @@ fn assert_is_cut(source: &Checkpoint, plan: &Plan, made: &Checkpoint) {
             );
         }
     }
+}
+
+/// The router before the layers has the rows of the experts that are left, of one layer after the other.
+fn assert_head_is_cut(source: &Checkpoint, plan: &Plan, (ours, theirs): (&[f32], &[f32])) {
+    let moe = &source.config().moe;
+    let router = moe.decoupled_router.unwrap();
+    let n_layers = if router.per_layer {
+        plan.layers.len()
+    } else {
+        1
+    };
+    let (mut rows, mut first) = (Vec::new(), 0);
+    for layer in &plan.layers[..n_layers] {
+        let kept = layer.experts.iter().map(|one| usize::from(one.from[0]));
+        rows.extend(
+            kept.chain(layer.of..layer.of + moe.n_null)
+                .map(|id| first + id),
+        );
+        first += layer.of + moe.n_null;
+    }
+    let d = router.hidden_size;
+    assert_eq!((ours.len(), theirs.len()), (rows.len() * d, first * d));
+    for (ours, row) in ours.chunks_exact(d).zip(rows) {
+        assert_eq!(ours, &theirs[row * d..(row + 1) * d]);
+    }
+}
+
+/// Layers that pick alike have to keep alike.
+#[test]
+fn one_router_for_all_layers_keeps_the_same_experts_in_all() {
+    let source = golden_dir().join("cadre_moe/decoupled");
+    let source = Checkpoint::open(&source).unwrap();
+    let plan = plan_of(&shape_of(&source), |at, _| vec![at as u16, 4, 5]);
+    let options = Applying {
+        target: FOLDER,
+        pad: false,
+    };
+    let error = apply(&source, &plan, options).unwrap_err().to_string();
+    assert!(error.contains("all have to keep the same"), "{error}");
 }
 
 #[test]

@@ -11,6 +11,7 @@ use super::{Conversion, ConvertOptions, ConvertTo, Output, Planned, in_layer};
 use crate::Dtype;
 use crate::checkpoint::Checkpoint;
 use crate::config::{Activation, ModelConfig, RouterConfig};
+use crate::decoupled_router::HEAD;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::TensorPlan;
 use crate::gguf_models::{lone_expert, stacked};
@@ -197,9 +198,12 @@ impl<'a> Planner<'a> {
                 let part = in_layer(&name).and_then(|(layer, rest)| {
                     Some((self.place(layer)?, rest.strip_prefix("mlp.")?))
                 });
-                match part {
-                    Some((place, rest)) => self.in_moe(raw, place, rest)?,
-                    None => self.copy(raw),
+                match (part, config.moe.decoupled_router) {
+                    (Some((place, rest)), _) => self.in_moe(raw, place, rest)?,
+                    (None, Some(router)) if name == HEAD => {
+                        self.router_head(raw, router.per_layer)?;
+                    }
+                    _ => self.copy(raw),
                 }
             }
             Meaning::Scales(name) => {
@@ -411,6 +415,44 @@ impl<'a> Planner<'a> {
         });
         let null = (place.n_old..n_rows).map(row);
         let pieces: Vec<Piece> = new.chain(null).collect();
+        let mut shape = raw.shape.clone();
+        shape[0] = pieces.len();
+        self.add(raw.name.clone(), raw.dtype, shape, pieces);
+        Ok(())
+    }
+
+    /// The head of a router that runs before the layers. Its rows are those of one layer after the other, or with the same
+    /// picks for all layers those of each.
+    fn router_head(&mut self, raw: &Raw, per_layer: bool) -> Result<()> {
+        let (moe, lists) = (&self.source.config().moe, &self.experts.layers);
+        if !per_layer && lists.iter().any(|list| *list != lists[0]) {
+            return Err(refuse(
+                self.source,
+                "its one router picks the same experts in all layers, so that all have to keep the same".to_owned(),
+            ));
+        }
+        let n_lists = if per_layer { lists.len() } else { 1 };
+        let counts: Vec<usize> = moe.counts().take(n_lists).collect();
+        let n_rows: usize = counts.iter().map(|n| n + moe.n_null).sum();
+        if raw.shape.first() != Some(&n_rows) || n_rows == 0 {
+            let problem = format!(
+                "tensor `{}` has shape {:?}, expected {n_rows} rows for the experts of all layers",
+                raw.name, raw.shape
+            );
+            return Err(refuse(self.source, problem));
+        }
+        let size = raw.bytes.len() / n_rows;
+        let row = |row: usize| Piece::Stored(raw.bytes.slice(row * size..(row + 1) * size));
+        let (mut pieces, mut first) = (Vec::new(), 0);
+        for (list, n_old) in lists.iter().zip(counts) {
+            pieces.extend(list.iter().map(|new| match new {
+                NewExpert::Kept(id) | NewExpert::Mixed(id) => row(first + id),
+                NewExpert::Never => Piece::Zeros(size),
+            }));
+            let n_all = n_old + moe.n_null;
+            pieces.extend((first + n_old..first + n_all).map(row));
+            first += n_all;
+        }
         let mut shape = raw.shape.clone();
         shape[0] = pieces.len();
         self.add(raw.name.clone(), raw.dtype, shape, pieces);
