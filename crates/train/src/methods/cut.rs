@@ -65,7 +65,7 @@ impl Cut {
         let rule = recipe
             .router
             .as_ref()
-            .map_or("top_k", |router| &router.name);
+            .map_or("top_k", |router| router.name.as_str());
         if rule != "top_k" || m.top_k != 1 || !m.norm_topk_prob {
             return Err("`[cut]` needs the router `top_k` with `model.top_k` = 1 and `model.norm_topk_prob` = true".to_owned());
         }
