@@ -164,23 +164,25 @@ fn experts_are_neurons_of_the_dense_model_and_their_router_follows_it() {
     let dense = dense(folder.path());
     let frozen = "[start]\nfreeze = [\"experts\", \"dense\"]\n[cut]";
     let parse = |name: &str| {
-        let text = cut(folder.path(), name, &dense, [2, 4]).replace("[cut]", frozen);
+        let text = cut(folder.path(), name, &dense, [2, 4])
+            .replace("[cut]", frozen)
+            .replace("        steps = 8", "        steps = 60")
+            .replace("lr = 1e-2", "lr = 2e-2");
         Recipe::parse(Path::new("tiny.toml"), &text).unwrap()
     };
     let (whole, parts) = (parse("whole"), parse("parts"));
     run(&whole, None);
-    for stop_after in [Some(3), None] {
+    for stop_after in [Some(23), None] {
         run(&parts, stop_after);
     }
     assert_eq!(trajectory(&whole), trajectory(&parts));
-    let steps = trajectory(&whole);
-    let part = |at: usize| steps[at]["parts"]["router_distillation"].as_f64().unwrap();
-    assert!(
-        part(0) > 0.0 && part(7) < part(0),
-        "{} {}",
-        part(0),
-        part(7)
-    );
+    let found: Vec<f64> = trajectory(&whole)
+        .iter()
+        .filter_map(|line| line["parts"]["router_distillation"].as_f64())
+        .collect();
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    let (first, last) = (mean(&found[..8]), mean(&found[found.len() - 8..]));
+    assert!(0.0 < last && last < 0.9 * first, "{first} {last}");
 
     let open = |folder: &Path| Checkpoint::open(folder).unwrap();
     let (ours, theirs) = (open(&whole.output.dir.join("model")), open(&dense));
@@ -233,8 +235,6 @@ fn a_cut_that_makes_no_sense_is_refused_by_name() {
         "[router_distill]\nbeta = 1.0\nteacher = \"x\" #",
         "who teaches",
     );
-    let decoupled = router(true).replace(MODEL, "");
-    refused(decoupled.trim(), "", "needs `model.decoupled_router`");
 }
 
 /// With a guide the text does not reach the router, and without one it does, where weights follow from logits.
