@@ -50,6 +50,7 @@ pub(crate) fn spelled_out(arg: OsString) -> OsString {
     match arg.to_str() {
         Some("-ctk") => "--cache-type-k".into(),
         Some("-ctv") => "--cache-type-v".into(),
+        Some("-np") => "--parallel".into(),
         _ => arg,
     }
 }

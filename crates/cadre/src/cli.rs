@@ -11,7 +11,7 @@ use crate::cache::spelled_out;
 use crate::commands::train;
 use crate::commands::{
     apply, bench, chat, completions, convert, doctor, eval, fit, inspect, logits, plan, pull, run,
-    trace,
+    serve, trace,
 };
 use crate::env::{self, Env};
 use crate::interrupt::Interrupt;
@@ -42,6 +42,8 @@ enum Command {
     Run(run::Args),
     /// Talk with a model that was tuned for it.
     Chat(chat::Args),
+    /// Serve a model over HTTP, as OpenAI's clients expect it.
+    Serve(serve::Args),
     /// Record which experts every token uses, or show a recording.
     Trace(trace::Args),
     /// Decide from a recording which experts a model can do without, or show such a plan.
@@ -94,6 +96,7 @@ pub(crate) fn run() -> Result<()> {
     match cli.command {
         Command::Run(args) => run::run(&app, &args),
         Command::Chat(args) => chat::run(&app, &args),
+        Command::Serve(args) => serve::run(&app, &args),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(&app, &args),
         Command::Trace(args) => trace::run(&app, &args),

@@ -24,6 +24,8 @@ pub(crate) struct Env {
     pub(crate) stdin_is_terminal: bool,
     /// Folder of what can be made again: `cadre` in `XDG_CACHE_HOME` or in `~/.cache`. `None` when no home folder is known.
     pub(crate) cache: Option<PathBuf>,
+    /// `CADRE_API_KEY`: a key that requests to `cadre serve` need.
+    pub(crate) api_key: Option<Secret>,
     /// The hub and its cache.
     pub(crate) hub: HubEnv,
 }
@@ -74,6 +76,7 @@ impl Env {
             stderr_is_terminal: std::io::stderr().is_terminal(),
             stdin_is_terminal: std::io::stdin().is_terminal(),
             cache: caches().map(|folder| folder.join("cadre")),
+            api_key: var("CADRE_API_KEY").map(Secret),
             hub: HubEnv::read(),
         }
     }

@@ -6,14 +6,13 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use anyhow::Result;
-use cadre_checkpoint::{TokenStream, Tokenizer};
+use cadre_checkpoint::{StopMatcher, TokenStream, Tokenizer};
 use cadre_engine::{Hooks, Observer, RoutingEvent};
 
 use crate::cli::App;
 use crate::experts::{ExpertView, ExpertWatch};
 use crate::interrupt::Interrupt;
 use crate::output::{Out, harmless};
-use crate::stop::StopMatcher;
 
 /// Follows one generation. Errors of printing break it and come out of [`Live::finish`].
 pub(crate) struct Live<'a> {

@@ -29,7 +29,6 @@ mod output;
 mod pace;
 mod sampling;
 mod steer;
-mod stop;
 mod streaming;
 mod units;
 

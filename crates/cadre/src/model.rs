@@ -56,6 +56,25 @@ impl CheckpointArg {
         self.model.is_some()
     }
 
+    /// What it is called in short: the name of its file or folder, or of a hub model with its owner.
+    pub(crate) fn short_name(&self) -> String {
+        let Some(path) = &self.model else {
+            return "nano".to_owned();
+        };
+        if hub_name(path).is_some() {
+            return path.display().to_string();
+        }
+        let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+        let name = match path.extension() {
+            Some(extension) if extension == "gguf" => path.file_stem(),
+            _ => path.file_name(),
+        };
+        name.map_or_else(
+            || "model".to_owned(),
+            |name| name.to_string_lossy().into_owned(),
+        )
+    }
+
     /// Opens the chosen checkpoint, after downloading what is missing of a hub model.
     pub(crate) fn open(&self, app: &App) -> Result<Checkpoint> {
         match self.path(app)? {

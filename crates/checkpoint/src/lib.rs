@@ -57,7 +57,8 @@ pub use sizes::{
 pub use specs::tensor_specs;
 pub use tensors::BlockScales;
 pub use text::{
-    ChatFiles, ChatTemplate, ChatTemplates, DateTime, EncodeOptions, GgufVocab, RenderInput,
-    StopFiles, StopToken, TokenStream, TokenType, Tokenizer, stop_token_ids, train_bpe,
+    ChatFiles, ChatTemplate, ChatTemplates, DateTime, EncodeOptions, GgufVocab, Released,
+    RenderInput, StopFiles, StopMatcher, StopToken, TokenStream, TokenType, Tokenizer,
+    stop_token_ids, train_bpe,
 };
 pub use write::{FolderContents, TensorData, write_folder};

@@ -183,13 +183,23 @@ fn prediction(kernels: Kernels, model: &dyn Model, row: &mut [f32], target: u32)
             vocab_size: model.info().vocab_size,
         });
     };
-    let highest = kernels.max(row);
-    let sum = kernels.exp_sum(row, highest);
-    let nll = f64::from(sum).ln() + f64::from(highest) - f64::from(logit);
+    let nll = log_sum(kernels, row) - f64::from(logit);
     Ok(Score {
         n_tokens: 1,
         nll_sum: nll,
     })
+}
+
+/// `ln(sum(exp(row)))` of a row of logits, which is overwritten. A token's log probability is its logit less this; scores
+/// of [`perplexity`] are made of it.
+pub fn log_sum_exp(model: &dyn Model, row: &mut [f32]) -> f64 {
+    log_sum(model.compute().kernels(), row)
+}
+
+fn log_sum(kernels: Kernels, row: &mut [f32]) -> f64 {
+    let highest = kernels.max(row);
+    let sum = kernels.exp_sum(row, highest);
+    f64::from(sum).ln() + f64::from(highest)
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("routing", &[]),
     ("trace", &["routing"]),
     ("engine", &["checkpoint", "kernels", "routing", "store"]),
+    ("serve", &["checkpoint", "engine"]),
     ("train", &["checkpoint", "kernels", "routing"]),
     (
         "reshape",
@@ -29,6 +30,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "kernels",
             "reshape",
             "routing",
+            "serve",
             "store",
             "trace",
             "train",
@@ -45,9 +47,11 @@ const HOMES: &[(&str, &[&str])] = &[
     ("clap", &["cadre"]),
     ("anyhow", &["cadre", "testkit"]),
     ("indicatif", &["cadre"]),
-    ("tokio", &[]),
-    ("axum", &[]),
-    ("hyper", &[]),
+    ("tokio", &["serve"]),
+    ("http", &["serve"]),
+    ("httparse", &["serve"]),
+    ("axum", &["serve"]),
+    ("hyper", &["serve"]),
     ("reqwest", &[]),
     ("hf-hub", &[]),
     ("ureq", &["cadre"]),
@@ -193,7 +197,10 @@ fn external_crates_stay_in_their_homes() {
             }
         }
     }
-    assert_none("Burn only in train, clap and HTTP only in cadre", broken);
+    assert_none(
+        "Burn only in train, clap and the hub only in cadre, servers only in serve",
+        broken,
+    );
 }
 
 #[test]

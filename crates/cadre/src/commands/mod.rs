@@ -16,6 +16,7 @@ pub(crate) mod plan;
 pub(crate) mod plan_steer;
 pub(crate) mod pull;
 pub(crate) mod run;
+pub(crate) mod serve;
 pub(crate) mod trace;
 mod trace_replay;
 #[cfg(feature = "train")]

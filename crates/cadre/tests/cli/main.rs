@@ -21,6 +21,8 @@ mod lossy;
 mod nano;
 mod plan_steer;
 mod reshape;
+#[cfg(unix)]
+mod serve;
 mod steer;
 mod streaming;
 #[cfg(feature = "train")]

@@ -3,7 +3,7 @@
 //! - [`Tokenizer`] encodes and decodes; [`TokenStream`] decodes token by token.
 //! - [`train_bpe`] makes a new byte-level tokenizer.
 //! - [`ChatTemplates`] finds the chat templates of a checkpoint; [`ChatTemplate`] renders one.
-//! - [`stop_token_ids`] collects the tokens that end an answer.
+//! - [`stop_token_ids`] collects the tokens that end an answer; [`StopMatcher`] finds the strings that do.
 //! - [`GgufVocab`] is the vocabulary of a GGUF file.
 
 mod bpe;
@@ -12,6 +12,7 @@ mod decoding;
 mod ends;
 mod gguf;
 mod stop;
+mod stop_strings;
 mod stream;
 mod tokenizer;
 
@@ -21,5 +22,6 @@ pub(crate) use ends::special_token;
 pub(crate) use gguf::{GPT2_SPLIT, pretokenizer_of, tokenizer_json};
 pub use gguf::{GgufVocab, TokenType};
 pub use stop::{StopFiles, StopToken, stop_token_ids};
+pub use stop_strings::{Released, StopMatcher};
 pub use stream::TokenStream;
 pub use tokenizer::{EncodeOptions, Tokenizer};

@@ -1,12 +1,14 @@
 //! Turning token ids into text one by one without ever cutting a character in two.
 
+use std::borrow::Cow;
+
 use crate::text::decoding::Lead;
 use crate::text::tokenizer::Tokenizer;
 
 /// See [`Tokenizer::stream`]. Bytes of an incomplete character wait for the next token.
 #[derive(Debug)]
 pub struct TokenStream<'a> {
-    tokenizer: &'a Tokenizer,
+    tokenizer: Cow<'a, Tokenizer>,
     opening: Opening,
     held: Vec<u8>,
 }
@@ -14,9 +16,19 @@ pub struct TokenStream<'a> {
 impl<'a> TokenStream<'a> {
     pub(crate) fn new(tokenizer: &'a Tokenizer, lead: Lead) -> Self {
         Self {
-            tokenizer,
+            tokenizer: Cow::Borrowed(tokenizer),
             opening: Opening::new(lead),
             held: Vec::new(),
+        }
+    }
+
+    /// The same, with a tokenizer of its own, which shares the vocabulary.
+    #[must_use]
+    pub fn into_owned(self) -> TokenStream<'static> {
+        TokenStream {
+            tokenizer: Cow::Owned(self.tokenizer.into_owned()),
+            opening: self.opening,
+            held: self.held,
         }
     }
 

@@ -2,23 +2,26 @@
 
 /// Watches for several stop strings.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct StopMatcher {
+pub struct StopMatcher {
     stops: Vec<String>,
     held: String,
+    /// Index of the stop string that came.
+    found: Option<usize>,
 }
 
 /// What came of a piece of text.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Released {
+pub struct Released {
     /// Text that is certainly not part of a stop string.
-    pub(crate) text: String,
+    pub text: String,
     /// A stop string is complete; it and what follows it are not in `text`.
-    pub(crate) stopped: bool,
+    pub stopped: bool,
 }
 
 impl StopMatcher {
     /// A matcher; empty strings are ignored.
-    pub(crate) fn new(stops: &[String]) -> Self {
+    #[must_use]
+    pub fn new(stops: &[String]) -> Self {
         let stops = stops
             .iter()
             .filter(|stop| !stop.is_empty())
@@ -27,18 +30,18 @@ impl StopMatcher {
         Self {
             stops,
             held: String::new(),
+            found: None,
         }
     }
 
     /// Takes the next piece. Of several complete stop strings the one that starts first counts.
-    pub(crate) fn push(&mut self, piece: &str) -> Released {
+    #[must_use]
+    pub fn push(&mut self, piece: &str) -> Released {
         self.held.push_str(piece);
-        if let Some(at) = self
-            .stops
-            .iter()
-            .filter_map(|stop| self.held.find(stop))
-            .min()
-        {
+        let found = self.stops.iter().enumerate();
+        let found = found.filter_map(|(index, stop)| Some((self.held.find(stop)?, index)));
+        if let Some((at, index)) = found.min() {
+            self.found = Some(index);
             self.held.truncate(at);
             return Released {
                 text: std::mem::take(&mut self.held),
@@ -58,8 +61,14 @@ impl StopMatcher {
         }
     }
 
+    /// The stop string that came.
+    #[must_use]
+    pub fn found(&self) -> Option<&str> {
+        self.found.map(|index| self.stops[index].as_str())
+    }
+
     /// What is held back at the end of the text.
-    pub(crate) fn finish(&mut self) -> String {
+    pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
 }
@@ -95,7 +104,9 @@ mod tests {
         assert_eq!(stops.push("a\n"), released("a", false));
         assert_eq!(stops.push("b E"), released("\nb ", false));
         assert_eq!(stops.push("N"), released("", false));
+        assert_eq!(stops.found(), None);
         assert_eq!(stops.push("D of"), released("", true));
+        assert_eq!(stops.found(), Some("END"));
     }
 
     #[test]

@@ -1,0 +1,37 @@
+//! `/v1/models`: what is served.
+
+use serde_json::{Value, json};
+
+use crate::served::Served;
+
+/// The list.
+pub(crate) fn list(served: &Served) -> Value {
+    let models: Vec<Value> = served.names.iter().map(|name| one(served, name)).collect();
+    json!({"object": "list", "data": models})
+}
+
+/// One of them, by a name that it has.
+pub(crate) fn one(served: &Served, name: &str) -> Value {
+    let info = served.model.info();
+    json!({
+        "id": name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "cadre",
+        "max_model_len": served.n_ctx,
+        "meta": {
+            "origin": served.origin,
+            "model_type": info.model_type,
+            "n_vocab": info.vocab_size,
+            "n_ctx_train": info.max_context,
+            "n_embd": info.d_model,
+            "n_layers": info.n_layers,
+            "n_experts": info.n_experts,
+            "top_k": info.top_k,
+            "n_params": info.n_params,
+            "n_active_params": info.n_active_params,
+            "size": info.weight_bytes,
+            "lossy": (!info.lossy.is_none()).then(|| info.lossy.to_string()),
+        },
+    })
+}

@@ -1,0 +1,128 @@
+//! What the scheduler is asked for, what it tells, and how it refuses.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
+
+use super::draw::{DrawOptions, Scored};
+
+/// One sequence to read and continue.
+#[derive(Clone, Debug)]
+pub(crate) struct Job {
+    /// At least one token, and no more than a session holds.
+    pub(crate) prompt: Arc<[u32]>,
+    pub(crate) max_new_tokens: usize,
+    /// Tokens that end the text; they are not told.
+    pub(crate) stop_tokens: Arc<[u32]>,
+    pub(crate) draw: DrawOptions,
+    /// Most probable tokens that are told with the score of every token; `None` where no scores are wanted.
+    pub(crate) alternatives: Option<usize>,
+    /// Whether the tokens of the prompt are scored, too.
+    pub(crate) scores_prompt: bool,
+}
+
+/// Whom a job is done for: the queue is fair among them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Client {
+    /// Index of its key.
+    Key(usize),
+    /// Where it is, when there are no keys.
+    Address(IpAddr),
+}
+
+/// What happens to a job. The last event is [`Event::Done`] or [`Event::Failed`].
+#[derive(Clone, Debug)]
+pub(crate) enum Event {
+    /// It has a slot, which held so many tokens of the prompt already.
+    Started {
+        /// Tokens that need not be read.
+        n_cached: usize,
+    },
+    /// Scores of the next tokens of the prompt; the first token of all has none.
+    Prompt(Vec<Scored>),
+    /// A token was drawn.
+    Token {
+        /// Its id.
+        token: u32,
+        /// Its score, where scores are wanted.
+        scored: Option<Box<Scored>>,
+    },
+    /// There are no more tokens.
+    Done(Finish),
+    /// It could not be finished.
+    Failed(JobError),
+}
+
+/// Why there are no more tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Finish {
+    /// A token that ends the text.
+    Stop,
+    /// As many as were asked for, or as the context holds.
+    Length,
+}
+
+/// Why a job was not finished.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum JobError {
+    /// The engine's error, with its causes.
+    Failed(String),
+    /// A panic.
+    Panicked,
+    /// The scheduler ended.
+    Ended,
+}
+
+/// Why jobs are not taken. The numbers are jobs that wait, and seconds until that may have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// This client has its share of the queue.
+    TooMany { waiting: usize, seconds: u32 },
+    /// The queue is full.
+    Full { waiting: usize, seconds: u32 },
+    /// The scheduler takes no more.
+    Ending,
+}
+
+/// The events of the jobs that were submitted together. Dropping it cancels all of them.
+#[derive(Debug)]
+pub(crate) struct Jobs {
+    pub(crate) events: UnboundedReceiver<(usize, Event)>,
+    pub(crate) cancelled: Vec<Arc<AtomicBool>>,
+}
+
+impl Jobs {
+    /// Nothing more is wanted of one of them.
+    pub(crate) fn cancel(&self, index: usize) {
+        if let Some(cancelled) = self.cancelled.get(index) {
+            cancelled.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The scheduler's end of a job.
+#[derive(Debug)]
+pub(crate) struct Teller {
+    pub(crate) index: usize,
+    pub(crate) events: UnboundedSender<(usize, Event)>,
+    pub(crate) cancelled: Arc<AtomicBool>,
+}
+
+impl Teller {
+    pub(crate) fn tell(&self, event: Event) {
+        // Whoever does not listen any more is noticed before the next pass.
+        let _ = self.events.send((self.index, event));
+    }
+
+    /// Whether nobody listens.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Whether nobody wants to hear more.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.is_alone() || self.cancelled.load(Ordering::Relaxed)
+    }
+}

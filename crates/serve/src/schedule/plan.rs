@@ -1,0 +1,148 @@
+//! What a pass computes: who generates gets a token, and prompts share the rest.
+
+/// Of the tokens of a pass, the share of prompts while somebody generates: it bounds how long a token waits for other
+/// people's prompts.
+const PROMPT_SHARE: usize = 4;
+
+/// What a slot could do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Need {
+    /// Tokens that it could read; 1 for a slot that generates.
+    pub(crate) n_tokens: usize,
+    /// Its prompt is read.
+    pub(crate) generates: bool,
+    /// The logits of every token are wanted.
+    pub(crate) scores: bool,
+    /// When it got its slot; earlier ones have smaller numbers.
+    pub(crate) since: u64,
+}
+
+/// What a pass may hold.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PassLimits {
+    /// Tokens; at least as many as there are slots.
+    pub(crate) n_tokens: usize,
+    /// Rows of logits of prompts that are scored.
+    pub(crate) n_rows: usize,
+}
+
+/// Tokens that each slot reads in the next pass. Everybody who generates reads one. Of prompts the oldest gets half of the
+/// room, so that long ones come to an end, and the others, shortest first, the rest.
+pub(crate) fn plan(needs: &[Option<Need>], limits: PassLimits) -> Vec<usize> {
+    let mut granted = vec![0; needs.len()];
+    let mut prompts = Vec::new();
+    let mut n_generating = 0;
+    for (slot, need) in needs.iter().enumerate() {
+        match need {
+            Some(need) if need.generates => {
+                granted[slot] = 1;
+                n_generating += 1;
+            }
+            Some(need) => prompts.push((slot, *need)),
+            None => {}
+        }
+    }
+    let mut room = Room {
+        n_tokens: limits.n_tokens.saturating_sub(n_generating),
+        n_rows: limits.n_rows,
+    };
+    if n_generating > 0 {
+        let share = (limits.n_tokens / PROMPT_SHARE).max(1);
+        room.n_tokens = room.n_tokens.min(share);
+    }
+    prompts.sort_by_key(|(_, need)| need.since);
+    let Some(oldest) = prompts.first().copied() else {
+        return granted;
+    };
+    room.grant(oldest, room.n_tokens.div_ceil(2), &mut granted);
+    prompts.sort_by_key(|(_, need)| (need.n_tokens, need.since));
+    for prompt in prompts {
+        if prompt.0 != oldest.0 {
+            room.grant(prompt, usize::MAX, &mut granted);
+        }
+    }
+    room.grant(oldest, usize::MAX, &mut granted);
+    granted
+}
+
+/// What is left of a pass.
+struct Room {
+    n_tokens: usize,
+    n_rows: usize,
+}
+
+impl Room {
+    fn grant(&mut self, (slot, need): (usize, Need), most: usize, granted: &mut [usize]) {
+        let mut n = (need.n_tokens - granted[slot]).min(most).min(self.n_tokens);
+        if need.scores {
+            n = n.min(self.n_rows);
+            self.n_rows -= n;
+        }
+        self.n_tokens -= n;
+        granted[slot] += n;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: PassLimits = PassLimits {
+        n_tokens: 64,
+        n_rows: 8,
+    };
+
+    fn prompt(n_tokens: usize, since: u64) -> Option<Need> {
+        Some(Need {
+            n_tokens,
+            generates: false,
+            scores: false,
+            since,
+        })
+    }
+
+    fn generating() -> Option<Need> {
+        Some(Need {
+            n_tokens: 1,
+            generates: true,
+            scores: false,
+            since: 0,
+        })
+    }
+
+    #[test]
+    fn prompts_fill_a_pass_and_the_oldest_gets_half() {
+        assert_eq!(plan(&[prompt(100, 3)], LIMITS), [64]);
+        let needs = [prompt(100, 3), None, prompt(100, 1), prompt(5, 4)];
+        assert_eq!(plan(&needs, LIMITS), [27, 0, 32, 5]);
+        assert_eq!(plan(&[prompt(3, 1), prompt(4, 2)], LIMITS), [3, 4]);
+        assert_eq!(plan(&[None, None], LIMITS), [0, 0]);
+    }
+
+    #[test]
+    fn who_generates_comes_first_and_waits_for_little() {
+        let needs = [generating(), prompt(100, 1), generating()];
+        assert_eq!(plan(&needs, LIMITS), [1, 16, 1]);
+        let full = PassLimits {
+            n_tokens: 2,
+            n_rows: 1,
+        };
+        assert_eq!(plan(&needs, full), [1, 0, 1]);
+        let needs = [generating(), prompt(9, 1)];
+        assert_eq!(plan(&needs, full), [1, 1]);
+    }
+
+    #[test]
+    fn scored_prompts_take_as_many_rows_as_there_are() {
+        let scored = |n, since| {
+            prompt(n, since).map(|need| Need {
+                scores: true,
+                ..need
+            })
+        };
+        let needs = [scored(100, 1), scored(3, 2), prompt(10, 3)];
+        assert_eq!(plan(&needs, LIMITS), [8, 0, 10]);
+        let needs = [scored(4, 1), scored(30, 2)];
+        assert_eq!(plan(&needs, LIMITS), [4, 4]);
+    }
+}

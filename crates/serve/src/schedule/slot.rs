@@ -1,0 +1,272 @@
+//! A slot: a session, what it holds, and the job that it works on.
+
+use cadre_engine::{EngineError, Logits, Model, Sequence, Session};
+
+use super::draw::{Draw, score};
+use super::job::{Event, Finish, Job, JobError, Teller};
+use super::plan::Need;
+use crate::metrics::{Ended, JobClock};
+
+/// A place for one sequence. Between jobs it keeps what it has read, for the next one that begins alike.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    session: Session,
+    /// The tokens in the session.
+    held: Vec<u32>,
+    running: Option<Running>,
+    /// When a job ended here last; larger is later.
+    used: u64,
+}
+
+/// A job in a slot.
+#[derive(Debug)]
+struct Running {
+    job: Job,
+    teller: Teller,
+    draw: Draw,
+    n_drawn: usize,
+    /// The token that was drawn last, which is read next.
+    next: [u32; 1],
+    since: u64,
+    clock: JobClock,
+}
+
+/// What the end of a piece of work needs.
+pub(crate) struct Desk<'a> {
+    pub(crate) model: &'a dyn Model,
+    /// A row of logits, for scores of one that is drawn from.
+    pub(crate) scratch: &'a mut Vec<f32>,
+}
+
+impl Slot {
+    pub(crate) fn new(session: Session) -> Self {
+        Self {
+            session,
+            held: Vec::new(),
+            running: None,
+            used: 0,
+        }
+    }
+
+    pub(crate) fn is_free(&self) -> bool {
+        self.running.is_none()
+    }
+
+    pub(crate) fn used(&self) -> u64 {
+        self.used
+    }
+
+    /// Tokens of `job`'s prompt that need not be read here: never the last one, whose logits start the answer.
+    pub(crate) fn n_known(&self, job: &Job) -> usize {
+        if job.scores_prompt {
+            return 0;
+        }
+        let pairs = self.held.iter().zip(&*job.prompt);
+        let n_common = pairs.take_while(|(held, token)| held == token).count();
+        n_common.min(job.prompt.len().saturating_sub(1))
+    }
+
+    /// Starts a job in this slot, which is free.
+    pub(crate) fn begin(&mut self, job: Job, teller: Teller, (since, clock): (u64, JobClock)) {
+        let n_cached = self.n_known(&job);
+        clock.started(job.prompt.len(), n_cached);
+        teller.tell(Event::Started { n_cached });
+        let draw = Draw::new(job.draw.clone(), &job.prompt, job.stop_tokens.clone());
+        let draw = match draw {
+            Ok(draw) => draw,
+            Err(error) => {
+                clock.ended(Ended::Failed, 0);
+                return teller.tell(Event::Failed(failed(&error)));
+            }
+        };
+        if job.max_new_tokens == 0 && !job.scores_prompt {
+            clock.ended(Ended::Length, 0);
+            return teller.tell(Event::Done(Finish::Length));
+        }
+        self.session.rewind(n_cached);
+        self.held.truncate(n_cached);
+        self.running = Some(Running {
+            job,
+            teller,
+            draw,
+            n_drawn: 0,
+            next: [0],
+            since,
+            clock,
+        });
+    }
+
+    /// Ends the job, if nobody wants more of it.
+    pub(crate) fn drop_cancelled(&mut self, now: u64) {
+        let why = match &self.running {
+            Some(running) if running.teller.is_alone() => Ended::Cancelled,
+            // What a client finds in the text is an end like any other.
+            Some(running) if running.teller.is_cancelled() => Ended::Stop,
+            _ => return,
+        };
+        self.release(why, now);
+    }
+
+    pub(crate) fn need(&self) -> Option<Need> {
+        let running = self.running.as_ref()?;
+        let left = running
+            .job
+            .prompt
+            .len()
+            .saturating_sub(self.session.position());
+        Some(Need {
+            n_tokens: left.max(1),
+            generates: left == 0,
+            scores: running.job.scores_prompt && left > 0,
+            since: running.since,
+        })
+    }
+
+    /// The next `n` tokens, as a part of a batch.
+    pub(crate) fn sequence(&mut self, n: usize) -> Option<Sequence<'_>> {
+        let running = self.running.as_ref()?;
+        let at = self.session.position();
+        let prompt = &running.job.prompt;
+        let (tokens, want) = match prompt.get(at..at + n) {
+            Some(piece) if n > 0 => {
+                let want = match (running.job.scores_prompt, at + n == prompt.len()) {
+                    (true, _) => Logits::All,
+                    (false, true) => Logits::Last,
+                    (false, false) => Logits::None,
+                };
+                (piece, want)
+            }
+            _ => (&running.next[..], Logits::Last),
+        };
+        Some(Sequence {
+            session: &mut self.session,
+            tokens,
+            want,
+        })
+    }
+
+    /// Takes note of what was computed: `rows` are the logits of the piece that was read last, `[n, vocab_size]`.
+    pub(crate) fn advance(&mut self, rows: &mut [f32], desk: &mut Desk<'_>, now: u64) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        let from = self.held.len();
+        let to = self.session.position();
+        let prompt = &running.job.prompt;
+        match prompt.get(from..to) {
+            Some(piece) => self.held.extend_from_slice(piece),
+            None => self.held.extend(running.next),
+        }
+        let vocab = desk.model.info().vocab_size;
+        let ended = running.take_rows(rows, vocab, to, desk);
+        let ended = match ended {
+            Ok(None) if running.n_drawn > 0 && self.session.free() == 0 => Some(Finish::Length),
+            Ok(ended) => ended,
+            Err(error) => return self.fail(error, now),
+        };
+        if let Some(finish) = ended {
+            running.teller.tell(Event::Done(finish));
+            let why = match finish {
+                Finish::Stop => Ended::Stop,
+                Finish::Length => Ended::Length,
+            };
+            self.release(why, now);
+        }
+    }
+
+    /// Ends the job with an error, if there is one.
+    pub(crate) fn fail(&mut self, error: JobError, now: u64) {
+        if let Some(running) = &self.running {
+            running.teller.tell(Event::Failed(error));
+        }
+        self.release(Ended::Failed, now);
+    }
+
+    /// Replaces the session, whose state is in doubt.
+    pub(crate) fn renew(&mut self, session: Session) {
+        self.session = session;
+        self.held.clear();
+    }
+
+    fn release(&mut self, why: Ended, now: u64) {
+        if let Some(running) = self.running.take() {
+            running.clock.ended(why, running.n_drawn);
+        }
+        self.used = now;
+        self.held.truncate(self.session.position());
+    }
+}
+
+impl Running {
+    /// Scores and draws from the logits of the piece that ends before position `to`; why the job has ended, if so.
+    fn take_rows(
+        &mut self,
+        rows: &mut [f32],
+        vocab: usize,
+        to: usize,
+        desk: &mut Desk<'_>,
+    ) -> Result<Option<Finish>, JobError> {
+        let n_rows = rows.len() / vocab.max(1);
+        let mut scores = Vec::new();
+        let mut ended = None;
+        for (i, row) in rows.chunks_exact_mut(vocab.max(1)).enumerate() {
+            let is_last = i + 1 == n_rows;
+            match self.job.prompt.get(to + i + 1 - n_rows) {
+                // The row foretells a token of the prompt.
+                Some(token) if self.job.scores_prompt => {
+                    let n = self.job.alternatives.unwrap_or(0);
+                    scores.extend(score(desk.model, row, n, *token));
+                }
+                Some(_) => {}
+                None if is_last => {
+                    if !scores.is_empty() {
+                        self.teller.tell(Event::Prompt(std::mem::take(&mut scores)));
+                    }
+                    ended = self.draw(row, desk)?;
+                }
+                None => {}
+            }
+        }
+        if !scores.is_empty() {
+            self.teller.tell(Event::Prompt(scores));
+        }
+        Ok(ended)
+    }
+
+    fn draw(&mut self, row: &mut [f32], desk: &mut Desk<'_>) -> Result<Option<Finish>, JobError> {
+        if self.job.max_new_tokens == 0 {
+            return Ok(Some(Finish::Length));
+        }
+        if self.job.alternatives.is_some() {
+            desk.scratch.clear();
+            desk.scratch.extend_from_slice(row);
+        }
+        let token = self.draw.draw(row).map_err(|error| failed(&error))?;
+        if self.draw.is_stop(token) {
+            return Ok(Some(Finish::Stop));
+        }
+        let scored = self
+            .job
+            .alternatives
+            .and_then(|n| score(desk.model, desk.scratch, n, token));
+        self.teller.tell(Event::Token {
+            token,
+            scored: scored.map(Box::new),
+        });
+        self.clock.token();
+        self.n_drawn += 1;
+        self.next = [token];
+        Ok((self.n_drawn == self.job.max_new_tokens).then_some(Finish::Length))
+    }
+}
+
+/// An error of the engine with its causes.
+pub(crate) fn failed(error: &EngineError) -> JobError {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    JobError::Failed(text)
+}

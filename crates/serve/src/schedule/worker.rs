@@ -1,0 +1,417 @@
+//! The worker: the one thread that computes, and the handle that others have on it.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use cadre_engine::{EngineError, Model, NoObserver, Sequence, Workspace};
+use tokio::sync::mpsc::unbounded_channel;
+
+use super::ScheduleOptions;
+use super::job::{Client, Event, Job, JobError, Jobs, Refusal, Teller};
+use super::plan::{PassLimits, plan};
+use super::queue::FairQueue;
+use super::slot::{Desk, Slot, failed};
+use crate::metrics::{JobClock, Metrics};
+
+/// Bytes of logits that a pass may make for prompts that are scored.
+const LOGIT_BYTES: usize = 32 << 20;
+/// Longest time that a client is told to wait, in seconds.
+const LONGEST_WAIT: f64 = 60.0;
+
+/// A handle on the worker. The last one ends it.
+#[derive(Debug)]
+pub(crate) struct Scheduler {
+    shared: Arc<Shared>,
+    metrics: Arc<Metrics>,
+    worker: Mutex<Option<JoinHandle<()>>>,
+    n_slots: usize,
+    n_waiting: usize,
+}
+
+#[derive(Debug)]
+struct Shared {
+    inbox: Mutex<Inbox>,
+    wake: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Inbox {
+    queue: FairQueue<Waiting>,
+    ending: Option<Ending>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    job: Job,
+    teller: Teller,
+    since: Instant,
+}
+
+/// How the worker ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// When everything that was taken is done.
+    WhenDone,
+    /// Before the next pass.
+    Now,
+}
+
+impl Shared {
+    /// What is inside stays usable when somebody panicked while holding it: every change of it is one step.
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Scheduler {
+    /// Starts the worker.
+    ///
+    /// # Errors
+    /// Sessions or a workspace of these sizes cannot be made, or the system gives no thread.
+    pub(crate) fn start(
+        model: Arc<dyn Model>,
+        options: &ScheduleOptions,
+        metrics: Arc<Metrics>,
+    ) -> crate::Result<Self> {
+        let shared = Arc::new(Shared {
+            inbox: Mutex::new(Inbox::default()),
+            wake: Condvar::new(),
+        });
+        let mut worker = Worker::new(model, options, Arc::clone(&metrics), Arc::clone(&shared))?;
+        let thread = thread::Builder::new()
+            .name("cadre-engine".to_owned())
+            .spawn(move || worker.run())
+            .map_err(crate::ServeError::Runtime)?;
+        Ok(Self {
+            shared,
+            metrics,
+            worker: Mutex::new(Some(thread)),
+            n_slots: options.n_slots,
+            n_waiting: options.n_waiting,
+        })
+    }
+
+    /// Jobs that may wait.
+    pub(crate) fn n_waiting(&self) -> usize {
+        self.n_waiting
+    }
+
+    /// Puts jobs into the queue: all of them, or none.
+    ///
+    /// # Errors
+    /// There is no room.
+    pub(crate) fn submit(&self, client: Client, jobs: Vec<Job>) -> Result<Jobs, Refusal> {
+        let mut inbox = self.shared.inbox();
+        if inbox.ending.is_some() {
+            return Err(Refusal::Ending);
+        }
+        let waiting = inbox.queue.len();
+        if waiting + jobs.len() > self.n_waiting {
+            let seconds = self.patience(waiting);
+            let own = inbox.queue.len_of(client);
+            // Who has more than an even share is asked to slow down; others meet a server that is full.
+            let is_greedy = own * inbox.queue.n_clients().max(1) >= waiting && own > 0;
+            return Err(match is_greedy {
+                true => Refusal::TooMany {
+                    waiting: own,
+                    seconds,
+                },
+                false => Refusal::Full { waiting, seconds },
+            });
+        }
+        let (sender, events) = unbounded_channel();
+        let since = Instant::now();
+        let mut cancelled = Vec::with_capacity(jobs.len());
+        for (index, job) in jobs.into_iter().enumerate() {
+            let flag = Arc::new(AtomicBool::new(false));
+            cancelled.push(Arc::clone(&flag));
+            let teller = Teller {
+                index,
+                events: sender.clone(),
+                cancelled: flag,
+            };
+            inbox.queue.push(client, Waiting { job, teller, since });
+        }
+        drop(inbox);
+        self.shared.wake.notify_one();
+        Ok(Jobs { events, cancelled })
+    }
+
+    /// Seconds until the queue will have moved on.
+    fn patience(&self, n_waiting: usize) -> u32 {
+        let rounds = n_waiting as f64 / self.n_slots as f64;
+        let seconds = rounds * self.metrics.job_seconds();
+        seconds.clamp(1.0, LONGEST_WAIT).ceil() as u32
+    }
+
+    /// Takes no more jobs, and ends when those that it has are done.
+    pub(crate) fn finish(&self) {
+        self.end(Ending::WhenDone);
+    }
+
+    /// Ends before the next pass; whoever waits hears that.
+    pub(crate) fn stop(&self) {
+        self.end(Ending::Now);
+    }
+
+    fn end(&self, ending: Ending) {
+        self.shared.inbox().ending = Some(ending);
+        self.shared.wake.notify_one();
+    }
+
+    /// Waits for the worker's end.
+    pub(crate) fn join(&self) {
+        let worker = self
+            .worker
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        // A panic of the worker has been logged.
+        let _ = worker.map(JoinHandle::join);
+    }
+}
+
+impl Drop for Scheduler {
+    fn drop(&mut self) {
+        self.stop();
+        self.join();
+    }
+}
+
+struct Worker {
+    model: Arc<dyn Model>,
+    shared: Arc<Shared>,
+    metrics: Arc<Metrics>,
+    options: ScheduleOptions,
+    limits: PassLimits,
+    workspace: Workspace,
+    slots: Vec<Slot>,
+    /// A row of logits.
+    scratch: Vec<f32>,
+    /// Counts what happens, to tell older from newer.
+    now: u64,
+}
+
+/// Why a pass brought nothing.
+enum Trouble {
+    /// One slot's sequence cannot be computed; the others can.
+    Slot(usize, JobError),
+    /// All that were in it.
+    All(JobError),
+    /// A panic.
+    Panic,
+}
+
+impl Worker {
+    fn new(
+        model: Arc<dyn Model>,
+        options: &ScheduleOptions,
+        metrics: Arc<Metrics>,
+        shared: Arc<Shared>,
+    ) -> crate::Result<Self> {
+        let session = || model.session(&options.session).map(Slot::new);
+        let slots: cadre_engine::Result<Vec<Slot>> = std::iter::repeat_with(session)
+            .take(options.n_slots)
+            .collect();
+        let n_tokens = options.n_batch.max(options.n_slots);
+        let row_bytes = (model.info().vocab_size * size_of::<f32>()).max(1);
+        Ok(Self {
+            slots: slots?,
+            workspace: model.workspace(n_tokens)?,
+            limits: PassLimits {
+                n_tokens,
+                n_rows: (LOGIT_BYTES / row_bytes).max(1),
+            },
+            model,
+            shared,
+            metrics,
+            options: *options,
+            scratch: Vec::new(),
+            now: 0,
+        })
+    }
+
+    fn run(&mut self) {
+        while self.admit() {
+            if guarded(|| self.step()).is_none() {
+                self.recover();
+            }
+        }
+        for slot in &mut self.slots {
+            slot.fail(JobError::Ended, self.now);
+        }
+        let mut inbox = self.shared.inbox();
+        inbox.ending = Some(Ending::Now);
+        for waiting in inbox.queue.drain() {
+            waiting.teller.tell(Event::Failed(JobError::Ended));
+        }
+    }
+
+    /// Gives waiting jobs free slots; waits for some when there is nothing to do. False at the end.
+    fn admit(&mut self) -> bool {
+        let shared = Arc::clone(&self.shared);
+        let mut inbox = shared.inbox();
+        loop {
+            inbox.queue.retain(|waiting| !waiting.teller.is_cancelled());
+            if inbox.ending == Some(Ending::Now) {
+                return false;
+            }
+            while self.slots.iter().any(Slot::is_free)
+                && let Some(waiting) = inbox.queue.pop()
+            {
+                self.place(waiting);
+            }
+            let n_running = self.slots.iter().filter(|slot| !slot.is_free()).count();
+            self.metrics.jobs(n_running, inbox.queue.len());
+            if n_running > 0 {
+                return true;
+            }
+            if inbox.ending.is_some() {
+                return false;
+            }
+            inbox = shared
+                .wake
+                .wait(inbox)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Begins a job where most of its prompt has been read already, or else where nobody has been for longest.
+    fn place(&mut self, waiting: Waiting) {
+        let Waiting { job, teller, since } = waiting;
+        let free = self.slots.iter_mut().filter(|slot| slot.is_free());
+        let best = free.max_by_key(|slot| (slot.n_known(&job), u64::MAX - slot.used()));
+        if let Some(slot) = best {
+            self.now += 1;
+            let clock = JobClock::new(since, Arc::clone(&self.metrics));
+            slot.begin(job, teller, (self.now, clock));
+        }
+    }
+
+    /// One pass for everybody.
+    fn step(&mut self) {
+        self.now += 1;
+        let now = self.now;
+        for slot in &mut self.slots {
+            slot.drop_cancelled(now);
+        }
+        let needs: Vec<_> = self.slots.iter().map(Slot::need).collect();
+        let pieces = plan(&needs, self.limits);
+        let trouble = match self.pass(&pieces) {
+            Ok(()) => return,
+            Err(trouble) => trouble,
+        };
+        match trouble {
+            Trouble::Slot(slot, error) => self.slots[slot].fail(error, now),
+            Trouble::All(error) => self.fail(&pieces, &error),
+            Trouble::Panic => self.one_by_one(&pieces),
+        }
+    }
+
+    /// After a panic in a pass: computes its members alone, which finds the one that is to blame. No session has advanced.
+    fn one_by_one(&mut self, pieces: &[usize]) {
+        for (slot, n) in pieces.iter().enumerate().filter(|(_, n)| **n > 0) {
+            // What the pass wrote is forgotten with the memory that it wrote to.
+            if let Ok(workspace) = self.model.workspace(self.limits.n_tokens) {
+                self.workspace = workspace;
+            }
+            let mut alone = vec![0; pieces.len()];
+            alone[slot] = *n;
+            match self.pass(&alone) {
+                Ok(()) => {}
+                Err(Trouble::Slot(_, error) | Trouble::All(error)) => self.fail(&alone, &error),
+                Err(Trouble::Panic) => {
+                    self.fail(&alone, &JobError::Panicked);
+                    self.renew(slot);
+                }
+            }
+        }
+    }
+
+    /// After a panic outside of a pass: everything that runs fails, and nothing of its state is kept.
+    fn recover(&mut self) {
+        for slot in 0..self.slots.len() {
+            if !self.slots[slot].is_free() {
+                self.slots[slot].fail(JobError::Panicked, self.now);
+                self.renew(slot);
+            }
+        }
+    }
+
+    fn renew(&mut self, slot: usize) {
+        // The same options made one before.
+        if let Ok(session) = self.model.session(&self.options.session) {
+            self.slots[slot].renew(session);
+        }
+    }
+
+    fn fail(&mut self, pieces: &[usize], error: &JobError) {
+        for (slot, n) in self.slots.iter_mut().zip(pieces) {
+            if *n > 0 {
+                slot.fail(error.clone(), self.now);
+            }
+        }
+    }
+
+    /// Computes so many tokens of each slot together.
+    fn pass(&mut self, pieces: &[usize]) -> Result<(), Trouble> {
+        let Self {
+            model,
+            slots,
+            workspace,
+            scratch,
+            ..
+        } = self;
+        let vocab = model.info().vocab_size;
+        let mut batch: Vec<Sequence<'_>> = Vec::new();
+        // Slots of the batch, and values of logits that they get.
+        let mut members = Vec::new();
+        for (index, (slot, n)) in slots.iter_mut().zip(pieces).enumerate() {
+            if *n > 0
+                && let Some(sequence) = slot.sequence(*n)
+            {
+                members.push((index, sequence.n_logits() * vocab));
+                batch.push(sequence);
+            }
+        }
+        let start = Instant::now();
+        let (shared_model, sequences) = (&**model, &mut batch[..]);
+        let computed =
+            guarded(move || shared_model.forward_batch(sequences, workspace, &mut NoObserver));
+        drop(batch);
+        let mut logits = match computed {
+            Some(Ok(logits)) => logits,
+            Some(Err(error)) => return Err(trouble(&error, &members)),
+            None => return Err(Trouble::Panic),
+        };
+        self.metrics.pass(pieces.iter().sum(), start.elapsed());
+        for (slot, n) in members {
+            let (rows, rest) = logits.split_at_mut(n);
+            logits = rest;
+            let mut desk = Desk {
+                model: &**model,
+                scratch,
+            };
+            slots[slot].advance(rows, &mut desk, self.now);
+        }
+        Ok(())
+    }
+}
+
+/// `None` for a panic. What `work` changed is put in order, or thrown away, by whoever calls this.
+fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
+    catch_unwind(AssertUnwindSafe(work)).ok()
+}
+
+fn trouble(error: &EngineError, members: &[(usize, usize)]) -> Trouble {
+    match error {
+        EngineError::InBatch { sequence, source } => match members.get(*sequence) {
+            Some((slot, _)) => Trouble::Slot(*slot, failed(source)),
+            None => Trouble::All(failed(error)),
+        },
+        error => Trouble::All(failed(error)),
+    }
+}

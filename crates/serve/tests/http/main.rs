@@ -1,0 +1,12 @@
+//! The server over real connections: what clients get is what the engine gives, whatever the others do.
+#![expect(clippy::unwrap_used, reason = "a failure here is a failed test")]
+
+mod access;
+mod chat;
+mod client;
+mod completions;
+mod faults;
+mod load;
+mod messages;
+mod protocol;
+mod setup;
