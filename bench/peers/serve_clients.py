@@ -1,9 +1,9 @@
-"""The OpenAI client against `cadre serve`: answers, streams, scores and errors as that client understands them.
+"""The clients of OpenAI and Anthropic against `cadre serve`: answers, streams, scores, forms and errors as they understand them.
 
-    python3 -m venv .cache/venv/openai && .cache/venv/openai/bin/pip install openai==2.8.1
-    .cache/venv/openai/bin/python bench/peers/serve_clients.py [path of cadre]
+    python3 -m venv .cache/venv/clients && .cache/venv/clients/bin/pip install openai==3.54.0 anthropic==2.12.0
+    .cache/venv/clients/bin/python bench/peers/serve_clients.py [path of cadre]
 
-Starts a server of the embedded model and one with a chat template, and prints a line per check; exits with 1 when one fails.
+Starts a server of the embedded model with a chat template, and prints a line per check; exits with 1 when one fails.
 """
 
 import os
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 
+import anthropic
 import openai
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -47,6 +48,7 @@ def main():
         completions(client)
         chats(client)
         errors(client, url)
+        messages(anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0, timeout=120))
     finally:
         server.terminate()
         check("the server ends in good order", server.wait(60) == 0)
@@ -80,12 +82,13 @@ def chats(client):
     stream = client.chat.completions.create(model="nano", messages=messages, max_completion_tokens=24, seed=3, stream=True)
     text = "".join(event.choices[0].delta.content or "" for event in stream)
     check("a stream of it", text == choice.message.content, text)
-    with client.chat.completions.stream(model="nano", messages=messages, max_completion_tokens=24, seed=3) as helped:
-        final = helped.get_final_completion()
-    check("a stream by the client's helper", final.choices[0].message.content == choice.message.content, final)
-    stopped = client.chat.completions.create(model="nano", messages=messages, seed=3, max_completion_tokens=24,
-                                             stop=choice.message.content[5:8])
+    stop = choice.message.content[5:8]
+    stopped = client.chat.completions.create(model="nano", messages=messages, seed=3, max_completion_tokens=24, stop=stop)
     check("a stop string", stopped.choices[0].finish_reason == "stop", stopped)
+    # The client's helper takes an answer that was cut off by its length for an error.
+    with client.chat.completions.stream(model="nano", messages=messages, max_completion_tokens=24, seed=3, stop=stop) as helped:
+        final = helped.get_final_completion()
+    check("a stream by the client's helper", final.choices[0].message.content == stopped.choices[0].message.content, final)
 
 
 def errors(client, url):
@@ -98,6 +101,23 @@ def errors(client, url):
     refused("a prompt that is too long", openai.BadRequestError, lambda: make(model="nano", prompt=[[5] * 1000]))
     stranger = openai.OpenAI(base_url=url + "/v1", api_key="other", max_retries=0)
     refused("a wrong key", openai.AuthenticationError, lambda: stranger.models.list())
+
+
+def messages(client):
+    talk = [{"role": "user", "content": "Where is the cat?"}]
+    whole = client.messages.create(model="nano", max_tokens=24, messages=talk, system="Be brief.", temperature=0)
+    check("a message", whole.content[0].type == "text" and whole.usage.output_tokens > 0, whole)
+    with client.messages.stream(model="nano", max_tokens=24, messages=talk, system="Be brief.", temperature=0) as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    check("a stream of it", text == whole.content[0].text == final.content[0].text, text)
+    check("why it ended", whole.stop_reason == final.stop_reason == "max_tokens", final)
+    try:
+        client.messages.create(model="nano", max_tokens=1, messages=talk, temperature=7)
+    except anthropic.BadRequestError as error:
+        check("a wrong temperature, told to it", error.body["error"]["type"] == "invalid_request_error", error)
+    else:
+        check("a wrong temperature, told to it", False, "no error")
 
 
 if __name__ == "__main__":
