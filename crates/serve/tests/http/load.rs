@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use cadre_engine::{
     Logits, Model, ModelInfo, Observer, Result, Score, Sequence, Session, SessionOptions,
-    StoreStats, Workspace,
+    Steering, StoreStats, Workspace,
 };
 use cadre_kernels::{Compute, Matrix};
 use serde_json::{Value, json};
