@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cadre_engine::{
-    Logits, Model, ModelInfo, Observer, Result, Score, Sequence, Session, SessionOptions,
-    Steering, StoreStats, Workspace,
+    Logits, Model, ModelInfo, Observer, Result, Score, Sequence, Session, SessionOptions, Steering,
+    StoreStats, Workspace,
 };
 use cadre_kernels::{Compute, Matrix};
 use serde_json::{Value, json};
