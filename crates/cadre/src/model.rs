@@ -242,8 +242,8 @@ impl ModelArgs {
 
     /// As [`ModelArgs::load`], for so many sessions.
     pub(crate) fn load_for(&self, app: &App, sessions: (SessionOptions, usize)) -> Result<Loaded> {
-        let steering = self.steer.steering()?;
         let checkpoint = self.checkpoint.open(app)?;
+        let steering = self.steer.steering(&checkpoint)?;
         let what = format!("loading {}", checkpoint.origin());
         let stream = self.stream.options(&checkpoint, sessions)?;
         let low_bit = self

@@ -3,8 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use cadre_checkpoint::Checkpoint;
 use cadre_engine::Steering;
+use cadre_reshape::{read_plan, shape_of};
 use cadre_routing::steer::{Experts, Numbers};
+
+use crate::failure::Failure;
 
 /// Other experts than the model picks. The same for every token that is read or written.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -43,11 +47,45 @@ pub(crate) struct SteerArgs {
     /// what it says of experts, and replace its numbers.
     #[arg(long, value_name = "FILE")]
     steer: Option<PathBuf>,
+    /// Never pick the experts that this plan of `cadre plan prune` drops: what `cadre apply` would make, without writing it.
+    #[arg(long, value_name = "FILE")]
+    plan: Option<PathBuf>,
 }
 
 impl SteerArgs {
-    /// What is asked for; empty when nothing is.
-    pub(crate) fn steering(&self) -> Result<Steering> {
+    /// What is asked for of `checkpoint`; empty when nothing is.
+    pub(crate) fn steering(&self, checkpoint: &Checkpoint) -> Result<Steering> {
+        Ok(self.planned(checkpoint)?.and(&self.said()?))
+    }
+
+    /// What a plan for `checkpoint` leaves out.
+    fn planned(&self, checkpoint: &Checkpoint) -> Result<Steering> {
+        let Some(path) = &self.plan else {
+            return Ok(Steering::default());
+        };
+        let plan = read_plan(path)?;
+        plan.check(&shape_of(checkpoint))?;
+        if plan.merges() {
+            let text = format!("{} merges experts, which needs new weights", path.display());
+            let hint = "write the model with `cadre apply`";
+            return Err(Failure::new(text).hint(hint).into());
+        }
+        let mut mask = Experts::default();
+        for layer in &plan.layers {
+            let dropped: Vec<String> = layer.dropped().iter().map(u16::to_string).collect();
+            if !dropped.is_empty() {
+                let text = format!("{}:{}", layer.layer, dropped.join(","));
+                mask.extend(&text.parse()?);
+            }
+        }
+        Ok(Steering {
+            mask,
+            ..Steering::default()
+        })
+    }
+
+    /// What the file and the flags say.
+    fn said(&self) -> Result<Steering> {
         let file = match &self.steer {
             None => Steering::default(),
             Some(path) => {
@@ -98,13 +136,13 @@ mod tests {
             ..SteerArgs::default()
         };
         let said = "top-k-experts=2 mask-experts=3:5,7/*:0/1:2 gain-experts=*:1=0.5";
-        assert_eq!(args.steering().unwrap().to_string(), said);
+        assert_eq!(args.said().unwrap().to_string(), said);
         std::fs::write(&file, r#"{"masks":{}}"#).unwrap();
-        let error = format!("{:#}", args.steering().unwrap_err());
+        let error = format!("{:#}", args.said().unwrap_err());
         assert!(
             error.contains("s.json is not a steering: unknown field `masks`"),
             "{error}"
         );
-        assert!(SteerArgs::default().steering().unwrap().is_empty());
+        assert!(SteerArgs::default().said().unwrap().is_empty());
     }
 }

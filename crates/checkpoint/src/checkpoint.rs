@@ -276,6 +276,13 @@ impl Checkpoint {
         }
     }
 
+    /// Takes all mapped pages out of the process's memory; see [`Checkpoint::release`].
+    pub(crate) fn release_all(&self) {
+        for map in self.maps() {
+            map.release(&map.bytes());
+        }
+    }
+
     /// A large file of the checkpoint, by the map that it was opened with where there is one.
     pub(crate) fn blob(&self, name: &str) -> Result<Option<Blob>> {
         let is_it = |map: &&FileMap| map.path().file_name().is_some_and(|file| file == name);

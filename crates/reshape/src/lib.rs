@@ -17,6 +17,7 @@ mod assignment;
 mod cluster;
 mod error;
 mod file;
+mod imatrix;
 mod mix;
 mod plans;
 mod quality;

@@ -61,6 +61,18 @@ impl LayerUsage {
         }
     }
 
+    /// What counts of picks alone say: all picks weigh the same.
+    pub(crate) fn counted(layer: usize, picks: Vec<u64>, top_k: usize) -> Self {
+        Self {
+            layer,
+            n_tokens: picks.iter().sum::<u64>() / top_k.max(1) as u64,
+            mass: picks.iter().map(|n| *n as f64).collect(),
+            picks,
+            output: None,
+            gram: None,
+        }
+    }
+
     /// Experts of the layer, null ones left out.
     #[must_use]
     pub fn n_experts(&self) -> usize {

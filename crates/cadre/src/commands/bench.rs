@@ -168,7 +168,7 @@ fn measure(
         n_threads: (threads > 0).then_some(threads),
         in_place: args.no_repack,
         lossy: args.lossy.options(stream.is_some()),
-        steering: args.steer.steering()?,
+        steering: args.steer.steering(checkpoint)?,
         stream,
         ..LoadOptions::default()
     };

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
+use cadre_checkpoint::Checkpoint;
 use cadre_reshape::{
     Amount, LayerSummary, MergeMethod, MergeOptions, Method, PruneOptions, ReshapeError, Scope,
     Similarity, Sizes, Usage, UsageOptions, merge, plan_json, plan_summary, plan_text, prune,
@@ -80,8 +81,22 @@ struct CommonArgs {
     #[command(flatten)]
     checkpoint: CheckpointArg,
     /// Recording of the model on the text that it is to be good at, made by `cadre trace`.
-    #[arg(long, value_name = "FILE")]
-    trace: PathBuf,
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "imatrix",
+        conflicts_with = "imatrix"
+    )]
+    trace: Option<PathBuf>,
+    /// In place of a recording, an importance matrix of llama.cpp (GGUF) for the model (-m): it counts picks, which is all
+    /// that the method frequency needs.
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "model",
+        conflicts_with = "domains"
+    )]
+    imatrix: Option<PathBuf>,
     /// Only this domain of the recording; may be given several times.
     #[arg(long = "domain", value_name = "NAME")]
     domains: Vec<String>,
@@ -140,6 +155,10 @@ struct Report<'a> {
 pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     match &args.what {
         What::Prune(args) => {
+            if args.common.imatrix.is_some() && args.method != Method::Frequency {
+                let text = "an importance matrix counts picks: use --method frequency with it";
+                return Err(Failure::usage(text).into());
+            }
             let similarity = args.method.wants_similarity();
             let (shape, usage, amount) = args.common.read(app, similarity)?;
             let options = PruneOptions {
@@ -177,11 +196,9 @@ impl CommonArgs {
 
     /// What the plan must fit, what is known of its experts, and how much is to stay.
     fn read(&self, app: &App, similarity: bool) -> Result<(ModelShape, Usage, Amount)> {
-        let options = UsageOptions {
-            domains: self.domains.clone(),
-            similarity,
-        };
-        let usage = Usage::read(&self.trace, &options)?;
+        let needs_model = self.checkpoint.is_given() || self.budget.is_some();
+        let checkpoint = needs_model.then(|| self.checkpoint.open(app)).transpose()?;
+        let usage = self.usage(checkpoint.as_ref(), similarity)?;
         let (thin, all) = usage.thin(FEW_PICKS);
         if thin > 0 {
             tracing::warn!(
@@ -189,8 +206,6 @@ impl CommonArgs {
                  choice"
             );
         }
-        let needs_model = self.checkpoint.is_given() || self.budget.is_some();
-        let checkpoint = needs_model.then(|| self.checkpoint.open(app)).transpose()?;
         let shape = match &checkpoint {
             Some(checkpoint) => shape_of(checkpoint),
             None => shape_of_trace(&usage)?,
@@ -203,6 +218,21 @@ impl CommonArgs {
             (_, _, keep) => Amount::Share(keep.unwrap_or(1.0)),
         };
         Ok((shape, usage, amount))
+    }
+
+    /// What the recording, or what stands for one, says of the experts.
+    fn usage(&self, checkpoint: Option<&Checkpoint>, similarity: bool) -> Result<Usage> {
+        let options = UsageOptions {
+            domains: self.domains.clone(),
+            similarity,
+        };
+        match (&self.trace, &self.imatrix, checkpoint) {
+            (Some(trace), _, _) => Ok(Usage::read(trace, &options)?),
+            (None, Some(imatrix), Some(checkpoint)) => {
+                Ok(Usage::from_imatrix(imatrix, &shape_of(checkpoint))?)
+            }
+            _ => Err(Failure::usage("pass --trace FILE").into()),
+        }
     }
 
     fn write(&self, app: &App, plan: cadre_reshape::Result<Plan>) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cadre_testkit::{TinyFolder, TinyMoe};
+use cadre_testkit::{TinyFolder, TinyMoe, assert_close};
 use serde_json::Value;
 
 use crate::common::{arg, failure, json, stdout, tiny};
@@ -490,4 +490,44 @@ fn what_a_plan_costs_is_measured_reported_and_may_be_too_much() {
         .map(|one| one.unwrap().file_name().into_string().unwrap())
         .collect();
     assert!(!names.iter().any(|name| name.starts_with('.')), "{names:?}");
+}
+
+#[test]
+fn a_plan_that_is_tried_computes_what_the_smaller_model_does() {
+    let bench = Bench::new(tiny());
+    bench.prune(&["--keep", "0.5", "--scope", "global"]);
+    let (plan, output) = (bench.path("plan.json"), bench.path("half"));
+    stdout(&bench.apply_args(&plan, &output));
+    let logits = |more: &[&str]| {
+        let args = ["logits", "--tokens", "5,17,200,3,41,9", "-o", "json"];
+        let report = json(&[&args[..], more].concat());
+        let rows: Vec<Vec<f32>> = serde_json::from_value(report["logits"].clone()).unwrap();
+        rows.concat()
+    };
+    let model = arg(bench.model.path());
+    let whole = logits(&["-m", model]);
+    let tried = logits(&["-m", model, "--plan", arg(&plan)]);
+    let made = logits(&["-m", arg(&output)]);
+    assert_close("tried", &tried, &made, 1e-6);
+    assert_ne!(whole, tried);
+    let merged = bench.path("merged.json");
+    let trace = bench.path("trace.parquet");
+    stdout(&[
+        "plan",
+        "merge",
+        "--trace",
+        arg(&trace),
+        "--keep",
+        "0.5",
+        "-o",
+        arg(&merged),
+    ]);
+    let run = ["run", "-p", "a", "-n", "1"];
+    let (code, error) = failure(&[&run[..], &["-m", model, "--plan", arg(&merged)]].concat());
+    assert!(code == 1 && error.contains("needs new weights"), "{error}");
+    let (code, error) = failure(&[&run[..], &["--plan", arg(&plan)]].concat());
+    assert!(
+        code == 1 && error.contains("made for another model"),
+        "{error}"
+    );
 }

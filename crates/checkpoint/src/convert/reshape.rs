@@ -38,6 +38,8 @@ pub(super) fn plan<'a>(
         return Err(refuse(source, problem.to_owned()));
     }
     let new = new_config(source, experts)?;
+    // The digest has looked into every tensor, and the system maps more around each look.
+    source.release_all();
     let mut planner = Planner {
         source,
         experts,

@@ -263,8 +263,8 @@ fn similarity(usage: &Usage, at: usize, kind: Similarity) -> Result<Vec<f64>> {
     let gram = usage.layers[at].gram.as_ref();
     let gram = gram.ok_or_else(|| ReshapeError::TraceLacks {
         origin: usage.origin.clone(),
-        problem: "was read without router logits".to_owned(),
-        hint: "read it with similarities".to_owned(),
+        problem: "has no router logits, which similarities are made of".to_owned(),
+        hint: "pass one that was recorded with `cadre trace --logits`".to_owned(),
     })?;
     Ok(gram.similarity(kind == Similarity::Pearson))
 }
