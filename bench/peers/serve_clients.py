@@ -6,6 +6,7 @@
 Starts a server of the embedded model with a chat template, and prints a line per check; exits with 1 when one fails.
 """
 
+import json
 import os
 import pathlib
 import subprocess
@@ -47,6 +48,7 @@ def main():
         client = openai.OpenAI(base_url=url + "/v1", api_key="secret", max_retries=0, timeout=120)
         completions(client)
         chats(client)
+        forms(client)
         errors(client, url)
         messages(anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0, timeout=120))
     finally:
@@ -89,6 +91,16 @@ def chats(client):
     with client.chat.completions.stream(model="nano", messages=messages, max_completion_tokens=24, seed=3, stop=stop) as helped:
         final = helped.get_final_completion()
     check("a stream by the client's helper", final.choices[0].message.content == stopped.choices[0].message.content, final)
+
+
+def forms(client):
+    schema = {"type": "object", "properties": {"mood": {"enum": ["glad", "sad"]}, "n": {"type": "integer", "maximum": 99, "minimum": 0}},
+              "required": ["mood", "n"], "additionalProperties": False}
+    answer = client.chat.completions.create(
+        model="nano", messages=[{"role": "user", "content": "How is the cat?"}], max_completion_tokens=60,
+        response_format={"type": "json_schema", "json_schema": {"name": "cat", "schema": schema, "strict": True}})
+    value = json.loads(answer.choices[0].message.content)
+    check("an answer of a schema", set(value) == {"mood", "n"} and value["mood"] in ("glad", "sad"), answer)
 
 
 def errors(client, url):

@@ -38,9 +38,10 @@ impl Access {
         if self.is_local
             && let Some(host) = host
             && !is_local_name(host)
+            && !self.knows(host)
         {
             let message = format!(
-                "the server listens for this machine alone, but was asked for as `{}`; use localhost, or start it with --host",
+                "the server listens for this machine alone, but was asked for as `{}`; use localhost, or start it with --host, or with --cors-origin and that name",
                 host.chars().take(100).collect::<String>()
             );
             return Err(ApiError::new(StatusCode::FORBIDDEN, message));
@@ -58,6 +59,17 @@ impl Access {
         let message =
             format!("pages of {shown} may not ask; start the server with --cors-origin {shown}");
         Err(ApiError::new(StatusCode::FORBIDDEN, message))
+    }
+
+    /// Whether an origin that is allowed has this name.
+    fn knows(&self, host: &str) -> bool {
+        let has = |allowed: &String| {
+            allowed == "*"
+                || allowed
+                    .split_once("://")
+                    .is_some_and(|(_, name)| name == host)
+        };
+        self.origins.iter().any(has)
     }
 
     fn allows(&self, origin: &str) -> bool {
@@ -212,6 +224,18 @@ mod tests {
             ("host", "evil.example"),
             ("origin", "http://evil.example")
         ]));
+        // Behind a proxy that passes names on.
+        let named = access(&[], &["https://app.example"], [127, 0, 0, 1]);
+        assert!(
+            named
+                .check_origin(&headers(&[("host", "app.example")]))
+                .is_ok()
+        );
+        assert!(
+            named
+                .check_origin(&headers(&[("host", "evil.example")]))
+                .is_err()
+        );
         let shared = access(&[], &["https://app.example"], [0, 0, 0, 0]);
         let check = |fields: &[_]| shared.check_origin(&headers(fields)).is_ok();
         assert!(check(&[

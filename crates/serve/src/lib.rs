@@ -12,6 +12,7 @@ mod access;
 mod api;
 mod app;
 mod error;
+mod grammar;
 mod http1;
 mod metrics;
 mod panics;

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use cadre_engine::StoreStats;
 
+use crate::schedule::LayerUse;
+
 /// Seconds, for what a person waits for before anything happens.
 const FIRST_TOKEN: &[f64] = &[
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -43,6 +45,7 @@ pub(crate) struct Metrics {
 struct Numbers {
     n_running: usize,
     n_waiting: usize,
+    kv_share: f64,
     prompt_tokens: u64,
     cached_tokens: u64,
     new_tokens: u64,
@@ -56,6 +59,7 @@ struct Numbers {
     new_lengths: Histogram,
     pass_tokens: Histogram,
     pass_seconds: f64,
+    experts: Vec<LayerUse>,
     /// Of a job, lately.
     job_seconds: f64,
 }
@@ -179,6 +183,7 @@ impl Default for Metrics {
         let numbers = Numbers {
             n_running: 0,
             n_waiting: 0,
+            kv_share: 0.0,
             prompt_tokens: 0,
             cached_tokens: 0,
             new_tokens: 0,
@@ -192,6 +197,7 @@ impl Default for Metrics {
             new_lengths: Histogram::new(LENGTHS),
             pass_tokens: Histogram::new(LENGTHS),
             pass_seconds: 0.0,
+            experts: Vec::new(),
             job_seconds: 0.0,
         };
         Self {
@@ -206,10 +212,11 @@ impl Metrics {
         self.numbers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Jobs that run and wait now.
-    pub(crate) fn jobs(&self, n_running: usize, n_waiting: usize) {
+    /// Jobs that run and wait now, and the share of all positions for keys and values that the running ones have filled.
+    pub(crate) fn jobs(&self, n_running: usize, n_waiting: usize, kv_share: f64) {
         let mut numbers = self.numbers();
         (numbers.n_running, numbers.n_waiting) = (n_running, n_waiting);
+        numbers.kv_share = kv_share;
     }
 
     /// A pass of so many tokens was computed.
@@ -217,6 +224,11 @@ impl Metrics {
         let mut numbers = self.numbers();
         numbers.pass_tokens.add(n_tokens as f64);
         numbers.pass_seconds += took.as_secs_f64();
+    }
+
+    /// How experts were used so far, in the passes that are counted.
+    pub(crate) fn experts(&self, layers: Vec<LayerUse>) {
+        self.numbers().experts = layers;
     }
 
     /// A request was answered. Both parts are from fixed sets.
@@ -239,6 +251,7 @@ impl Metrics {
         let mut page = Page::new(model);
         page.gauge("vllm:num_requests_running", numbers.n_running as f64);
         page.gauge("vllm:num_requests_waiting", numbers.n_waiting as f64);
+        page.gauge("vllm:kv_cache_usage_perc", numbers.kv_share);
         page.counter("vllm:prompt_tokens_total", numbers.prompt_tokens as f64);
         page.counter("vllm:generation_tokens_total", numbers.new_tokens as f64);
         page.counter(
@@ -266,6 +279,7 @@ impl Metrics {
             page.histogram(name, histogram);
         }
         page.counter("cadre:pass_seconds_total", numbers.pass_seconds);
+        page.experts(&numbers.experts);
         page.kind("http_requests_total", "counter");
         for ((endpoint, status), n) in &numbers.answers {
             let status = status.to_string();
@@ -322,6 +336,33 @@ impl Page {
             let _ = write!(line, ",{label}=\"{text}\"");
         }
         self.text += &format!("{line}}} {value}\n");
+    }
+
+    /// A few numbers per layer, however many experts it has.
+    fn experts(&mut self, layers: &[LayerUse]) {
+        type Value = fn(&LayerUse) -> f64;
+        let columns: [(&str, &str, Value); 5] = [
+            ("cadre:moe_tokens_total", "counter", |layer| {
+                layer.n_tokens as f64
+            }),
+            ("cadre:moe_picks_total", "counter", |layer| {
+                layer.n_picks as f64
+            }),
+            ("cadre:moe_max_violation", "gauge", |layer| {
+                layer.max_violation
+            }),
+            ("cadre:moe_load_entropy", "gauge", |layer| layer.entropy),
+            ("cadre:moe_unused_experts", "gauge", |layer| {
+                layer.n_unused as f64
+            }),
+        ];
+        for (name, kind, value) in columns {
+            self.kind(name, kind);
+            for layer in layers {
+                let index = layer.layer.to_string();
+                self.line(name, &[("layer", &index)], value(layer));
+            }
+        }
     }
 
     fn histogram(&mut self, name: &str, histogram: &Histogram) {

@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::api::error::{ApiError, Result};
 use crate::api::generation::too_long;
+use crate::grammar::Grammars;
 
 /// Tokenizers change text before they cut it, and may make it shorter; never by so much.
 const SHRINKS: usize = 4;
@@ -32,6 +33,8 @@ pub(crate) struct Served {
     /// Tokens that a sequence may have.
     pub(crate) n_ctx: usize,
     pub(crate) origin: String,
+    /// What holds answers to forms.
+    pub(crate) grammars: Grammars,
     chat: ChatSide,
     /// For conversations without tools; what is wrong with it, otherwise.
     template: Template,
@@ -60,11 +63,13 @@ impl Served {
                 error.to_string()
             }),
         };
+        let stop_tokens: Arc<[u32]> = chat.stop_tokens.iter().map(|token| token.id).collect();
         let n_tokens = u32::try_from(tokenizer.vocab_size()).unwrap_or(u32::MAX);
         let lengths = (0..n_tokens).map(|id| tokenizer.token_bytes(id).len());
         Ok(Self {
             longest_token: lengths.max().unwrap_or(1),
-            stop_tokens: chat.stop_tokens.iter().map(|token| token.id).collect(),
+            grammars: Grammars::new(model.info().vocab_size, Arc::clone(&stop_tokens)),
+            stop_tokens,
             template: choose(false),
             tool_template: choose(true),
             created: unix_seconds(),

@@ -15,7 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("routing", &[]),
     ("trace", &["routing"]),
     ("engine", &["checkpoint", "kernels", "routing", "store"]),
-    ("serve", &["checkpoint", "engine"]),
+    ("serve", &["checkpoint", "engine", "routing"]),
     ("train", &["checkpoint", "kernels", "routing"]),
     (
         "reshape",
@@ -50,6 +50,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("tokio", &["serve"]),
     ("http", &["serve"]),
     ("httparse", &["serve"]),
+    ("llguidance", &["serve"]),
     ("axum", &["serve"]),
     ("hyper", &["serve"]),
     ("reqwest", &[]),

@@ -10,7 +10,8 @@ use super::fields::{Fields, wrong};
 use super::generation::{IGNORED, MOST_ALTERNATIVES, Wanted, room};
 use super::log_probs;
 use super::voice::{Form, OpenAi};
-use super::{Prepared, identifier, tools};
+use super::{Prepared, format, identifier, tools};
+use crate::schedule::Job;
 use crate::served::{Conversation, Served, unix_seconds};
 
 /// How an answer is spelled.
@@ -26,9 +27,10 @@ pub(crate) struct Chat {
 pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Prepared> {
     let mut fields = Fields::parse(body)?;
     let mut wanted = Wanted::read(&mut fields, served)?;
+    let tools = tools::read(&mut fields)?;
     let mut conversation = Conversation {
         messages: messages(fields.need("messages")?)?,
-        tools: tools::read(&mut fields)?,
+        tools: tools.told,
         ..Conversation::default()
     };
     let scores = fields.bool("logprobs")?.unwrap_or(false);
@@ -39,6 +41,7 @@ pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Prepared> {
     wanted.alternatives = scores.then(|| top.unwrap_or(0));
     let asked = asked(&mut fields)?;
     conversation.extra = template_variables(&mut fields)?;
+    let schema = format::read(&mut fields, tools.forced)?;
     refuse_what_is_missing(&mut fields)?;
     fields.finish(IGNORED)?;
     let prompt: Arc<[u32]> = served.render(&conversation)?.into();
@@ -50,11 +53,13 @@ pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Prepared> {
         scores,
     };
     let indices = 0..wanted.n;
+    let mut jobs: Vec<Job> = indices
+        .clone()
+        .map(|index| wanted.job(&prompt, index, new))
+        .collect();
+    format::hold(&mut jobs, schema.as_ref(), served)?;
     Ok(Prepared {
-        jobs: indices
-            .clone()
-            .map(|index| wanted.job(&prompt, index, new))
-            .collect(),
+        jobs,
         choices: indices
             .map(|_| choice(&wanted, &conversation, served))
             .collect(),
@@ -103,16 +108,6 @@ fn template_variables(fields: &mut Fields) -> Result<Map<String, Value>> {
 
 /// Fields that would change the answer and do nothing here.
 fn refuse_what_is_missing(fields: &mut Fields) -> Result<()> {
-    if let Some(mut format) = fields.object("response_format")? {
-        let kind = format.text("type")?.unwrap_or_default();
-        if kind != "text" {
-            let problem = "is not supported yet; only `text` is";
-            return Err(
-                ApiError::field("response_format.type", problem).code("unsupported_parameter")
-            );
-        }
-        format.finish(&[])?;
-    }
     fields.refuse("functions", "send `tools`")?;
     fields.refuse("function_call", "send `tools`")?;
     fields.refuse("audio", "answers are text")?;

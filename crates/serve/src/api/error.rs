@@ -146,6 +146,10 @@ impl From<JobError> for ApiError {
     fn from(error: JobError) -> Self {
         match error {
             JobError::Failed(message) => Self::internal(message),
+            JobError::Form(problem) => Self::bad(format!(
+                "the answer cannot be held to this `response_format` any further: {problem}"
+            ))
+            .param("response_format"),
             JobError::Panicked => Self::internal(
                 "the computation of this request broke down; the server's log says more",
             ),

@@ -4,7 +4,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
-use cadre_engine::SamplingOptions;
+use cadre_engine::{SamplingOptions, SessionOptions, Steering};
 use serde_json::Value;
 
 use super::error::{ApiError, Result};
@@ -48,13 +48,15 @@ pub(crate) struct Wanted {
     pub(crate) include_usage: bool,
     /// Alternatives of every token; `None` where no scores are wanted.
     pub(crate) alternatives: Option<usize>,
+    /// Which experts are picked.
+    steering: Steering,
 }
 
 impl Wanted {
     /// Reads the fields that every request for text may have.
     pub(crate) fn read(fields: &mut Fields, served: &Served) -> Result<Self> {
         served.check_name(fields.text("model")?.as_deref())?;
-        fields.refuse("cadre", "steering over HTTP comes with a later version")?;
+        let steering = steering(fields, served)?;
         fields.refuse("grammar", "only the model's own distribution is drawn from")?;
         let streams = fields.bool("stream")?.unwrap_or(false);
         let include_usage = match fields.object("stream_options")? {
@@ -84,6 +86,7 @@ impl Wanted {
             streams,
             include_usage,
             alternatives: None,
+            steering,
         })
     }
 
@@ -98,7 +101,42 @@ impl Wanted {
             draw,
             alternatives: self.alternatives,
             scores_prompt: false,
+            steering: self.steering.clone(),
+            constraint: None,
         }
+    }
+}
+
+/// `cadre`: how the choice of experts is changed, beside what the server was started with.
+fn steering(fields: &mut Fields, served: &Served) -> Result<Steering> {
+    const NAME: &str = "cadre";
+    let base = &served.model.info().steering;
+    let Some(mut asked) = fields.object(NAME)? else {
+        return Ok(base.clone());
+    };
+    asked.refuse("contrast", "answers are not contrasted over HTTP yet")?;
+    asked.refuse(
+        "return_routing",
+        "routing is not returned yet; see cadre trace",
+    )?;
+    asked.refuse("plan", "send the plan's steering itself")?;
+    let wrong = |problem: String| ApiError::field(NAME, format!("is no steering: {problem}"));
+    let asked: Steering =
+        serde_json::from_value(asked.rest()).map_err(|error| wrong(error.to_string()))?;
+    let steering = base.clone().and(&asked);
+    // A session of one token finds out whether the model can be steered so.
+    let trial = SessionOptions {
+        n_ctx: Some(1),
+        chunk: 1,
+        ..SessionOptions::default()
+    };
+    let steered = served
+        .model
+        .session(&trial)
+        .and_then(|mut session| served.model.steer(&mut session, &steering));
+    match steered {
+        Ok(()) => Ok(steering),
+        Err(error) => Err(ApiError::field(NAME, format!("cannot be done: {error}"))),
     }
 }
 

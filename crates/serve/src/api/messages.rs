@@ -10,8 +10,9 @@ use super::choice::{End, Piece};
 use super::error::{ApiError, Result};
 use super::fields::{Fields, wrong};
 use super::generation::{Wanted, room};
+use super::tools::{self, ToolCall, Tools};
 use super::voice::{Usage, Voice};
-use super::{Prepared, chat, identifier, tools};
+use super::{Prepared, chat, format, identifier};
 use crate::served::{Conversation, Served};
 
 /// Fields that change nothing here.
@@ -26,7 +27,8 @@ pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Prepared> {
     if let Some(stops) = fields.take("stop_sequences") {
         fields.put("stop", stops);
     }
-    let conversation = conversation(&mut fields)?;
+    let tools = tools_of(&mut fields)?;
+    let conversation = conversation(&mut fields, tools.told)?;
     // Whether the answer is streamed, and how it is drawn, is said alike.
     let wanted = Wanted::read(&mut fields, served)?;
     if let Some(mut thinking) = fields.object("thinking")?
@@ -38,8 +40,10 @@ pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Prepared> {
     fields.finish(IGNORED)?;
     let prompt: std::sync::Arc<[u32]> = served.render(&conversation)?.into();
     let new = room(served, prompt.len(), asked, 0)?;
+    let mut jobs = vec![wanted.job(&prompt, 0, new)];
+    format::hold(&mut jobs, tools.forced.as_ref(), served)?;
     Ok(Prepared {
-        jobs: vec![wanted.job(&prompt, 0, new)],
+        jobs,
         choices: vec![chat::choice(&wanted, &conversation, served)],
         n_prompt: prompt.len(),
         streams: wanted.streams,
@@ -54,7 +58,7 @@ pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Prepared> {
 }
 
 /// System text, messages and tools, as templates read them.
-fn conversation(fields: &mut Fields) -> Result<Conversation> {
+fn conversation(fields: &mut Fields, tools: Option<Value>) -> Result<Conversation> {
     let mut messages = Vec::new();
     if let Some(system) = fields.take("system") {
         let text = text("system", system)?;
@@ -71,7 +75,7 @@ fn conversation(fields: &mut Fields) -> Result<Conversation> {
     }
     Ok(Conversation {
         messages: messages.into(),
-        tools: tools_of(fields)?,
+        tools,
         ..Conversation::default()
     })
 }
@@ -138,12 +142,14 @@ fn text(path: &str, value: Value) -> Result<String> {
 }
 
 /// Tools in OpenAI's form.
-fn tools_of(fields: &mut Fields) -> Result<Option<Value>> {
+fn tools_of(fields: &mut Fields) -> Result<Tools> {
     if let Some(choice) = fields.take("tool_choice") {
-        match choice["type"].as_str() {
-            Some(kind @ ("auto" | "none")) => fields.put("tool_choice", kind.into()),
-            _ => fields.put("tool_choice", "required".into()),
-        }
+        let choice = match choice["type"].as_str() {
+            Some(kind @ ("auto" | "none")) => kind.into(),
+            Some("any") => "required".into(),
+            _ => json!({"function": {"name": choice["name"]}}),
+        };
+        fields.put("tool_choice", choice);
     }
     let Some(value) = fields.take("tools") else {
         return tools::read(fields);
@@ -273,7 +279,7 @@ impl Voice for Message {
             if !answer.text.is_empty() {
                 content.push(json!({"type": "text", "text": answer.text}));
             }
-            content.extend(answer.calls.iter().map(tools::ToolCall::block));
+            content.extend(answer.calls.iter().map(ToolCall::block));
             end = answer.end.as_ref();
         }
         self.envelope(&content, end, usage)

@@ -31,6 +31,7 @@ pub(crate) fn one(served: &Served, name: &str) -> Value {
             "n_params": info.n_params,
             "n_active_params": info.n_active_params,
             "size": info.weight_bytes,
+            "steering": (!info.steering.is_empty()).then(|| info.steering.to_string()),
             "lossy": (!info.lossy.is_none()).then(|| info.lossy.to_string()),
         },
     })

@@ -49,39 +49,72 @@ impl ToolCall {
     }
 }
 
-/// The tools of a request, if it has some and they may be called.
-pub(crate) fn read(fields: &mut Fields) -> Result<Option<Value>> {
+/// What a request says of tools.
+#[derive(Debug, Default)]
+pub(crate) struct Tools {
+    /// Those that the model is told of, if any.
+    pub(crate) told: Option<Value>,
+    /// The schema of a call, where the answer has to be one.
+    pub(crate) forced: Option<Value>,
+}
+
+/// Reads `tools` and `tool_choice`.
+pub(crate) fn read(fields: &mut Fields) -> Result<Tools> {
     let tools = match fields.take("tools") {
-        None => None,
-        Some(Value::Array(tools)) if tools.is_empty() => None,
-        Some(Value::Array(tools)) => Some(tools),
+        None => Vec::new(),
+        Some(Value::Array(tools)) => tools,
         Some(other) => return Err(wrong("tools", "a list of tools", &other)),
     };
     fields.bool("parallel_tool_calls")?;
-    let may_call = match fields.take("tool_choice") {
-        None => true,
-        Some(choice) if choice == "auto" => true,
-        Some(choice) if choice == "none" => false,
-        Some(_) => {
-            let problem = "can be auto or none: this version cannot make a model call a tool";
-            return Err(ApiError::field("tool_choice", problem).code("unsupported_parameter"));
-        }
-    };
-    let Some(tools) = tools else {
-        return Ok(None);
-    };
     if tools.len() > MOST_TOOLS {
         let problem = format!("has {} tools, at most {MOST_TOOLS}", tools.len());
         return Err(ApiError::field("tools", problem));
     }
     for (index, tool) in tools.iter().enumerate() {
-        let name = tool["function"]["name"].as_str().unwrap_or_default();
-        if tool["type"] != "function" || name.is_empty() {
+        if tool["type"] != "function" || name_of(tool).is_empty() {
             let problem = "is no function with a name";
             return Err(ApiError::field(&format!("tools[{index}]"), problem));
         }
     }
-    Ok(may_call.then_some(Value::Array(tools)))
+    let forced = match fields.take("tool_choice") {
+        None => None,
+        Some(choice) if choice == "auto" => None,
+        Some(choice) if choice == "none" => return Ok(Tools::default()),
+        Some(choice) if choice == "required" => Some(calls(tools.iter())),
+        Some(choice) => {
+            let name = choice["function"]["name"].as_str().unwrap_or_default();
+            Some(calls(tools.iter().filter(|tool| name_of(tool) == name)))
+        }
+    };
+    if forced == Some(calls([].iter())) {
+        let problem = "asks for a call of a tool that is not among `tools`";
+        return Err(ApiError::field("tool_choice", problem));
+    }
+    Ok(Tools {
+        told: (!tools.is_empty()).then_some(Value::Array(tools)),
+        forced,
+    })
+}
+
+fn name_of(tool: &Value) -> &str {
+    tool["function"]["name"].as_str().unwrap_or_default()
+}
+
+/// The schema of a call of one of the tools.
+fn calls<'a>(tools: impl Iterator<Item = &'a Value>) -> Value {
+    let call = |tool: &Value| {
+        let parameters = match &tool["function"]["parameters"] {
+            Value::Null => json!({"type": "object"}),
+            parameters => parameters.clone(),
+        };
+        json!({
+            "type": "object",
+            "properties": {"name": {"const": name_of(tool)}, "arguments": parameters},
+            "required": ["name", "arguments"],
+            "additionalProperties": false,
+        })
+    };
+    json!({"anyOf": tools.map(call).collect::<Vec<_>>()})
 }
 
 /// Finds calls in an answer as it grows. Text that may be the start of one is held back.

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use cadre_engine::{Model, Sampler, SamplingOptions, eval::log_sum_exp};
 
+use super::job::{JobError, failed};
+
 /// How a job's tokens are drawn. Biases and penalties change the logits first, then the sampler takes over.
 #[derive(Clone, Debug)]
 pub(crate) struct DrawOptions {
@@ -28,12 +30,35 @@ pub(crate) struct Scored {
     pub(crate) top: Vec<(u32, f64)>,
 }
 
+/// Holds a text to a form, token by token.
+pub(crate) trait Constraint: Send {
+    /// Bans, with minus infinity, the tokens that cannot follow.
+    ///
+    /// # Errors
+    /// Why that cannot be said.
+    fn allow(&mut self, logits: &mut [f32]) -> Result<(), String>;
+
+    /// Takes note of the token that follows, which ends no text. Whether the text is complete, and nothing can follow.
+    ///
+    /// # Errors
+    /// The token cannot follow.
+    fn accept(&mut self, token: u32) -> Result<bool, String>;
+}
+
+/// A token that was drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Drawn {
+    pub(crate) token: u32,
+    /// Nothing can follow it.
+    pub(crate) is_last: bool,
+}
+
 /// Draws the tokens of one job.
-#[derive(Debug)]
 pub(crate) struct Draw {
     options: DrawOptions,
     stop_tokens: Arc<[u32]>,
     sampler: Sampler,
+    constraint: Option<Box<dyn Constraint>>,
     /// How often each token was generated; kept only where it is punished.
     counts: HashMap<u32, u32>,
     n_drawn: usize,
@@ -46,6 +71,7 @@ impl Draw {
         options: DrawOptions,
         prompt: &[u32],
         stop_tokens: Arc<[u32]>,
+        constraint: Option<Box<dyn Constraint>>,
     ) -> cadre_engine::Result<Self> {
         let mut sampler = Sampler::new(options.sampling)?;
         sampler.observe(prompt);
@@ -53,6 +79,7 @@ impl Draw {
             options,
             stop_tokens,
             sampler,
+            constraint,
             counts: HashMap::new(),
             n_drawn: 0,
         })
@@ -61,8 +88,8 @@ impl Draw {
     /// Draws from `logits`, which are changed.
     ///
     /// # Errors
-    /// Nothing can be drawn: every token is banned.
-    pub(crate) fn draw(&mut self, logits: &mut [f32]) -> cadre_engine::Result<u32> {
+    /// Nothing can be drawn: every token is banned; or the form is more than can be held to.
+    pub(crate) fn draw(&mut self, logits: &mut [f32]) -> Result<Drawn, JobError> {
         let DrawOptions {
             presence_penalty,
             frequency_penalty,
@@ -85,13 +112,22 @@ impl Draw {
                 }
             }
         }
-        let token = self.sampler.sample(logits)?;
+        if let Some(constraint) = &mut self.constraint {
+            constraint.allow(logits).map_err(JobError::Form)?;
+        }
+        let token = self.sampler.sample(logits);
+        let token = token.map_err(|error| failed(&error))?;
         self.sampler.observe(&[token]);
         self.n_drawn += 1;
         if presence_penalty != 0.0 || frequency_penalty != 0.0 {
             *self.counts.entry(token).or_default() += 1;
         }
-        Ok(token)
+        let ends = self.is_stop(token);
+        let is_last = match &mut self.constraint {
+            Some(constraint) if !ends => constraint.accept(token).map_err(JobError::Form)?,
+            _ => false,
+        };
+        Ok(Drawn { token, is_last })
     }
 
     pub(crate) fn is_stop(&self, token: u32) -> bool {
@@ -148,24 +184,24 @@ mod tests {
     }
 
     fn draw(options: DrawOptions) -> Draw {
-        Draw::new(options, &[0], Arc::new([2])).unwrap()
+        Draw::new(options, &[0], Arc::new([2]), None).unwrap()
     }
 
     const LOGITS: [f32; 4] = [0.5, 1.0, 2.0, 1.5];
 
     #[test]
     fn biases_and_bans_decide() {
-        assert_eq!(draw(options()).draw(&mut LOGITS.clone()).unwrap(), 2);
+        assert_eq!(draw(options()).draw(&mut LOGITS.clone()).unwrap().token, 2);
         let mut biased = draw(DrawOptions {
             bias: Arc::new([(0, 1.6), (2, -100.0), (9, 1.0)]),
             ..options()
         });
-        assert_eq!(biased.draw(&mut LOGITS.clone()).unwrap(), 0);
+        assert_eq!(biased.draw(&mut LOGITS.clone()).unwrap().token, 0);
         let mut patient = draw(DrawOptions {
             min_new_tokens: 1,
             ..options()
         });
-        let drawn = [(); 2].map(|()| patient.draw(&mut LOGITS.clone()).unwrap());
+        let drawn = [(); 2].map(|()| patient.draw(&mut LOGITS.clone()).unwrap().token);
         assert_eq!(drawn, [3, 2]);
         assert!(patient.is_stop(2) && !patient.is_stop(3));
     }
@@ -176,14 +212,14 @@ mod tests {
             presence_penalty: 0.75,
             ..options()
         });
-        let drawn = [(); 4].map(|()| present.draw(&mut LOGITS.clone()).unwrap());
+        let drawn = [(); 4].map(|()| present.draw(&mut LOGITS.clone()).unwrap().token);
         // 2.0, then 1.5 beats 1.25, then that beats 1.0; what occurred twice is punished once.
         assert_eq!(drawn, [2, 3, 2, 2]);
         let mut frequent = draw(DrawOptions {
             frequency_penalty: 0.75,
             ..options()
         });
-        let drawn = [(); 4].map(|()| frequent.draw(&mut LOGITS.clone()).unwrap());
+        let drawn = [(); 4].map(|()| frequent.draw(&mut LOGITS.clone()).unwrap().token);
         assert_eq!(drawn, [2, 3, 2, 1]);
     }
 

@@ -4,12 +4,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use cadre_engine::{EngineError, Steering};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
-use super::draw::{DrawOptions, Scored};
+use super::draw::{Constraint, DrawOptions, Scored};
 
 /// One sequence to read and continue.
-#[derive(Clone, Debug)]
 pub(crate) struct Job {
     /// At least one token, and no more than a session holds.
     pub(crate) prompt: Arc<[u32]>,
@@ -17,6 +17,10 @@ pub(crate) struct Job {
     /// Tokens that end the text; they are not told.
     pub(crate) stop_tokens: Arc<[u32]>,
     pub(crate) draw: DrawOptions,
+    /// Which experts are picked; what a session read with another steering is not known here.
+    pub(crate) steering: Steering,
+    /// What holds the text to a form.
+    pub(crate) constraint: Option<Box<dyn Constraint>>,
     /// Most probable tokens that are told with the score of every token; `None` where no scores are wanted.
     pub(crate) alternatives: Option<usize>,
     /// Whether the tokens of the prompt are scored, too.
@@ -69,6 +73,8 @@ pub(crate) enum Finish {
 pub(crate) enum JobError {
     /// The engine's error, with its causes.
     Failed(String),
+    /// The form that was asked for is more than can be held to.
+    Form(String),
     /// A panic.
     Panicked,
     /// The scheduler ended.
@@ -125,4 +131,15 @@ impl Teller {
     pub(crate) fn is_cancelled(&self) -> bool {
         self.is_alone() || self.cancelled.load(Ordering::Relaxed)
     }
+}
+
+/// An error of the engine with its causes.
+pub(crate) fn failed(error: &EngineError) -> JobError {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    JobError::Failed(text)
 }

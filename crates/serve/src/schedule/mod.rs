@@ -1,20 +1,23 @@
 //! The scheduler: token in, token out, many sequences at a time on one thread.
 //!
-//! A [`Job`] is one sequence to read and continue. Jobs wait in a queue that is fair to clients ([`queue`]); the worker
-//! ([`worker`]) gives them slots, each with a session that keeps what it has read for whoever begins alike, and computes
+//! A [`Job`] is one sequence to read and continue. They are handed in at the door ([`door`]) and wait in a queue that is fair to
+//! clients ([`queue`]); the worker ([`worker`]) gives them slots, each with a session that keeps what it has read for whoever begins alike, and computes
 //! all running jobs together: every pass takes the next token of each that generates and pieces of the prompts of
 //! others ([`plan`]). What is in a pass changes no bit of anybody's result, so clients never notice each other but by the clock.
 
+mod door;
 mod draw;
 mod job;
+mod picks;
 mod plan;
 mod queue;
 mod slot;
 mod worker;
 
-pub(crate) use draw::{DrawOptions, Scored};
+pub(crate) use door::Scheduler;
+pub(crate) use draw::{Constraint, DrawOptions, Scored};
 pub(crate) use job::{Client, Event, Finish, Job, JobError, Jobs, Refusal};
-pub(crate) use worker::Scheduler;
+pub(crate) use picks::LayerUse;
 
 /// What a scheduler may take.
 #[derive(Clone, Copy, Debug)]

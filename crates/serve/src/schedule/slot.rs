@@ -1,25 +1,24 @@
 //! A slot: a session, what it holds, and the job that it works on.
 
-use cadre_engine::{EngineError, Logits, Model, Sequence, Session};
+use cadre_engine::{Logits, Model, Sequence, Session, Steering};
 
-use super::draw::{Draw, score};
-use super::job::{Event, Finish, Job, JobError, Teller};
+use super::draw::{Draw, Drawn, score};
+use super::job::{Event, Finish, Job, JobError, Teller, failed};
 use super::plan::Need;
 use crate::metrics::{Ended, JobClock};
 
 /// A place for one sequence. Between jobs it keeps what it has read, for the next one that begins alike.
-#[derive(Debug)]
 pub(crate) struct Slot {
     session: Session,
-    /// The tokens in the session.
+    /// The tokens in the session, and how it is steered.
     held: Vec<u32>,
+    steering: Steering,
     running: Option<Running>,
     /// When a job ended here last; larger is later.
     used: u64,
 }
 
 /// A job in a slot.
-#[derive(Debug)]
 struct Running {
     job: Job,
     teller: Teller,
@@ -39,9 +38,11 @@ pub(crate) struct Desk<'a> {
 }
 
 impl Slot {
-    pub(crate) fn new(session: Session) -> Self {
+    /// A slot with a new session of `model`.
+    pub(crate) fn new(session: Session, model: &dyn Model) -> Self {
         Self {
             session,
+            steering: model.info().steering.clone(),
             held: Vec::new(),
             running: None,
             used: 0,
@@ -52,13 +53,27 @@ impl Slot {
         self.running.is_none()
     }
 
+    /// Positions that its job has filled.
+    pub(crate) fn n_held(&self) -> usize {
+        match self.is_free() {
+            true => 0,
+            false => self.session.position(),
+        }
+    }
+
+    /// Positions that there are.
+    pub(crate) fn n_ctx(&self) -> usize {
+        self.session.n_ctx()
+    }
+
+    /// When a job ended here last; larger is later.
     pub(crate) fn used(&self) -> u64 {
         self.used
     }
 
     /// Tokens of `job`'s prompt that need not be read here: never the last one, whose logits start the answer.
     pub(crate) fn n_known(&self, job: &Job) -> usize {
-        if job.scores_prompt {
+        if job.scores_prompt || job.steering != self.steering {
             return 0;
         }
         let pairs = self.held.iter().zip(&*job.prompt);
@@ -67,11 +82,22 @@ impl Slot {
     }
 
     /// Starts a job in this slot, which is free.
-    pub(crate) fn begin(&mut self, job: Job, teller: Teller, (since, clock): (u64, JobClock)) {
+    pub(crate) fn begin(
+        &mut self,
+        model: &dyn Model,
+        mut job: Job,
+        teller: Teller,
+        (since, clock): (u64, JobClock),
+    ) {
         let n_cached = self.n_known(&job);
         clock.started(job.prompt.len(), n_cached);
         teller.tell(Event::Started { n_cached });
-        let draw = Draw::new(job.draw.clone(), &job.prompt, job.stop_tokens.clone());
+        if let Err(error) = self.steer(model, &job.steering) {
+            clock.ended(Ended::Failed, 0);
+            return teller.tell(Event::Failed(failed(&error)));
+        }
+        let (options, stops) = (job.draw.clone(), job.stop_tokens.clone());
+        let draw = Draw::new(options, &job.prompt, stops, job.constraint.take());
         let draw = match draw {
             Ok(draw) => draw,
             Err(error) => {
@@ -94,6 +120,17 @@ impl Slot {
             since,
             clock,
         });
+    }
+
+    /// Steers the session, which forgets what it read otherwise.
+    fn steer(&mut self, model: &dyn Model, steering: &Steering) -> cadre_engine::Result<()> {
+        if *steering != self.steering {
+            model.steer(&mut self.session, steering)?;
+            self.steering = steering.clone();
+            self.session.rewind(0);
+            self.held.clear();
+        }
+        Ok(())
     }
 
     /// Ends the job, if nobody wants more of it.
@@ -183,8 +220,9 @@ impl Slot {
     }
 
     /// Replaces the session, whose state is in doubt.
-    pub(crate) fn renew(&mut self, session: Session) {
+    pub(crate) fn renew(&mut self, session: Session, model: &dyn Model) {
         self.session = session;
+        self.steering = model.info().steering.clone();
         self.held.clear();
     }
 
@@ -241,7 +279,7 @@ impl Running {
             desk.scratch.clear();
             desk.scratch.extend_from_slice(row);
         }
-        let token = self.draw.draw(row).map_err(|error| failed(&error))?;
+        let Drawn { token, is_last } = self.draw.draw(row)?;
         if self.draw.is_stop(token) {
             return Ok(Some(Finish::Stop));
         }
@@ -256,17 +294,9 @@ impl Running {
         self.clock.token();
         self.n_drawn += 1;
         self.next = [token];
+        if is_last {
+            return Ok(Some(Finish::Stop));
+        }
         Ok((self.n_drawn == self.job.max_new_tokens).then_some(Finish::Length))
     }
-}
-
-/// An error of the engine with its causes.
-pub(crate) fn failed(error: &EngineError) -> JobError {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
-    }
-    JobError::Failed(text)
 }

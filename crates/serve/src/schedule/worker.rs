@@ -1,187 +1,23 @@
-//! The worker: the one thread that computes, and the handle that others have on it.
+//! The worker: the one thread that computes.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use cadre_engine::{EngineError, Model, NoObserver, Sequence, Workspace};
-use tokio::sync::mpsc::unbounded_channel;
+use cadre_engine::{EngineError, Model, Sequence, Workspace};
 
 use super::ScheduleOptions;
-use super::job::{Client, Event, Job, JobError, Jobs, Refusal, Teller};
+use super::door::{Ending, Shared, Waiting};
+use super::job::{Event, JobError, failed};
+use super::picks::Picks;
 use super::plan::{PassLimits, plan};
-use super::queue::FairQueue;
-use super::slot::{Desk, Slot, failed};
+use super::slot::{Desk, Slot};
 use crate::metrics::{JobClock, Metrics};
 
 /// Bytes of logits that a pass may make for prompts that are scored.
 const LOGIT_BYTES: usize = 32 << 20;
-/// Longest time that a client is told to wait, in seconds.
-const LONGEST_WAIT: f64 = 60.0;
-
-/// A handle on the worker. The last one ends it.
-#[derive(Debug)]
-pub(crate) struct Scheduler {
-    shared: Arc<Shared>,
-    metrics: Arc<Metrics>,
-    worker: Mutex<Option<JoinHandle<()>>>,
-    n_slots: usize,
-    n_waiting: usize,
-}
-
-#[derive(Debug)]
-struct Shared {
-    inbox: Mutex<Inbox>,
-    wake: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct Inbox {
-    queue: FairQueue<Waiting>,
-    ending: Option<Ending>,
-}
-
-#[derive(Debug)]
-struct Waiting {
-    job: Job,
-    teller: Teller,
-    since: Instant,
-}
-
-/// How the worker ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ending {
-    /// When everything that was taken is done.
-    WhenDone,
-    /// Before the next pass.
-    Now,
-}
-
-impl Shared {
-    /// What is inside stays usable when somebody panicked while holding it: every change of it is one step.
-    fn inbox(&self) -> MutexGuard<'_, Inbox> {
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Scheduler {
-    /// Starts the worker.
-    ///
-    /// # Errors
-    /// Sessions or a workspace of these sizes cannot be made, or the system gives no thread.
-    pub(crate) fn start(
-        model: Arc<dyn Model>,
-        options: &ScheduleOptions,
-        metrics: Arc<Metrics>,
-    ) -> crate::Result<Self> {
-        let shared = Arc::new(Shared {
-            inbox: Mutex::new(Inbox::default()),
-            wake: Condvar::new(),
-        });
-        let mut worker = Worker::new(model, options, Arc::clone(&metrics), Arc::clone(&shared))?;
-        let thread = thread::Builder::new()
-            .name("cadre-engine".to_owned())
-            .spawn(move || worker.run())
-            .map_err(crate::ServeError::Runtime)?;
-        Ok(Self {
-            shared,
-            metrics,
-            worker: Mutex::new(Some(thread)),
-            n_slots: options.n_slots,
-            n_waiting: options.n_waiting,
-        })
-    }
-
-    /// Jobs that may wait.
-    pub(crate) fn n_waiting(&self) -> usize {
-        self.n_waiting
-    }
-
-    /// Puts jobs into the queue: all of them, or none.
-    ///
-    /// # Errors
-    /// There is no room.
-    pub(crate) fn submit(&self, client: Client, jobs: Vec<Job>) -> Result<Jobs, Refusal> {
-        let mut inbox = self.shared.inbox();
-        if inbox.ending.is_some() {
-            return Err(Refusal::Ending);
-        }
-        let waiting = inbox.queue.len();
-        if waiting + jobs.len() > self.n_waiting {
-            let seconds = self.patience(waiting);
-            let own = inbox.queue.len_of(client);
-            // Who has more than an even share is asked to slow down; others meet a server that is full.
-            let is_greedy = own * inbox.queue.n_clients().max(1) >= waiting && own > 0;
-            return Err(match is_greedy {
-                true => Refusal::TooMany {
-                    waiting: own,
-                    seconds,
-                },
-                false => Refusal::Full { waiting, seconds },
-            });
-        }
-        let (sender, events) = unbounded_channel();
-        let since = Instant::now();
-        let mut cancelled = Vec::with_capacity(jobs.len());
-        for (index, job) in jobs.into_iter().enumerate() {
-            let flag = Arc::new(AtomicBool::new(false));
-            cancelled.push(Arc::clone(&flag));
-            let teller = Teller {
-                index,
-                events: sender.clone(),
-                cancelled: flag,
-            };
-            inbox.queue.push(client, Waiting { job, teller, since });
-        }
-        drop(inbox);
-        self.shared.wake.notify_one();
-        Ok(Jobs { events, cancelled })
-    }
-
-    /// Seconds until the queue will have moved on.
-    fn patience(&self, n_waiting: usize) -> u32 {
-        let rounds = n_waiting as f64 / self.n_slots as f64;
-        let seconds = rounds * self.metrics.job_seconds();
-        seconds.clamp(1.0, LONGEST_WAIT).ceil() as u32
-    }
-
-    /// Takes no more jobs, and ends when those that it has are done.
-    pub(crate) fn finish(&self) {
-        self.end(Ending::WhenDone);
-    }
-
-    /// Ends before the next pass; whoever waits hears that.
-    pub(crate) fn stop(&self) {
-        self.end(Ending::Now);
-    }
-
-    fn end(&self, ending: Ending) {
-        self.shared.inbox().ending = Some(ending);
-        self.shared.wake.notify_one();
-    }
-
-    /// Waits for the worker's end.
-    pub(crate) fn join(&self) {
-        let worker = self
-            .worker
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        // A panic of the worker has been logged.
-        let _ = worker.map(JoinHandle::join);
-    }
-}
-
-impl Drop for Scheduler {
-    fn drop(&mut self) {
-        self.stop();
-        self.join();
-    }
-}
-
-struct Worker {
+/// The thread's own.
+pub(super) struct Worker {
     model: Arc<dyn Model>,
     shared: Arc<Shared>,
     metrics: Arc<Metrics>,
@@ -189,6 +25,7 @@ struct Worker {
     limits: PassLimits,
     workspace: Workspace,
     slots: Vec<Slot>,
+    picks: Picks,
     /// A row of logits.
     scratch: Vec<f32>,
     /// Counts what happens, to tell older from newer.
@@ -206,13 +43,16 @@ enum Trouble {
 }
 
 impl Worker {
-    fn new(
+    pub(super) fn new(
         model: Arc<dyn Model>,
         options: &ScheduleOptions,
         metrics: Arc<Metrics>,
         shared: Arc<Shared>,
     ) -> crate::Result<Self> {
-        let session = || model.session(&options.session).map(Slot::new);
+        let session = || {
+            let session = model.session(&options.session)?;
+            Ok(Slot::new(session, &*model))
+        };
         let slots: cadre_engine::Result<Vec<Slot>> = std::iter::repeat_with(session)
             .take(options.n_slots)
             .collect();
@@ -220,6 +60,7 @@ impl Worker {
         let row_bytes = (model.info().vocab_size * size_of::<f32>()).max(1);
         Ok(Self {
             slots: slots?,
+            picks: Picks::new(model.info()),
             workspace: model.workspace(n_tokens)?,
             limits: PassLimits {
                 n_tokens,
@@ -234,7 +75,7 @@ impl Worker {
         })
     }
 
-    fn run(&mut self) {
+    pub(super) fn run(&mut self) {
         while self.admit() {
             if guarded(|| self.step()).is_none() {
                 self.recover();
@@ -265,7 +106,10 @@ impl Worker {
                 self.place(waiting);
             }
             let n_running = self.slots.iter().filter(|slot| !slot.is_free()).count();
-            self.metrics.jobs(n_running, inbox.queue.len());
+            let n_held: usize = self.slots.iter().map(Slot::n_held).sum();
+            let n_all: usize = self.slots.iter().map(Slot::n_ctx).sum();
+            let kv_share = n_held as f64 / n_all.max(1) as f64;
+            self.metrics.jobs(n_running, inbox.queue.len(), kv_share);
             if n_running > 0 {
                 return true;
             }
@@ -287,7 +131,7 @@ impl Worker {
         if let Some(slot) = best {
             self.now += 1;
             let clock = JobClock::new(since, Arc::clone(&self.metrics));
-            slot.begin(job, teller, (self.now, clock));
+            slot.begin(&*self.model, job, teller, (self.now, clock));
         }
     }
 
@@ -344,7 +188,7 @@ impl Worker {
     fn renew(&mut self, slot: usize) {
         // The same options made one before.
         if let Ok(session) = self.model.session(&self.options.session) {
-            self.slots[slot].renew(session);
+            self.slots[slot].renew(session, &*self.model);
         }
     }
 
@@ -363,6 +207,7 @@ impl Worker {
             slots,
             workspace,
             scratch,
+            picks,
             ..
         } = self;
         let vocab = model.info().vocab_size;
@@ -377,10 +222,11 @@ impl Worker {
                 batch.push(sequence);
             }
         }
+        let is_watched = picks.begin();
+        let observer = &mut *picks;
         let start = Instant::now();
         let (shared_model, sequences) = (&**model, &mut batch[..]);
-        let computed =
-            guarded(move || shared_model.forward_batch(sequences, workspace, &mut NoObserver));
+        let computed = guarded(move || shared_model.forward_batch(sequences, workspace, observer));
         drop(batch);
         let mut logits = match computed {
             Some(Ok(logits)) => logits,
@@ -388,6 +234,9 @@ impl Worker {
             None => return Err(Trouble::Panic),
         };
         self.metrics.pass(pieces.iter().sum(), start.elapsed());
+        if is_watched {
+            self.metrics.experts(picks.summary());
+        }
         for (slot, n) in members {
             let (rows, rest) = logits.split_at_mut(n);
             logits = rest;

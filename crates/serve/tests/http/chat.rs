@@ -105,11 +105,14 @@ fn what_cannot_be_done_is_refused_by_name() {
         ("tool_choice", json!("required"), "tool_choice"),
         (
             "response_format",
-            json!({"type": "json_object"}),
+            json!({"type": "xml"}),
             "response_format.type",
         ),
         ("top_logprobs", json!(3), "top_logprobs"),
-        ("cadre", json!({"top_k": 1}), "cadre"),
+        ("cadre", json!({"top_x": 1}), "cadre"),
+        ("cadre", json!({"mask": {"9": [0]}}), "cadre"),
+        ("cadre", json!({"mask": {"0": [8]}}), "cadre"),
+        ("cadre", json!({"contrast": {}}), "cadre.contrast"),
         ("modalities", json!(["audio"]), "modalities"),
         ("messages", json!([]), "messages"),
         ("messages", json!({"role": "user"}), "messages"),
@@ -179,5 +182,124 @@ fn tools_and_their_results_reach_the_template() {
         .unwrap();
     let answer = post(setup.address(), PATH, &without).json();
     assert_eq!(answer["usage"]["prompt_tokens"], ids.len());
+    setup.end();
+}
+
+#[test]
+fn an_answer_is_held_to_its_schema() {
+    let setup = Setup::new();
+    let schema = json!({"type": "object", "additionalProperties": false, "required": ["mood", "n", "names"],
+    "properties": {
+        "mood": {"enum": ["glad", "sad"]},
+        "n": {"type": "integer", "minimum": 0, "maximum": 99},
+        "names": {"type": "array", "items": {"type": "string", "maxLength": 5}, "minItems": 1, "maxItems": 2},
+    }});
+    let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": true}});
+    let body = |seed: u64| {
+        json!({"messages": [{"role": "user", "content": "the cat"}], "seed": seed, "n": 2, "max_tokens": 200,
+            "response_format": format})
+    };
+    for seed in 0..4 {
+        let answer = post(setup.address(), PATH, &body(seed)).json();
+        for choice in answer["choices"].as_array().unwrap() {
+            assert_eq!(choice["finish_reason"], "stop", "{answer}");
+            let text = choice["message"]["content"].as_str().unwrap();
+            let value: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"));
+            assert!(value["mood"] == "glad" || value["mood"] == "sad", "{text}");
+            assert!(value["n"].as_u64().unwrap() < 100, "{text}");
+            assert!(
+                (1..=2).contains(&value["names"].as_array().unwrap().len()),
+                "{text}"
+            );
+            assert_eq!(value.as_object().unwrap().len(), 3, "{text}");
+        }
+        let mut streamed = body(seed);
+        streamed["stream"] = json!(true);
+        let events = post(setup.address(), PATH, &streamed).events();
+        let first = events
+            .iter()
+            .filter(|event| event["choices"][0]["index"] == 0);
+        let text = first.filter_map(|event| event["choices"][0]["delta"]["content"].as_str());
+        let whole = &answer["choices"][0]["message"]["content"];
+        assert_eq!(json!(text.collect::<String>()), *whole);
+    }
+    for schema in [
+        json!({"type": "king"}),
+        json!("object"),
+        json!({"pattern": "(".repeat(1000)}),
+    ] {
+        let mut body = body(0);
+        body["response_format"]["json_schema"]["schema"] = schema;
+        assert_eq!(
+            post(setup.address(), PATH, &body).error(),
+            (400, json!("response_format"))
+        );
+    }
+    // A bomb: a string of a length that has too many states, in too many nested choices.
+    let mut bomb = json!({"type": "string", "minLength": 100_000, "maxLength": 1_000_000});
+    for _ in 0..40 {
+        bomb = json!({"anyOf": [bomb.clone(), {"type": "array", "items": bomb, "minItems": 1000, "maxItems": 100_000}]});
+        if bomb.to_string().len() > 100_000 {
+            break;
+        }
+    }
+    let mut body = body(0);
+    body["max_tokens"] = json!(2);
+    body["response_format"]["json_schema"]["schema"] = bomb;
+    let start = std::time::Instant::now();
+    let answer = post(setup.address(), PATH, &body);
+    assert!(
+        answer.status == 200 || answer.status == 400,
+        "{}",
+        answer.text()
+    );
+    assert!(start.elapsed() < std::time::Duration::from_secs(30));
+    setup.end();
+}
+
+#[test]
+fn a_call_that_is_asked_for_is_made() {
+    let setup = Setup::with(|options| {
+        let template = "{% for t in tools %}{{ t.function.name }} {% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}:";
+        options.template = Some(cadre_checkpoint::ChatTemplate::parse("t", template).unwrap());
+    });
+    let tool = |name: &str, key: &str| {
+        json!({"type": "function", "function": {"name": name, "parameters": {"type": "object",
+            "properties": {key: {"type": "integer", "minimum": 0, "maximum": 9}}, "required": [key], "additionalProperties": false}}})
+    };
+    let mut body = json!({"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 100, "seed": 1,
+        "tools": [tool("add", "a"), tool("sub", "b")], "tool_choice": "required"});
+    let answer = post(setup.address(), PATH, &body).json();
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["finish_reason"], "tool_calls", "{answer}");
+    assert_eq!(choice["message"]["content"], Value::Null);
+    let call = &choice["message"]["tool_calls"][0]["function"];
+    let key = match call["name"].as_str() {
+        Some("add") => "a",
+        _ => "b",
+    };
+    let arguments: Value = serde_json::from_str(call["arguments"].as_str().unwrap()).unwrap();
+    assert!(arguments[key].as_u64().unwrap() < 10, "{answer}");
+    body["tool_choice"] = json!({"type": "function", "function": {"name": "sub"}});
+    body["stream"] = json!(true);
+    let events = post(setup.address(), PATH, &body).events();
+    let mut calls = events
+        .iter()
+        .filter_map(|event| event["choices"][0]["delta"]["tool_calls"].as_array());
+    let call = &calls.next().unwrap()[0];
+    assert_eq!(
+        (&call["function"]["name"], &call["index"], &call["type"]),
+        (&json!("sub"), &json!(0), &json!("function"))
+    );
+    assert!(calls.next().is_none());
+    assert_eq!(
+        events.last().unwrap()["choices"][0]["finish_reason"],
+        "tool_calls"
+    );
+    body["tool_choice"] = json!({"type": "function", "function": {"name": "mul"}});
+    assert_eq!(
+        post(setup.address(), PATH, &body).error(),
+        (400, json!("tool_choice"))
+    );
     setup.end();
 }

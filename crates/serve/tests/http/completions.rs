@@ -240,9 +240,13 @@ fn what_was_read_before_is_not_read_again() {
     );
     assert_eq!(texts(&more), [setup.said(&longer, 8, greedy())]);
     let page = get(setup.address(), "/metrics");
-    assert!(
-        page.text()
-            .contains("vllm:prefix_cache_hits_total{model_name=\"tiny\"} ")
-    );
+    let has = |line: &str| page.text().lines().any(|found| found.starts_with(line));
+    assert!(has("vllm:prefix_cache_hits_total{model_name=\"tiny\"} "));
+    // Every token picks two experts; of both layers.
+    for layer in ["0", "1"] {
+        assert!(has(&format!(
+            "cadre:moe_load_entropy{{model_name=\"tiny\",layer=\"{layer}\"}} 0."
+        )));
+    }
     setup.end();
 }

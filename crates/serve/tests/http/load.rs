@@ -293,3 +293,60 @@ fn a_panic_is_an_error_of_its_own_request() {
     assert_eq!(get(address, "/health").status, 200);
     setup.end();
 }
+
+/// Requests that are steered each in their own way, together with some that are not, get what sessions steered so get alone.
+#[test]
+fn steering_is_each_requests_own() {
+    let setup = Setup::with(|options| options.parallel = 3);
+    let address = setup.address();
+    let steerings = [
+        json!({}),
+        json!({"mask": {"*": [0, 1, 2]}}),
+        json!({"top_k": 1}),
+        json!({"force": {"1": [5]}, "bias": {"0": {"3": 2.5}}}),
+        json!({"mute": {"0": [0, 1, 2, 3]}, "gain": {"*": {"4": 0.5}}}),
+    ];
+    let alone: Vec<String> = steerings
+        .iter()
+        .map(|steering| {
+            let steering: Steering = serde_json::from_value(steering.clone()).unwrap();
+            let mut session = setup.model.session(&setup.session).unwrap();
+            setup.model.steer(&mut session, &steering).unwrap();
+            let ids = setup.tokenizer.encode("the miller and the cat").unwrap();
+            let options = cadre_engine::GenerateOptions {
+                max_new_tokens: 30,
+                stop_tokens: Vec::new(),
+                sampling: drawn(2),
+            };
+            let generated = cadre_engine::generate(
+                &*setup.model,
+                &mut session,
+                &ids,
+                &options,
+                &mut cadre_engine::NoObserver,
+            );
+            setup.text(&ids, &generated.unwrap().tokens)
+        })
+        .collect();
+    assert!(
+        alone[1..].iter().all(|text| *text != alone[0]),
+        "steering is felt"
+    );
+    let ask = |i: usize| {
+        let body = json!({"prompt": "the miller and the cat", "max_tokens": 30, "seed": 2, "ignore_eos": true,
+            "cadre": steerings[i % 5]});
+        post(address, PATH, &body).json()["choices"][0]["text"].clone()
+    };
+    let got: Vec<Value> = std::thread::scope(|scope| {
+        let ask = &ask;
+        let clients: Vec<_> = (0..20).map(|i| scope.spawn(move || ask(i))).collect();
+        clients
+            .into_iter()
+            .map(|client| client.join().unwrap())
+            .collect()
+    });
+    for (i, got) in got.iter().enumerate() {
+        assert_eq!(*got, alone[i % 5], "client {i}");
+    }
+    setup.end();
+}

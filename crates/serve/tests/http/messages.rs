@@ -145,7 +145,7 @@ fn results_of_tools_become_messages_and_errors_have_their_own_form() {
             "thinking",
             json!({"type": "enabled", "budget_tokens": 1024}),
         ),
-        ("tool_choice", json!({"type": "any"})),
+        ("tool_choice", json!({"type": "tool", "name": "mul"})),
         ("gramar", json!("x")),
     ] {
         let mut body = body.clone();
