@@ -260,10 +260,10 @@ mod tests {
         let mut choice = Choice::new(tokenizer.stream().into_owned(), &stops, echo);
         let mut all = Piece::default();
         for token in tokenizer.encode(text).unwrap() {
+            all.append(choice.token(token, scored(token), &tokenizer));
             if choice.has_ended {
                 return all;
             }
-            all.append(choice.token(token, scored(token), &tokenizer));
         }
         all.append(choice.end(Finish::Length, &tokenizer));
         all
