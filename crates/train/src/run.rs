@@ -87,8 +87,13 @@ impl<'a> Run<'a> {
         });
         let mut neurons = None;
         if let (Some(options), Some(corpus)) = (&recipe.cut, corpus) {
-            let text = (corpus, recipe.train.seq_len, &device);
-            let (cut, found) = cut::load(options, &architecture, &model, text)?;
+            let around = cut::Around {
+                corpus,
+                seq_len: recipe.train.seq_len,
+                seed: recipe.seed,
+                device: &device,
+            };
+            let (cut, found) = cut::load(options, &architecture, &model, around)?;
             model = cut;
             neurons = Some((found, options.sharpness));
         }

@@ -55,16 +55,16 @@ fn a_router_before_the_layers_learns_what_those_of_layers_do() {
         let changes = [
             (MODEL, model.as_str()),
             ("[train]", tables.as_str()),
-            ("        steps = 8", "        steps = 60"),
-            ("snapshot_every = 2", "snapshot_every = 20"),
-            ("eval_every = 4", "eval_every = 60"),
+            ("        steps = 8", "        steps = 40"),
+            ("snapshot_every = 2", "snapshot_every = 10"),
+            ("eval_every = 4", "eval_every = 40"),
             ("lr = 1e-2", "lr = 2e-2"),
         ];
         let name = |what: &str| format!("{what}-{per_layer}");
         let whole = recipe_with(folder.path(), &name("whole"), &changes);
         run(&whole, None);
         let parts = recipe_with(folder.path(), &name("parts"), &changes);
-        for stop_after in [Some(23), None] {
+        for stop_after in [Some(13), None] {
             run(&parts, stop_after);
         }
         assert_eq!(trajectory(&whole), trajectory(&parts));
@@ -166,13 +166,13 @@ fn experts_are_neurons_of_the_dense_model_and_their_router_follows_it() {
     let parse = |name: &str| {
         let text = cut(folder.path(), name, &dense, [2, 4])
             .replace("[cut]", frozen)
-            .replace("        steps = 8", "        steps = 60")
+            .replace("        steps = 8", "        steps = 40")
             .replace("lr = 1e-2", "lr = 2e-2");
         Recipe::parse(Path::new("tiny.toml"), &text).unwrap()
     };
     let (whole, parts) = (parse("whole"), parse("parts"));
     run(&whole, None);
-    for stop_after in [Some(23), None] {
+    for stop_after in [Some(13), None] {
         run(&parts, stop_after);
     }
     assert_eq!(trajectory(&whole), trajectory(&parts));
@@ -229,6 +229,7 @@ fn a_cut_that_makes_no_sense_is_refused_by_name() {
     refused("top_k = 1", "top_k = 2", "`model.top_k` = 1");
     refused("tokens = 64", "tokens = 0", "cut.tokens");
     refused("tokens = 64", "sharpness = 0.0", "cut.sharpness");
+    refused("tokens = 64", "by = \"chance\"", "activity");
     refused("[cut]", "[start]\nfrom = \"x\"\n[cut]", "start.from");
     refused(
         "[router_distill]\nteacher = ",

@@ -8,6 +8,7 @@
 //! of the half of the neurons that are largest on this token which expert i has too, and `q = softmax(sharpness (u - mean
 //! u))`.
 //! Recipe: `[cut] dense = FOLDER, tokens = 8192, sharpness = 10.0`, with as many experts as `data.sources`, in that order.
+//! `by = "random"` takes any neurons, for comparisons.
 //! State: none; the same text gives the same experts. Cost: a pass over `tokens` tokens of every domain at the start.
 //! Differs from paper: u counts neurons by |v| (its code grades by the signed v); neurons wanted by all are not kept apart as
 //! a shared expert, which computes the same with one expert per token; rounds of router and experts are runs of their own,
@@ -18,12 +19,14 @@ use crate::architecture::Architecture;
 use crate::data::{self, Corpus};
 use crate::error::{Result, TrainError};
 use crate::export::{self, Opened};
+use crate::init::stream;
 use crate::lm::{Batch, FeedForward, LanguageModel, Pass, Walk};
 use crate::methods::start;
 use crate::params;
 use crate::recipe::{Experts, Recipe};
 use burn::tensor::Device;
 use cadre_routing::RoutingError;
+use rand::Rng;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -36,9 +39,23 @@ pub struct Cut {
     /// Tokens of each domain that neurons are counted on.
     #[serde(default = "some_tokens")]
     pub tokens: usize,
+    /// Which neurons an expert gets: `"activity"`, those that its domain uses most, or `"random"`.
+    #[serde(default)]
+    pub by: By,
     /// How clearly the router is told which expert a token wants.
     #[serde(default = "ten")]
     pub sharpness: f32,
+}
+
+/// Which neurons an expert gets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum By {
+    /// Those that are most active on its domain.
+    #[default]
+    Activity,
+    /// Any, drawn from the run's seed.
+    Random,
 }
 
 fn some_tokens() -> usize {
@@ -102,6 +119,19 @@ impl Cut {
     }
 }
 
+/// What a cut needs of its run.
+#[derive(Clone, Copy, Debug)]
+pub struct Around<'a> {
+    /// The domains, in the order of the experts.
+    pub corpus: &'a Corpus,
+    /// Tokens per sequence.
+    pub seq_len: usize,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Where parameters live.
+    pub device: &'a Device,
+}
+
 /// Which neurons experts have, by layer, then expert; ascending.
 pub type Neurons = Vec<Vec<Vec<usize>>>;
 
@@ -113,9 +143,9 @@ pub fn load(
     cut: &Cut,
     architecture: &Architecture,
     fresh: &LanguageModel,
-    (corpus, seq_len, device): (&Corpus, usize, &Device),
+    around: Around<'_>,
 ) -> Result<(LanguageModel, Neurons)> {
-    let plain = device.clone().without_autodiff();
+    let plain = around.device.clone().without_autodiff();
     let opened = export::open(&cut.dense, &plain)?;
     let misfit = |differences: Vec<String>| TrainError::DoesNotFit {
         path: cut.dense.clone(),
@@ -138,15 +168,22 @@ pub fn load(
         return Err(misfit(differences));
     }
     let mut neurons: Neurons = vec![Vec::new(); architecture.config.n_layers];
-    for domain in &corpus.domains {
-        let Some(text) = data::windows(&domain.train, seq_len, cut.tokens) else {
+    for domain in &around.corpus.domains {
+        let Some(text) = data::windows(&domain.train, around.seq_len, cut.tokens) else {
             let problem = format!(
                 "domain `{}` has too little text to see its neurons",
                 domain.name
             );
             return Err(misfit(vec![problem]));
         };
-        let importance = importance(&opened, &text)?;
+        let importance = match cut.by {
+            By::Activity => importance(&opened, &text)?,
+            By::Random => {
+                let mut rng = stream(around.seed, &format!("cut.{}", domain.name));
+                let mut draw = || (0..width).map(|_| rng.random::<f32>()).collect();
+                (0..neurons.len()).map(|_| draw()).collect()
+            }
+        };
         for (layer, importance) in neurons.iter_mut().zip(importance) {
             layer.push(largest(&importance, wanted));
         }
