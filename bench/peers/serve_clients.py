@@ -117,15 +117,15 @@ def errors(client, url):
 
 def messages(client):
     talk = [{"role": "user", "content": "Where is the cat?"}]
-    whole = client.messages.create(model="nano", max_tokens=24, messages=talk, system="Be brief.", temperature=0)
+    whole = client.messages.create(model="nano", max_tokens=24, messages=talk, system="Be brief.", extra_body={"top_k": 1})
     check("a message", whole.content[0].type == "text" and whole.usage.output_tokens > 0, whole)
-    with client.messages.stream(model="nano", max_tokens=24, messages=talk, system="Be brief.", temperature=0) as stream:
+    with client.messages.stream(model="nano", max_tokens=24, messages=talk, system="Be brief.", extra_body={"top_k": 1}) as stream:
         text = "".join(stream.text_stream)
         final = stream.get_final_message()
     check("a stream of it", text == whole.content[0].text == final.content[0].text, text)
     check("why it ended", whole.stop_reason == final.stop_reason == "max_tokens", final)
     try:
-        client.messages.create(model="nano", max_tokens=1, messages=talk, temperature=7)
+        client.messages.create(model="nano", max_tokens=1, messages=talk, extra_body={"temperature": 7})
     except anthropic.BadRequestError as error:
         check("a wrong temperature, told to it", error.body["error"]["type"] == "invalid_request_error", error)
     else:

@@ -368,11 +368,13 @@ impl Decoder {
             spans,
             hidden,
             normed,
+            n_headed,
             matmul,
             logits,
             ..
         } = workspace;
         let n = n_rows(spans);
+        *n_headed = n;
         let normed = &mut normed[..n * d];
         let logits = &mut logits[logits_row * vocab..][..n * vocab];
         self.norm.forward(&self.compute, &hidden[..n * d], normed);

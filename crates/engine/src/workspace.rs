@@ -36,6 +36,8 @@ pub struct Workspace {
     pub(crate) hidden: Vec<f32>,
     /// Input of a block, `[rows, d_model]`.
     pub(crate) normed: Vec<f32>,
+    /// Rows of `normed` that the head made logits of in the last pass.
+    pub(crate) n_headed: usize,
     /// Output of a block, `[rows, d_model]`.
     pub(crate) block_out: Vec<f32>,
     /// Rotary angles of the rows, one per rotation of the model.
@@ -97,6 +99,7 @@ impl Workspace {
             tokens: Vec::with_capacity(capacity),
             hidden: rows(),
             normed: rows(),
+            n_headed: 0,
             block_out: rows(),
             angles: (0..shape.n_ropes).map(|_| RopeAngles::default()).collect(),
             attention: AnyAttentionScratch::new(&shape, capacity),
@@ -108,6 +111,13 @@ impl Workspace {
             logits: Vec::new(),
             shape,
         })
+    }
+
+    /// What the head made the logits of the last pass of: the normed output of the last layer, a row per row of logits,
+    /// `[n_wanted, d_model]`.
+    #[must_use]
+    pub fn hidden(&self) -> &[f32] {
+        &self.normed[..self.n_headed * self.shape.d_model]
     }
 
     /// Tokens that one pass can read, all sequences together.

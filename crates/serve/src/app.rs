@@ -11,11 +11,11 @@ use serde_json::json;
 use crate::access::Access;
 use crate::api::error::{ApiError, Result, json_response};
 use crate::api::sse::{Growing, stream, whole};
-use crate::api::{Prepared, chat, completions, messages, models, tokens};
+use crate::api::{Prepared, chat, completions, embeddings, messages, models, tokens};
 use crate::http1::{Body, Peer, Request, Response, Service};
 use crate::metrics::Metrics;
 use crate::panics::{blocking, caught};
-use crate::schedule::Scheduler;
+use crate::schedule::{Job, Jobs, Scheduler};
 use crate::served::Served;
 
 /// What a path leads to.
@@ -26,6 +26,7 @@ enum Endpoint {
     Completions,
     Chat,
     Messages,
+    Embeddings,
     Tokenize,
     Detokenize,
     Metrics,
@@ -72,6 +73,7 @@ const ROUTES: &[Route] = &[
     post("/v1/completions", Endpoint::Completions, "completions"),
     post("/v1/chat/completions", Endpoint::Chat, "chat"),
     post("/v1/messages", Endpoint::Messages, "messages"),
+    post("/v1/embeddings", Endpoint::Embeddings, "embeddings"),
     post("/tokenize", Endpoint::Tokenize, "tokenize"),
     post("/detokenize", Endpoint::Detokenize, "detokenize"),
     get("/metrics", Endpoint::Metrics, "metrics"),
@@ -184,6 +186,7 @@ impl App {
             Endpoint::Completions => self.generate(head, body, completions::prepare).await,
             Endpoint::Chat => self.generate(head, body, chat::prepare).await,
             Endpoint::Messages => self.generate(head, body, messages::prepare).await,
+            Endpoint::Embeddings => self.embed(head, body).await,
             Endpoint::Tokenize => self.compute(body, tokens::tokenize).await,
             Endpoint::Detokenize => self.compute(body, tokens::detokenize).await,
             Endpoint::Metrics => Ok(self.metrics_page()),
@@ -227,21 +230,36 @@ impl App {
     ) -> Result<Response> {
         let served = Arc::clone(&self.served);
         let prepared = blocking(move || prepare(&body, &served)).await??;
-        let most = self.scheduler.n_waiting();
-        if prepared.jobs.len() > most {
-            let n = prepared.jobs.len();
-            let message =
-                format!("the request asks for {n} answers, but at most {most} can wait here");
-            return Err(ApiError::bad(message));
-        }
-        let client = self.access.client(head.headers(), address(head));
-        let jobs = self.scheduler.submit(client, prepared.jobs)?;
+        let jobs = self.submit(head, prepared.jobs)?;
         let served = Arc::clone(&self.served);
         let growing = Growing::new(served, jobs, prepared.choices, prepared.n_prompt);
         match prepared.streams {
             true => Ok(stream(growing, prepared.voice)),
             false => whole(growing, prepared.voice).await,
         }
+    }
+
+    /// Answers with vectors.
+    async fn embed(&self, head: &http::Request<()>, body: Bytes) -> Result<Response> {
+        let served = Arc::clone(&self.served);
+        let asked = blocking(move || embeddings::prepare(&body, &served)).await??;
+        let shape = asked.shape();
+        let jobs = self.submit(head, asked.jobs)?;
+        let value = embeddings::answer(jobs, shape, self.served.name()).await?;
+        Ok(ok(&value))
+    }
+
+    /// Puts jobs into the queue.
+    fn submit(&self, head: &http::Request<()>, jobs: Vec<Job>) -> Result<Jobs> {
+        let most = self.scheduler.n_waiting();
+        if jobs.len() > most {
+            let n = jobs.len();
+            let message =
+                format!("the request asks for {n} answers, but at most {most} can wait here");
+            return Err(ApiError::bad(message));
+        }
+        let client = self.access.client(head.headers(), address(head));
+        Ok(self.scheduler.submit(client, jobs)?)
     }
 
     /// What every answer has, and a line in the log.

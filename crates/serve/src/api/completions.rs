@@ -19,9 +19,9 @@ use crate::served::{Served, unix_seconds};
 const NEW_TOKENS: usize = 16;
 
 /// A prompt with its text, where that was given.
-struct Prompt {
+pub(crate) struct Prompt {
     text: Option<String>,
-    tokens: Arc<[u32]>,
+    pub(crate) tokens: Arc<[u32]>,
 }
 
 /// How an answer is spelled.
@@ -38,7 +38,7 @@ pub(crate) struct Completion {
 pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Prepared> {
     let mut fields = Fields::parse(body)?;
     let mut wanted = Wanted::read(&mut fields, served)?;
-    let prompts = prompts(fields.need("prompt")?, served)?;
+    let prompts = prompts("prompt", fields.need("prompt")?, served)?;
     let asked = fields.count("max_tokens", 0..=usize::MAX)?;
     let echo = fields.bool("echo")?.unwrap_or(false);
     wanted.alternatives = fields.count("logprobs", 0..=MOST_ALTERNATIVES)?;
@@ -107,31 +107,30 @@ fn choice(prompt: &Prompt, wanted: &Wanted, echo: bool, served: &Served) -> Choi
 }
 
 /// A text, a list of texts, a list of token ids, or a list of such lists.
-fn prompts(value: Value, served: &Served) -> Result<Vec<Prompt>> {
-    const NAME: &str = "prompt";
+pub(crate) fn prompts(name: &str, value: Value, served: &Served) -> Result<Vec<Prompt>> {
     let items = match value {
-        Value::String(text) => return Ok(vec![Prompt::text(text, served)?]),
+        Value::String(text) => return Ok(vec![Prompt::text(name, text, served)?]),
         Value::Array(items) => items,
         other => {
             let expected = "a string, a list of strings, or token ids";
-            return Err(wrong(NAME, expected, &other));
+            return Err(wrong(name, expected, &other));
         }
     };
     match items.first() {
-        None => Err(ApiError::field(NAME, "is empty")),
+        None => Err(ApiError::field(name, "is empty")),
         Some(Value::Number(_)) => {
-            let tokens = tokens(NAME, &Value::Array(items), served)?;
-            Ok(vec![Prompt::tokens(tokens)?])
+            let tokens = tokens(name, &Value::Array(items), served)?;
+            Ok(vec![Prompt::tokens(name, tokens)?])
         }
         Some(_) if items.len() > MOST_CHOICES => {
             let problem = format!("has {} prompts, at most {MOST_CHOICES}", items.len());
-            Err(ApiError::field(NAME, problem))
+            Err(ApiError::field(name, problem))
         }
         Some(_) => {
             let prompt = |item| match item {
-                Value::String(text) => Prompt::text(text, served),
-                list @ Value::Array(_) => Prompt::tokens(tokens(NAME, &list, served)?),
-                other => Err(wrong(NAME, "a list of one kind of prompts", &other)),
+                Value::String(text) => Prompt::text(name, text, served),
+                list @ Value::Array(_) => Prompt::tokens(name, tokens(name, &list, served)?),
+                other => Err(wrong(name, "a list of one kind of prompts", &other)),
             };
             items.into_iter().map(prompt).collect()
         }
@@ -139,19 +138,19 @@ fn prompts(value: Value, served: &Served) -> Result<Vec<Prompt>> {
 }
 
 impl Prompt {
-    fn text(text: String, served: &Served) -> Result<Self> {
+    fn text(name: &str, text: String, served: &Served) -> Result<Self> {
         let tokens = served.encode(&text, EncodeOptions::PROMPT)?;
         Ok(Self {
             text: Some(text),
-            ..Self::tokens(tokens)?
+            ..Self::tokens(name, tokens)?
         })
     }
 
-    fn tokens(tokens: Vec<u32>) -> Result<Self> {
+    fn tokens(name: &str, tokens: Vec<u32>) -> Result<Self> {
         if tokens.is_empty() {
             return Err(ApiError::field(
-                "prompt",
-                "has no tokens: there is nothing to continue",
+                name,
+                "has no tokens: there is nothing to read",
             ));
         }
         Ok(Self {

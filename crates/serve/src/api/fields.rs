@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use super::error::{ApiError, Result};
 
 /// A JSON object of a request. Null is as good as absent.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Fields {
     fields: Map<String, Value>,
     /// Path of the object, with a dot at its end; empty for the request itself.

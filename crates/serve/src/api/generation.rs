@@ -90,6 +90,21 @@ impl Wanted {
         })
     }
 
+    /// Reads only the fields that are about the model: nothing will be drawn.
+    pub(crate) fn for_model(fields: &mut Fields, served: &Served) -> Result<Self> {
+        served.check_name(fields.text("model")?.as_deref())?;
+        Ok(Self {
+            steering: steering(fields, served)?,
+            draw: draw(&mut Fields::default(), served)?,
+            n: 1,
+            stops: Vec::new(),
+            stop_tokens: Arc::new([]),
+            streams: false,
+            include_usage: false,
+            alternatives: None,
+        })
+    }
+
     /// The job of choice `index` of `prompt`. The first choice is what a request for one would get.
     pub(crate) fn job(&self, prompt: &Arc<[u32]>, index: usize, max_new_tokens: usize) -> Job {
         let mut draw = self.draw.clone();
@@ -101,6 +116,7 @@ impl Wanted {
             draw,
             alternatives: self.alternatives,
             scores_prompt: false,
+            embeds: false,
             steering: self.steering.clone(),
             constraint: None,
         }

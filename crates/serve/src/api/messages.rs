@@ -16,7 +16,7 @@ use super::{Prepared, chat, format, identifier};
 use crate::served::{Conversation, Served};
 
 /// Fields that change nothing here.
-const IGNORED: &[&str] = &["metadata", "service_tier"];
+const IGNORED: &[&str] = &["metadata", "service_tier", "cache_control"];
 
 /// Understands a request.
 pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Prepared> {

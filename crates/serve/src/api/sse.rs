@@ -74,6 +74,8 @@ impl Growing {
                     choice.prompt(scores);
                     continue;
                 }
+                // Of jobs that are told elsewhere.
+                Event::Embedding(_) => continue,
                 Event::Token { token, scored } => {
                     choice.token(token, scored.map(|scored| *scored), tokenizer)
                 }

@@ -25,6 +25,8 @@ pub(crate) struct Job {
     pub(crate) alternatives: Option<usize>,
     /// Whether the tokens of the prompt are scored, too.
     pub(crate) scores_prompt: bool,
+    /// Whether the prompt is to become a vector, and nothing else is done.
+    pub(crate) embeds: bool,
 }
 
 /// Whom a job is done for: the queue is fair among them.
@@ -53,6 +55,8 @@ pub(crate) enum Event {
         /// Its score, where scores are wanted.
         scored: Option<Box<Scored>>,
     },
+    /// The mean of what the last layer made of the tokens of the prompt.
+    Embedding(Vec<f32>),
     /// There are no more tokens.
     Done(Finish),
     /// It could not be finished.

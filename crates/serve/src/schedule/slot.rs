@@ -28,6 +28,8 @@ struct Running {
     next: [u32; 1],
     since: u64,
     clock: JobClock,
+    /// Sum over the tokens read so far of their vectors; empty where none is wanted.
+    sum: Vec<f64>,
 }
 
 /// What the end of a piece of work needs.
@@ -73,7 +75,7 @@ impl Slot {
 
     /// Tokens of `job`'s prompt that need not be read here: never the last one, whose logits start the answer.
     pub(crate) fn n_known(&self, job: &Job) -> usize {
-        if job.scores_prompt || job.steering != self.steering {
+        if job.scores_prompt || job.embeds || job.steering != self.steering {
             return 0;
         }
         let pairs = self.held.iter().zip(&*job.prompt);
@@ -105,7 +107,7 @@ impl Slot {
                 return teller.tell(Event::Failed(failed(&error)));
             }
         };
-        if job.max_new_tokens == 0 && !job.scores_prompt {
+        if job.max_new_tokens == 0 && !job.scores_prompt && !job.embeds {
             clock.ended(Ended::Length, 0);
             return teller.tell(Event::Done(Finish::Length));
         }
@@ -119,6 +121,7 @@ impl Slot {
             next: [0],
             since,
             clock,
+            sum: Vec::new(),
         });
     }
 
@@ -154,7 +157,7 @@ impl Slot {
         Some(Need {
             n_tokens: left.max(1),
             generates: left == 0,
-            scores: running.job.scores_prompt && left > 0,
+            scores: running.wants_all() && left > 0,
             since: running.since,
         })
     }
@@ -166,7 +169,7 @@ impl Slot {
         let prompt = &running.job.prompt;
         let (tokens, want) = match prompt.get(at..at + n) {
             Some(piece) if n > 0 => {
-                let want = match (running.job.scores_prompt, at + n == prompt.len()) {
+                let want = match (running.wants_all(), at + n == prompt.len()) {
                     (true, _) => Logits::All,
                     (false, true) => Logits::Last,
                     (false, false) => Logits::None,
@@ -211,6 +214,37 @@ impl Slot {
         }
     }
 
+    /// Whether its prompt becomes a vector: it wants vectors in place of logits.
+    pub(crate) fn embeds(&self) -> bool {
+        self.running
+            .as_ref()
+            .is_some_and(|running| running.job.embeds)
+    }
+
+    /// Takes note of what was computed: `rows` are the vectors of the piece that was read last, `[n, d_model]`.
+    pub(crate) fn embed(&mut self, rows: &[f32], d_model: usize, now: u64) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        let to = self.session.position();
+        if let Some(piece) = running.job.prompt.get(self.held.len()..to) {
+            self.held.extend_from_slice(piece);
+        }
+        running.sum.resize(d_model, 0.0);
+        for row in rows.chunks_exact(d_model.max(1)) {
+            for (sum, x) in running.sum.iter_mut().zip(row) {
+                *sum += f64::from(*x);
+            }
+        }
+        let n = running.job.prompt.len();
+        if to >= n {
+            let mean = running.sum.iter().map(|sum| (sum / n as f64) as f32);
+            running.teller.tell(Event::Embedding(mean.collect()));
+            running.teller.tell(Event::Done(Finish::Length));
+            self.release(Ended::Length, now);
+        }
+    }
+
     /// Ends the job with an error, if there is one.
     pub(crate) fn fail(&mut self, error: JobError, now: u64) {
         if let Some(running) = &self.running {
@@ -236,6 +270,11 @@ impl Slot {
 }
 
 impl Running {
+    /// Whether something is wanted of every token of the prompt.
+    fn wants_all(&self) -> bool {
+        self.job.scores_prompt || self.job.embeds
+    }
+
     /// Scores and draws from the logits of the piece that ends before position `to`; why the job has ended, if so.
     fn take_rows(
         &mut self,

@@ -226,7 +226,8 @@ impl Worker {
         let observer = &mut *picks;
         let start = Instant::now();
         let (shared_model, sequences) = (&**model, &mut batch[..]);
-        let computed = guarded(move || shared_model.forward_batch(sequences, workspace, observer));
+        let memory = &mut *workspace;
+        let computed = guarded(move || shared_model.forward_batch(sequences, memory, observer));
         drop(batch);
         let mut logits = match computed {
             Some(Ok(logits)) => logits,
@@ -237,14 +238,26 @@ impl Worker {
         if is_watched {
             self.metrics.experts(picks.summary());
         }
+        let d_model = model.info().d_model;
+        // Vectors are in the same memory as logits, so they come after them.
+        let (mut row, mut vectors) = (0, Vec::new());
         for (slot, n) in members {
             let (rows, rest) = logits.split_at_mut(n);
             logits = rest;
+            let first = row;
+            row += n / vocab.max(1);
+            if slots[slot].embeds() {
+                vectors.push((slot, first * d_model..row * d_model));
+                continue;
+            }
             let mut desk = Desk {
                 model: &**model,
                 scratch,
             };
             slots[slot].advance(rows, &mut desk, self.now);
+        }
+        for (slot, values) in vectors {
+            slots[slot].embed(&workspace.hidden()[values], d_model, self.now);
         }
         Ok(())
     }

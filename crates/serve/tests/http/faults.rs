@@ -192,6 +192,7 @@ fn every_documented_field_is_read() {
         ),
         ("TokenizeRequest", "/tokenize", json!({"prompt": "x"})),
         ("DetokenizeRequest", "/detokenize", json!({"tokens": [5]})),
+        ("EmbeddingsRequest", "/v1/embeddings", json!({"input": "x"})),
     ] {
         let fields = document["components"]["schemas"][schema]["properties"]
             .as_object()
