@@ -105,7 +105,8 @@ struct Chosen {
 /// A set of experts on the prompts that were held out.
 #[derive(Debug, Serialize)]
 struct Tested {
-    /// Chance that a positive prompt has more of these experts than a negative one.
+    /// Chance that a positive prompt has more of these experts than a negative one; of random experts, that it has more
+    /// or that it has fewer, whichever is larger.
     separation: f64,
     /// Mean nats by which steering changes the next token of positive prompts (Kullback-Leibler), and of negative ones.
     change: [f64; 2],
@@ -166,9 +167,16 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     };
     let chosen = test(&places)?;
     let controls = (0..args.controls as u64).map(|n| control(&ranked, &places, args.seed + n));
-    let random = controls
-        .map(|places| test(&places))
-        .collect::<Result<_>>()?;
+    let random = controls.map(|places| {
+        let tested = test(&places)?;
+        // Experts that the positive prompts pick less tell them apart as well.
+        let separation = tested.separation.max(1.0 - tested.separation);
+        Ok(Tested {
+            separation,
+            ..tested
+        })
+    });
+    let random = random.collect::<Result<_>>()?;
     bench.progress.finish_and_clear();
     let made = model.info().steering.clone().and(&made);
     write_file(&args.output, &(serde_json::to_string_pretty(&made)? + "\n"))?;

@@ -3,6 +3,7 @@
 //! In JSON a map's keys are layers: `{"3": [5, 7], "*": [12]}`, `{"0-11": {"5": 1.5}}`. As text, layers and experts are
 //! separated by a colon and entries by `/`: `3:5,7/*:12` and `0-11:5=1.5`. Experts may be ranges, as in `3:0-7`.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::marker::PhantomData;
 use std::str::FromStr;
@@ -85,7 +86,7 @@ impl<K: fmt::Display, V: Serialize> Serialize for Entries<K, V> {
 }
 
 /// A key of JSON, which is a text whatever it stands for.
-trait Key: Sized + PartialEq + fmt::Display {
+trait Key: Copy + Ord + fmt::Display {
     const WHAT: &'static str;
 
     fn read(text: &str) -> Option<Self>;
@@ -121,12 +122,13 @@ impl<'de, K: Key, V: Deserialize<'de>> Deserialize<'de> for Entries<K, V> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut entries: Vec<(K, V)> = Vec::new();
+                let mut known = BTreeSet::new();
                 while let Some(text) = map.next_key::<String>()? {
                     let Some(key) = K::read(&text) else {
                         let message = format!("`{text}` is no key, expected {}", K::WHAT);
                         return Err(A::Error::custom(message));
                     };
-                    if entries.iter().any(|(known, _)| *known == key) {
+                    if !known.insert(key) {
                         return Err(A::Error::custom(format!("`{key}` comes twice")));
                     }
                     entries.push((key, map.next_value()?));

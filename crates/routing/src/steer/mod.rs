@@ -297,7 +297,7 @@ fn about<'r, 'p>(
     rules: &'r mut [LayerRules<'p>],
 ) -> Result<Vec<&'r mut LayerRules<'p>>, SteerError> {
     if let Layers::Range(first, last) = at {
-        let has = |layer: usize| rules.iter().any(|(known, ..)| *known == layer);
+        let has = |layer: usize| rules.binary_search_by_key(&layer, |one| one.0).is_ok();
         if let Some(layer) = (first..=last).find(|layer| !has(*layer)) {
             return Err(SteerError::UnknownLayer {
                 rule,
