@@ -14,6 +14,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::cli::App;
+use crate::commands::serve::at_least_one;
 use crate::commands::trace::write_file;
 use crate::data;
 use crate::failure::Failure;
@@ -38,7 +39,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "METHOD", default_value = "ftri")]
     method: Method,
     /// How many experts of the whole model.
-    #[arg(long, value_name = "N", default_value_t = 10)]
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = at_least_one)]
     experts: usize,
     /// What the steering does with them.
     #[arg(long, value_name = "RULE", default_value = "mute")]
@@ -166,7 +167,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         })
     };
     let chosen = test(&places)?;
-    let controls = (0..args.controls as u64).map(|n| control(&ranked, &places, args.seed + n));
+    let controls = (0..args.controls as u64).map(|n| control(&ranked, &places, args.seed.wrapping_add(n)));
     let random = controls.map(|places| {
         let tested = test(&places)?;
         // Experts that the positive prompts pick less tell them apart as well.

@@ -68,7 +68,8 @@ pub(crate) struct Args {
     cache: CacheArgs,
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+/// A number of things, of which there must be some.
+pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("expected at least 1".to_owned()),
         Ok(n) => Ok(n),
