@@ -1,5 +1,5 @@
 //! Steering: what is said of one session changes no other, empty steering changes nothing, and masks, numbers of picks
-//! and groups are what another checkpoint would have been.
+//! and groups are what another checkpoint would have been, and what transformers makes of edited routers.
 #![expect(clippy::unwrap_used, reason = "a failure here is a failed test")]
 
 use std::sync::Arc;
@@ -9,7 +9,8 @@ use cadre_engine::{
     EngineError, LoadOptions, Logits, Lossy, Model, NoObserver, Observer, PreferCached,
     RoutingEvent, Sequence, Session, SessionOptions, Steering, StreamOptions, load,
 };
-use cadre_testkit::{TinyMoe, assert_close};
+use cadre_testkit::{TinyMoe, assert_close, golden_dir};
+use serde_json::Value;
 
 fn open(checkpoint: &Checkpoint) -> Arc<dyn Model> {
     let options = LoadOptions {
@@ -269,4 +270,26 @@ fn what_does_not_fit_is_refused_and_leaves_the_session_alone() {
         &options(drop, r#"{"mask":{"0":[1]}}"#),
     )
     .unwrap();
+}
+
+/// `golden/steering/`, made by `golden/make/steering.py`.
+#[test]
+fn transformers_says_the_same_of_masks_and_ranks() {
+    let folder = golden_dir();
+    let text = std::fs::read_to_string(folder.join("steering/expected.json")).unwrap();
+    let expected: Value = serde_json::from_str(&text).unwrap();
+    let cases = expected["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 4);
+    for case in cases {
+        let name = case["model"].as_str().unwrap();
+        let model = open(&Checkpoint::open(&folder.join(name)).unwrap());
+        let tokens: Vec<u32> = serde_json::from_value(case["tokens"].clone()).unwrap();
+        let mut session = session(&*model, 64, &case["steering"].to_string());
+        let logits = model.forward(&mut session, &tokens, Logits::All, &mut NoObserver);
+        let logits = logits.unwrap();
+        let rows: Vec<Vec<f32>> = serde_json::from_value(case["logits"].clone()).unwrap();
+        let rows = rows.concat();
+        let got = &logits[logits.len() - rows.len()..];
+        assert_close(&format!("{name}, {}", case["steering"]), got, &rows, 1e-4);
+    }
 }

@@ -10,7 +10,7 @@
 //!    comes from its own logit. Where scores are sigmoids with a correction (DeepSeek-V3), the sigmoid is taken of the
 //!    logit with the bias, and then corrected.
 //! 3. Experts are ranked as the policy ranks them: by that logit or score, the lower id first among equals; where groups
-//!    of experts compete, those of losing groups come last.
+//!    of experts compete, a group is judged by those left of it, and those of losing groups come last.
 //! 4. The first of the ranking are picked: as many as the policy takes, or `top_k`, or as few as have more than `top_p` of
 //!    the token's total score, or those at the given `ranks`.
 //! 5. **force**: an expert that is not among them takes the place of the lowest ranked pick that is not forced, or a place
