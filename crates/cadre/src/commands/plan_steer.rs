@@ -167,7 +167,8 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         })
     };
     let chosen = test(&places)?;
-    let controls = (0..args.controls as u64).map(|n| control(&ranked, &places, args.seed.wrapping_add(n)));
+    let controls =
+        (0..args.controls as u64).map(|n| control(&ranked, &places, args.seed.wrapping_add(n)));
     let random = controls.map(|places| {
         let tested = test(&places)?;
         // Experts that the positive prompts pick less tell them apart as well.
