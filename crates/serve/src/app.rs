@@ -14,6 +14,7 @@ use crate::api::sse::{Growing, stream, whole};
 use crate::api::{Prepared, chat, completions, embeddings, messages, models, tokens};
 use crate::http1::{Body, Peer, Request, Response, Service};
 use crate::metrics::Metrics;
+use crate::page;
 use crate::panics::{blocking, caught};
 use crate::schedule::{Job, Jobs, Scheduler};
 use crate::served::Served;
@@ -31,6 +32,8 @@ enum Endpoint {
     Detokenize,
     Metrics,
     OpenApi,
+    /// A file of the page.
+    Page,
 }
 
 /// A path, its method, what it leads to, and the name of that in metrics.
@@ -164,7 +167,8 @@ impl App {
             let message = format!("{} is not for {path}; use {}", head.method(), allowed[0]);
             return Err(ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message));
         }
-        if endpoint != Endpoint::Health {
+        // The page has a field for the key, and nothing that it would protect.
+        if !matches!(endpoint, Endpoint::Health | Endpoint::Page) {
             self.access.check_key(head.headers())?;
         }
         Ok(())
@@ -190,6 +194,10 @@ impl App {
             Endpoint::Tokenize => self.compute(body, tokens::tokenize).await,
             Endpoint::Detokenize => self.compute(body, tokens::detokenize).await,
             Endpoint::Metrics => Ok(self.metrics_page()),
+            Endpoint::Page => match page::find(path) {
+                Some(file) => Ok(file.answer(head.headers())),
+                None => Err(ApiError::internal(format!("the page has no {path}"))),
+            },
             Endpoint::OpenApi => Ok(text(DOCUMENT, "application/json")),
         }
     }
@@ -292,6 +300,9 @@ impl App {
 fn route(path: &str) -> Option<(Endpoint, &'static str)> {
     if path.starts_with(MODELS) {
         return Some((Endpoint::Models, "models"));
+    }
+    if page::find(path).is_some() {
+        return Some((Endpoint::Page, "page"));
     }
     let found = ROUTES.iter().find(|route| route.path == path)?;
     Some((found.endpoint, found.name))

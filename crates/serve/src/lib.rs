@@ -15,6 +15,7 @@ mod error;
 mod grammar;
 mod http1;
 mod metrics;
+mod page;
 mod panics;
 mod schedule;
 mod served;

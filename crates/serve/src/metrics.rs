@@ -296,8 +296,21 @@ impl Metrics {
                 store.stall.as_secs_f64(),
             );
         }
+        if let Some(bytes) = resident_bytes() {
+            page.gauge("process_resident_memory_bytes", bytes as f64);
+        }
         page.text
     }
+}
+
+/// Memory that this process has, where the system tells.
+fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
 }
 
 /// The text as it grows.

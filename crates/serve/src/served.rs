@@ -92,6 +92,11 @@ impl Served {
         self.names.iter().any(|known| known == name)
     }
 
+    /// Whether there is a way to put a conversation into text.
+    pub(crate) fn has_chat_template(&self) -> bool {
+        matches!(self.template, Ok(Some(_)))
+    }
+
     /// Refuses the name of another model; none is fine.
     pub(crate) fn check_name(&self, name: Option<&str>) -> Result<()> {
         match name {

@@ -62,13 +62,11 @@ pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Prepared> {
         jobs,
         choices: indices
             .map(|_| choice(&wanted, &conversation, served))
+            .map(|choice| wanted.recording(choice, prompt.len()))
             .collect(),
         n_prompt: prompt.len(),
         streams: wanted.streams,
-        voice: Box::new(OpenAi {
-            form,
-            include_usage: wanted.include_usage,
-        }),
+        voice: Box::new(OpenAi::new(form, wanted.include_usage)),
     })
 }
 

@@ -4,8 +4,9 @@ use std::collections::VecDeque;
 
 use cadre_checkpoint::{StopMatcher, TokenStream, Tokenizer};
 
+use super::experts::{Record, Told};
 use super::tools::{ToolCall, ToolParser};
-use crate::schedule::{Finish, Scored};
+use crate::schedule::{Finish, Routed, Scored};
 
 /// A token's score, and where its text starts.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,6 +52,8 @@ pub(crate) struct Piece {
     pub(crate) calls: Vec<ToolCall>,
     /// Why there is no more, if so.
     pub(crate) end: Option<End>,
+    /// What the experts did, where that is wanted.
+    pub(crate) record: Option<Record>,
 }
 
 impl Piece {
@@ -65,6 +68,11 @@ impl Piece {
         self.entries.extend(next.entries);
         self.calls.extend(next.calls);
         self.end = next.end.or(self.end.take());
+        match (self.record.as_mut(), next.record) {
+            (Some(record), Some(next)) => record.append(next),
+            (Some(_), None) => {}
+            (None, next) => self.record = next,
+        }
     }
 }
 
@@ -87,6 +95,8 @@ pub(crate) struct Choice {
     echo: Option<Echo>,
     echo_scores: Vec<Scored>,
     waiting: VecDeque<Entry>,
+    /// Where the experts are told: what has not been.
+    record: Option<Record>,
     /// Characters that tokens gave, and those of them that were told.
     n_chars: usize,
     n_told: usize,
@@ -105,6 +115,7 @@ impl Choice {
             echo,
             echo_scores: Vec::new(),
             waiting: VecDeque::new(),
+            record: None,
             n_chars: 0,
             n_told: 0,
             n_tokens: 0,
@@ -118,6 +129,34 @@ impl Choice {
             tools: Some(ToolParser::default()),
             ..self
         }
+    }
+
+    /// Tells the experts, after a prompt of so many tokens.
+    pub(crate) fn recording(self, told: Told, n_prompt: usize) -> Self {
+        Self {
+            record: Some(Record::new(told, n_prompt)),
+            ..self
+        }
+    }
+
+    /// What the experts did with tokens that were read.
+    pub(crate) fn routed(&mut self, routed: Routed) {
+        if let Some(record) = &mut self.record {
+            record.routed.push(routed);
+        }
+    }
+
+    /// Gives a piece that is told what is known of the experts.
+    fn with_record(&mut self, mut piece: Piece) -> Piece {
+        if let Some(record) = &mut self.record
+            && !piece.is_empty()
+        {
+            let next = Record::new(record.told, record.n_prompt);
+            let mut known = std::mem::replace(record, next);
+            known.n_tokens = self.n_tokens;
+            piece.record = Some(known);
+        }
+        piece
     }
 
     /// Scores of tokens of the prompt.
@@ -146,7 +185,7 @@ impl Choice {
         let released = self.stops.push(&text);
         let end = released.stopped.then(|| self.stopped());
         piece.append(self.told(released.text, end));
-        piece
+        self.with_record(piece)
     }
 
     /// There are no more tokens.
@@ -170,7 +209,7 @@ impl Choice {
             // Tokens at the end that gave no text.
             piece.entries.extend(self.waiting.drain(..));
         }
-        piece
+        self.with_record(piece)
     }
 
     fn stopped(&self) -> End {

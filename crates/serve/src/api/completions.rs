@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::choice::{Choice, Echo, End, Piece};
 use super::error::{ApiError, Result};
+use super::experts::Told;
 use super::fields::{Fields, wrong};
 use super::generation::{IGNORED, MOST_ALTERNATIVES, MOST_CHOICES, Wanted, room, tokens};
 use super::log_probs;
@@ -60,6 +61,10 @@ pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Prepared> {
         );
         return Err(ApiError::bad(message).param("prompt"));
     }
+    if matches!(wanted.experts.told, Some(Told::SgLang(_))) && n_choices > 1 {
+        let problem = "goes only with one prompt";
+        return Err(ApiError::field("return_routed_experts", problem));
+    }
     let mut jobs = Vec::with_capacity(n_choices);
     let mut choices = Vec::with_capacity(n_choices);
     for prompt in &prompts {
@@ -69,7 +74,8 @@ pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Prepared> {
                 scores_prompt: echo && wanted.alternatives.is_some(),
                 ..wanted.job(&prompt.tokens, index, new)
             });
-            choices.push(choice(prompt, &wanted, echo, served));
+            let choice = choice(prompt, &wanted, echo, served);
+            choices.push(wanted.recording(choice, prompt.tokens.len()));
         }
     }
     let form = Completion {
@@ -83,10 +89,7 @@ pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Prepared> {
         choices,
         n_prompt: prompts.iter().map(|prompt| prompt.tokens.len()).sum(),
         streams: wanted.streams,
-        voice: Box::new(OpenAi {
-            form,
-            include_usage: wanted.include_usage,
-        }),
+        voice: Box::new(OpenAi::new(form, wanted.include_usage)),
     })
 }
 

@@ -144,11 +144,6 @@ impl Fields {
         Ok(whole.and_then(|n| usize::try_from(n).ok()))
     }
 
-    /// What nobody has read.
-    pub(crate) fn rest(self) -> Value {
-        Value::Object(self.fields)
-    }
-
     /// Refuses every field that is left, but those that change nothing here.
     pub(crate) fn finish(self, ignored: &[&str]) -> Result<()> {
         let left = self

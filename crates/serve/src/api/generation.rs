@@ -4,10 +4,12 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
-use cadre_engine::{SamplingOptions, SessionOptions, Steering};
+use cadre_engine::SamplingOptions;
 use serde_json::Value;
 
+use super::choice::Choice;
 use super::error::{ApiError, Result};
+use super::experts::{Experts, Told};
 use super::fields::{Fields, whole, wrong};
 use crate::schedule::{DrawOptions, Job};
 use crate::served::Served;
@@ -48,15 +50,14 @@ pub(crate) struct Wanted {
     pub(crate) include_usage: bool,
     /// Alternatives of every token; `None` where no scores are wanted.
     pub(crate) alternatives: Option<usize>,
-    /// Which experts are picked.
-    steering: Steering,
+    /// How experts are picked and told.
+    pub(crate) experts: Experts,
 }
 
 impl Wanted {
     /// Reads the fields that every request for text may have.
     pub(crate) fn read(fields: &mut Fields, served: &Served) -> Result<Self> {
         served.check_name(fields.text("model")?.as_deref())?;
-        let steering = steering(fields, served)?;
         fields.refuse("grammar", "only the model's own distribution is drawn from")?;
         let streams = fields.bool("stream")?.unwrap_or(false);
         let include_usage = match fields.object("stream_options")? {
@@ -78,6 +79,11 @@ impl Wanted {
         if let Some(value) = fields.take("stop_token_ids") {
             stop_tokens.extend(tokens("stop_token_ids", &value, served)?);
         }
+        let experts = Experts::read(fields, served)?;
+        if matches!(experts.told, Some(Told::SgLang(_))) && n > 1 {
+            let problem = "goes only with one answer, `n` = 1";
+            return Err(ApiError::field("return_routed_experts", problem));
+        }
         Ok(Self {
             draw: draw(fields, served)?,
             n,
@@ -86,7 +92,7 @@ impl Wanted {
             streams,
             include_usage,
             alternatives: None,
-            steering,
+            experts,
         })
     }
 
@@ -94,7 +100,7 @@ impl Wanted {
     pub(crate) fn for_model(fields: &mut Fields, served: &Served) -> Result<Self> {
         served.check_name(fields.text("model")?.as_deref())?;
         Ok(Self {
-            steering: steering(fields, served)?,
+            experts: Experts::of_model(fields, served)?,
             draw: draw(&mut Fields::default(), served)?,
             n: 1,
             stops: Vec::new(),
@@ -103,6 +109,14 @@ impl Wanted {
             include_usage: false,
             alternatives: None,
         })
+    }
+
+    /// A choice that tells its experts, if that is wanted.
+    pub(crate) fn recording(&self, choice: Choice, n_prompt: usize) -> Choice {
+        match self.experts.told {
+            Some(told) => choice.recording(told, n_prompt),
+            None => choice,
+        }
     }
 
     /// The job of choice `index` of `prompt`. The first choice is what a request for one would get.
@@ -117,42 +131,10 @@ impl Wanted {
             alternatives: self.alternatives,
             scores_prompt: false,
             embeds: false,
-            steering: self.steering.clone(),
+            steering: self.experts.steering.clone(),
+            routed_from: self.experts.told.map(|told| told.from(prompt.len())),
             constraint: None,
         }
-    }
-}
-
-/// `cadre`: how the choice of experts is changed, beside what the server was started with.
-fn steering(fields: &mut Fields, served: &Served) -> Result<Steering> {
-    const NAME: &str = "cadre";
-    let base = &served.model.info().steering;
-    let Some(mut asked) = fields.object(NAME)? else {
-        return Ok(base.clone());
-    };
-    asked.refuse("contrast", "answers are not contrasted over HTTP yet")?;
-    asked.refuse(
-        "return_routing",
-        "routing is not returned yet; see cadre trace",
-    )?;
-    asked.refuse("plan", "send the plan's steering itself")?;
-    let wrong = |problem: String| ApiError::field(NAME, format!("is no steering: {problem}"));
-    let asked: Steering =
-        serde_json::from_value(asked.rest()).map_err(|error| wrong(error.to_string()))?;
-    let steering = base.clone().and(&asked);
-    // A session of one token finds out whether the model can be steered so.
-    let trial = SessionOptions {
-        n_ctx: Some(1),
-        chunk: 1,
-        ..SessionOptions::default()
-    };
-    let steered = served
-        .model
-        .session(&trial)
-        .and_then(|mut session| served.model.steer(&mut session, &steering));
-    match steered {
-        Ok(()) => Ok(steering),
-        Err(error) => Err(ApiError::field(NAME, format!("cannot be done: {error}"))),
     }
 }
 

@@ -37,6 +37,10 @@ pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Prepared> {
         let problem = "can only be disabled: templates decide whether a model thinks";
         return Err(ApiError::field("thinking", problem));
     }
+    if wanted.experts.told.is_some() {
+        let problem = "asks for the experts of tokens, which this interface has no words for";
+        return Err(ApiError::field("cadre", problem).code("unsupported_parameter"));
+    }
     fields.finish(IGNORED)?;
     let prompt: std::sync::Arc<[u32]> = served.render(&conversation)?.into();
     let new = room(served, prompt.len(), asked, 0)?;

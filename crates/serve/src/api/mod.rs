@@ -5,6 +5,7 @@ pub(crate) mod choice;
 pub(crate) mod completions;
 pub(crate) mod embeddings;
 pub(crate) mod error;
+pub(crate) mod experts;
 pub(crate) mod fields;
 pub(crate) mod format;
 pub(crate) mod generation;

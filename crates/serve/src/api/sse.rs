@@ -76,6 +76,10 @@ impl Growing {
                 }
                 // Of jobs that are told elsewhere.
                 Event::Embedding(_) => continue,
+                Event::Routed(routed) => {
+                    choice.routed(routed);
+                    continue;
+                }
                 Event::Token { token, scored } => {
                     choice.token(token, scored.map(|scored| *scored), tokenizer)
                 }

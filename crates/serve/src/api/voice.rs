@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use super::choice::Piece;
 use super::error::ApiError;
+use super::experts::{Record, Told};
 use crate::served::Served;
 
 /// Tokens that were read and drawn.
@@ -55,11 +56,43 @@ pub(crate) trait Form: Send {
 
 /// OpenAI's words: chunks of choices.
 pub(crate) struct OpenAi<F> {
-    pub(crate) form: F,
-    pub(crate) include_usage: bool,
+    form: F,
+    include_usage: bool,
+    /// What is told of experts at the end, in SGLang's form, with the picks of a token.
+    experts: Option<(Record, usize)>,
 }
 
 impl<F: Form> OpenAi<F> {
+    pub(crate) fn new(form: F, include_usage: bool) -> Self {
+        Self {
+            form,
+            include_usage,
+            experts: None,
+        }
+    }
+
+    /// Keeps what is told at the end.
+    fn keep(&mut self, piece: &Piece, served: &Served) {
+        let Some(record) = &piece.record else {
+            return;
+        };
+        if !matches!(record.told, Told::SgLang(_)) {
+            return;
+        }
+        match &mut self.experts {
+            Some((known, _)) => known.append(record.clone()),
+            None => self.experts = Some((record.clone(), served.model.info().top_k)),
+        }
+    }
+
+    fn sglext(&self) -> Option<Bytes> {
+        let (record, top_k) = self.experts.as_ref()?;
+        let mut chunk = self.form.envelope(true);
+        chunk["choices"] = json!([]);
+        chunk["sglext"] = record.sglext(*top_k)?;
+        Some(event(&chunk))
+    }
+
     fn chunk(&self, choices: Value, usage: Option<Usage>) -> Bytes {
         let mut chunk = self.form.envelope(true);
         chunk["choices"] = choices;
@@ -79,16 +112,20 @@ impl<F: Form> Voice for OpenAi<F> {
     }
 
     fn piece(&mut self, index: usize, piece: &Piece, served: &Served) -> Vec<Bytes> {
-        let choice = self.form.piece(index, piece, served);
+        self.keep(piece, served);
+        let choice = with_experts(self.form.piece(index, piece, served), piece);
         vec![self.chunk(json!([choice]), None)]
     }
 
     fn end(&mut self, usage: Usage) -> Vec<Bytes> {
         let done = Bytes::from_static(b"data: [DONE]\n\n");
-        match self.include_usage {
-            true => vec![self.chunk(json!([]), Some(usage)), done],
-            false => vec![done],
-        }
+        let usage = self
+            .include_usage
+            .then(|| self.chunk(json!([]), Some(usage)));
+        [self.sglext(), usage, Some(done)]
+            .into_iter()
+            .flatten()
+            .collect()
     }
 
     fn ping(&self) -> Bytes {
@@ -102,13 +139,25 @@ impl<F: Form> Voice for OpenAi<F> {
     fn whole(&self, answers: &[Piece], usage: Usage, served: &Served) -> Value {
         let choices = answers.iter().enumerate();
         let choices: Vec<Value> = choices
-            .map(|(index, piece)| self.form.whole(index, piece, served))
+            .map(|(index, piece)| with_experts(self.form.whole(index, piece, served), piece))
             .collect();
         let mut answer = self.form.envelope(false);
         answer["choices"] = choices.into();
         answer["usage"] = spelled(usage);
+        let record = answers.first().and_then(|piece| piece.record.as_ref());
+        if let Some(told) = record.and_then(|record| record.sglext(served.model.info().top_k)) {
+            answer["sglext"] = told;
+        }
         answer
     }
+}
+
+/// A choice, and what its experts did where that is wanted.
+fn with_experts(mut choice: Value, piece: &Piece) -> Value {
+    if let Some(told) = piece.record.as_ref().and_then(Record::json) {
+        choice["cadre"] = told;
+    }
+    choice
 }
 
 fn spelled(usage: Usage) -> Value {

@@ -8,6 +8,7 @@ use cadre_engine::{EngineError, Steering};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
 use super::draw::{Constraint, DrawOptions, Scored};
+use super::watch::Routed;
 
 /// One sequence to read and continue.
 pub(crate) struct Job {
@@ -19,6 +20,8 @@ pub(crate) struct Job {
     pub(crate) draw: DrawOptions,
     /// Which experts are picked; what a session read with another steering is not known here.
     pub(crate) steering: Steering,
+    /// The first position whose experts are told, if any is.
+    pub(crate) routed_from: Option<usize>,
     /// What holds the text to a form.
     pub(crate) constraint: Option<Box<dyn Constraint>>,
     /// Most probable tokens that are told with the score of every token; `None` where no scores are wanted.
@@ -48,6 +51,8 @@ pub(crate) enum Event {
     },
     /// Scores of the next tokens of the prompt; the first token of all has none.
     Prompt(Vec<Scored>),
+    /// The experts of tokens that were read.
+    Routed(Routed),
     /// A token was drawn.
     Token {
         /// Its id.

@@ -12,12 +12,14 @@ mod picks;
 mod plan;
 mod queue;
 mod slot;
+mod watch;
 mod worker;
 
 pub(crate) use door::Scheduler;
 pub(crate) use draw::{Constraint, DrawOptions, Scored};
 pub(crate) use job::{Client, Event, Finish, Job, JobError, Jobs, Refusal};
 pub(crate) use picks::LayerUse;
+pub(crate) use watch::Routed;
 
 /// What a scheduler may take.
 #[derive(Clone, Copy, Debug)]

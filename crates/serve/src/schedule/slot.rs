@@ -1,10 +1,12 @@
 //! A slot: a session, what it holds, and the job that it works on.
 
 use cadre_engine::{Logits, Model, Sequence, Session, Steering};
+use cadre_routing::Routing;
 
 use super::draw::{Draw, Drawn, score};
 use super::job::{Event, Finish, Job, JobError, Teller, failed};
 use super::plan::Need;
+use super::watch::Routed;
 use crate::metrics::{Ended, JobClock};
 
 /// A place for one sequence. Between jobs it keeps what it has read, for the next one that begins alike.
@@ -37,6 +39,8 @@ pub(crate) struct Desk<'a> {
     pub(crate) model: &'a dyn Model,
     /// A row of logits, for scores of one that is drawn from.
     pub(crate) scratch: &'a mut Vec<f32>,
+    /// What the experts did in every layer, where that is wanted.
+    pub(crate) layers: Vec<(usize, Routing)>,
 }
 
 impl Slot {
@@ -80,7 +84,8 @@ impl Slot {
         }
         let pairs = self.held.iter().zip(&*job.prompt);
         let n_common = pairs.take_while(|(held, token)| held == token).count();
-        n_common.min(job.prompt.len().saturating_sub(1))
+        let most = job.routed_from.unwrap_or(usize::MAX);
+        n_common.min(job.prompt.len().saturating_sub(1)).min(most)
     }
 
     /// Starts a job in this slot, which is free.
@@ -107,7 +112,8 @@ impl Slot {
                 return teller.tell(Event::Failed(failed(&error)));
             }
         };
-        if job.max_new_tokens == 0 && !job.scores_prompt && !job.embeds {
+        let reads = job.scores_prompt || job.embeds || job.routed_from.is_some();
+        if job.max_new_tokens == 0 && !reads {
             clock.ended(Ended::Length, 0);
             return teller.tell(Event::Done(Finish::Length));
         }
@@ -145,6 +151,13 @@ impl Slot {
             _ => return,
         };
         self.release(why, now);
+    }
+
+    /// Whether the experts of the next `n` tokens are to be told.
+    pub(crate) fn watches(&self, n: usize) -> bool {
+        let running = self.running.as_ref();
+        let from = running.and_then(|running| running.job.routed_from);
+        from.is_some_and(|from| self.session.position() + n > from)
     }
 
     pub(crate) fn need(&self) -> Option<Need> {
@@ -196,6 +209,14 @@ impl Slot {
         match prompt.get(from..to) {
             Some(piece) => self.held.extend_from_slice(piece),
             None => self.held.extend(running.next),
+        }
+        // Before the token that follows, which may be the last that anybody listens to.
+        if !desk.layers.is_empty() {
+            running.teller.tell(Event::Routed(Routed {
+                first: from,
+                tokens: self.held[from..].to_vec(),
+                layers: std::mem::take(&mut desk.layers),
+            }));
         }
         let vocab = desk.model.info().vocab_size;
         let ended = running.take_rows(rows, vocab, to, desk);

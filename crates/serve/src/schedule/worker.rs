@@ -12,6 +12,7 @@ use super::job::{Event, JobError, failed};
 use super::picks::Picks;
 use super::plan::{PassLimits, plan};
 use super::slot::{Desk, Slot};
+use super::watch::Watch;
 use crate::metrics::{JobClock, Metrics};
 
 /// Bytes of logits that a pass may make for prompts that are scored.
@@ -214,16 +215,20 @@ impl Worker {
         let mut batch: Vec<Sequence<'_>> = Vec::new();
         // Slots of the batch, and values of logits that they get.
         let mut members = Vec::new();
+        let mut wanted = Vec::new();
         for (index, (slot, n)) in slots.iter_mut().zip(pieces).enumerate() {
+            let wants = slot.watches(*n);
             if *n > 0
                 && let Some(sequence) = slot.sequence(*n)
             {
+                wanted.push(wants);
                 members.push((index, sequence.n_logits() * vocab));
                 batch.push(sequence);
             }
         }
         let is_watched = picks.begin();
-        let observer = &mut *picks;
+        let mut watch = Watch::new(picks, &wanted);
+        let observer = &mut watch;
         let start = Instant::now();
         let (shared_model, sequences) = (&**model, &mut batch[..]);
         let memory = &mut *workspace;
@@ -235,13 +240,14 @@ impl Worker {
             None => return Err(Trouble::Panic),
         };
         self.metrics.pass(pieces.iter().sum(), start.elapsed());
+        let seen: Vec<_> = watch.seen().collect();
         if is_watched {
             self.metrics.experts(picks.summary());
         }
         let d_model = model.info().d_model;
         // Vectors are in the same memory as logits, so they come after them.
         let (mut row, mut vectors) = (0, Vec::new());
-        for (slot, n) in members {
+        for ((slot, n), layers) in members.into_iter().zip(seen) {
             let (rows, rest) = logits.split_at_mut(n);
             logits = rest;
             let first = row;
@@ -253,6 +259,7 @@ impl Worker {
             let mut desk = Desk {
                 model: &**model,
                 scratch,
+                layers,
             };
             slots[slot].advance(rows, &mut desk, self.now);
         }

@@ -6,6 +6,7 @@ mod chat;
 mod client;
 mod completions;
 mod embeddings;
+mod experts;
 mod faults;
 mod load;
 mod messages;
