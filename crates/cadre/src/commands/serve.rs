@@ -55,7 +55,7 @@ pub(crate) struct Args {
     /// File with a key on every line.
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
-    /// Origin whose web pages may use the server, such as https://app.example, or `*`; may be given several times.
+    /// Origin whose web pages may use the server, such as `https://app.example`, or `*`; may be given several times.
     #[arg(long, value_name = "ORIGIN")]
     cors_origin: Vec<String>,
     /// Chat template (Jinja) to use in place of the model's own.

@@ -5,7 +5,7 @@
 //! Rule: `l = W norm(G(x_1 .. x_t))` with G a causal transformer of its own (embedding, attention with rotary positions,
 //! SwiGLU); all layers pick by the same l, or each by its own part. The rule from logits to picks is that of `[router]`; the
 //! paper's, the best expert with weight 1, is top-k with `top_k = 1`.
-//! Shapes: tokens [T], stream [T, r], logits [T, n], with n the experts of one layer or of all.
+//! Shapes: tokens `[T]`, stream `[T, r]`, logits `[T, n]`, with n the experts of one layer or of all.
 //! Recipe: `model.decoupled_router = { hidden_size = r, n_heads = H, head_dim = D, intermediate_size = I }`; how it is taught
 //! by routers that look at layers: `methods/router_distill.rs`.
 //! Differs from paper: norms on queries and keys in place of a chosen divisor of the scores, no biases.
