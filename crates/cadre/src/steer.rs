@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use cadre_checkpoint::Checkpoint;
 use cadre_engine::Steering;
 use cadre_reshape::{read_plan, shape_of};
@@ -92,6 +92,11 @@ impl SteerArgs {
                 let shown = path.display();
                 let text = std::fs::read_to_string(path)
                     .with_context(|| format!("cannot read the steering {shown}"))?;
+                // A list would be read as the fields in order, and an empty one as nothing to do.
+                ensure!(
+                    text.trim_start().starts_with('{'),
+                    "{shown} is not a steering: expected a JSON object such as {{\"mask\": {{\"3\": [5]}}}}"
+                );
                 serde_json::from_str(&text).with_context(|| format!("{shown} is not a steering"))?
             }
         };

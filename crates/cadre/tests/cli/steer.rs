@@ -159,6 +159,8 @@ fn a_contrast_is_said_and_without_a_difference_it_is_none() {
 #[test]
 fn what_does_not_fit_is_refused() {
     let folder = tempfile::tempdir().unwrap();
+    let list = folder.path().join("list.json");
+    std::fs::write(&list, "[]").unwrap();
     let file = folder.path().join("steer.json");
     std::fs::write(&file, r#"{"mask":{"1":[0]},"masks":{}}"#).unwrap();
     let tiny = tiny();
@@ -184,6 +186,7 @@ fn what_does_not_fit_is_refused() {
             "both mask and force",
         ),
         (&["--steer", arg(&file)], 1, "unknown field `masks`"),
+        (&["--steer", arg(&list)], 1, "expected a JSON object"),
         (&["--steer", "/no/such/file"], 1, "/no/such/file"),
         (&["--top-p-experts", "2"], 1, "top_p = 2: expected 0 to 1"),
     ] {
