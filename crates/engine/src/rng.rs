@@ -1,5 +1,7 @@
 //! The random numbers of sampling: SplitMix64, the same on every machine.
 
+use cadre_routing::filters::mix;
+
 /// A seeded generator; equal seeds give equal numbers.
 #[derive(Clone, Debug)]
 pub(crate) struct Rng(u64);
@@ -10,11 +12,9 @@ impl Rng {
     }
 
     fn bits(&mut self) -> u64 {
+        let bits = mix(self.0);
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
+        bits
     }
 
     /// Uniform in 0 (included) to 1 (excluded), with 53 random bits.

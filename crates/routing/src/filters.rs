@@ -132,8 +132,10 @@ fn ranked(routing: &Routing, order: DropOrder) -> Vec<usize> {
     pairs
 }
 
-/// A bijective mixing of 64 bits (the finaliser of splitmix64): distinct inputs never collide.
-pub(crate) fn mix(seed: u64) -> u64 {
+/// A bijective mixing of 64 bits: distinct inputs never collide. It is a step of SplitMix64 and its output (Steele, Lea and
+/// Flood, 2014), so that draws from states that lie that step apart are that generator's.
+#[must_use]
+pub fn mix(seed: u64) -> u64 {
     let z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

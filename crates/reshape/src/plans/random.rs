@@ -1,5 +1,6 @@
 //! `random`: any experts, for comparison; what a seed keeps depends on nothing but the seed and the sizes.
 
+use cadre_routing::filters::mix;
 use cadre_routing::plan::ModelShape;
 
 /// Uniform scores above 0, per layer and expert.
@@ -8,20 +9,12 @@ pub(super) fn scores(shape: &ModelShape, seed: u64) -> Vec<Vec<f64>> {
     layers
         .map(|(layer, n)| {
             let score = |expert: usize| {
-                let word = mixed(mixed(mixed(seed) ^ *layer as u64) ^ expert as u64);
+                let word = mix(mix(mix(seed) ^ *layer as u64) ^ expert as u64);
                 ((word >> 11) + 1) as f64 / (1u64 << 53) as f64
             };
             (0..*n).map(score).collect()
         })
         .collect()
-}
-
-/// SplitMix64 (Steele, Lea, Flood, 2014): a step and its output.
-fn mixed(state: u64) -> u64 {
-    let z = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]
