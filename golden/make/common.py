@@ -34,6 +34,18 @@ def write_json(path, value):
     path.write_text(_render(value, 0) + "\n", encoding="utf-8")
 
 
+def write_cases(folder, script, cases):
+    """Writes what eager transformers gave for `cases`, and the manifest that says by which script and versions."""
+    write_json(folder / "expected.json", {"cases": cases})
+    manifest = {
+        "script": f"golden/make/{script}",
+        "requirements": "golden/make/requirements.txt",
+        "versions": versions(),
+        "expected": "float32, eager attention, eager experts, one thread",
+    }
+    write_json(folder / "MANIFEST.json", manifest)
+
+
 def _render(value, depth):
     flat = json.dumps(value, ensure_ascii=False)
     is_flat = not isinstance(value, (dict, list)) or (

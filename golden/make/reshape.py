@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from common import ROOT, f32_list, fail, forward, relative_difference, routers, routing_gap, versions, write_json
+from common import ROOT, f32_list, fail, forward, relative_difference, routers, routing_gap, write_cases
 
 CHECKPOINTS = [
     "mixtral/plain", "mixtral/runtime", "qwen2_moe/plain", "qwen3_moe/plain", "qwen3_moe/dense_layer", "olmoe/plain",
@@ -103,14 +103,7 @@ def main():
     torch.set_num_threads(1)
     cases = [case(name) for name in CHECKPOINTS]
     folder = ROOT / "golden" / "reshape"
-    write_json(folder / "expected.json", {"cases": cases})
-    manifest = {
-        "script": "golden/make/reshape.py",
-        "requirements": "golden/make/requirements.txt",
-        "versions": versions(),
-        "expected": "float32, eager attention, eager experts, one thread",
-    }
-    write_json(folder / "MANIFEST.json", manifest)
+    write_cases(folder, "reshape.py", cases)
 
 
 if __name__ == "__main__":

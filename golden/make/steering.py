@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import f32_list, fail, relative_difference, versions, write_json
+from common import f32_list, fail, relative_difference, write_cases
 
 TOKENS = [1, 5, 9, 2, 7, 11, 3, 8, 4, 6]
 N_LAST = 3
@@ -87,14 +87,7 @@ def main():
         rows = [f32_list(row) for row in logits[-N_LAST:].numpy()]
         cases.append({"model": name, "steering": steering, "tokens": TOKENS, "logits": rows})
     folder = args.golden / "steering"
-    write_json(folder / "expected.json", {"cases": cases})
-    manifest = {
-        "script": "golden/make/steering.py",
-        "requirements": "golden/make/requirements.txt",
-        "versions": versions(),
-        "expected": "float32, eager attention, eager experts, one thread",
-    }
-    write_json(folder / "MANIFEST.json", manifest)
+    write_cases(folder, "steering.py", cases)
 
 
 if __name__ == "__main__":
