@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use axum::body::Body;
+use axum::response::Response;
 use http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS, AUTHORIZATION, HOST, ORIGIN, VARY,
@@ -9,7 +11,6 @@ use http::header::{
 use http::{HeaderMap, HeaderValue, StatusCode};
 
 use crate::api::error::{ApiError, Result};
-use crate::http1::Response;
 use crate::schedule::Client;
 
 /// The rules.
@@ -125,7 +126,9 @@ impl Access {
     }
 
     /// The answer to a browser that asks whether a page may ask.
-    pub(crate) fn preflight(&self, headers: &HeaderMap, response: &mut Response) {
+    pub(crate) fn preflight(&self, headers: &HeaderMap) -> Response {
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = StatusCode::NO_CONTENT;
         let wanted = headers.get(ACCESS_CONTROL_REQUEST_HEADERS).cloned();
         let out = response.headers_mut();
         let methods = HeaderValue::from_static("GET, POST");
@@ -134,6 +137,7 @@ impl Access {
         if let Some(wanted) = wanted {
             out.insert(ACCESS_CONTROL_ALLOW_HEADERS, wanted);
         }
+        response
     }
 }
 

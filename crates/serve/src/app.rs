@@ -1,94 +1,33 @@
 //! The application: which path is answered by what, for whom, and how its trouble is told.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use axum::Router;
+use axum::body::Body;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{FromRequestParts, MatchedPath, Path, Request, State};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, get, post};
 use bytes::Bytes;
-use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ALLOW, CONTENT_TYPE, ORIGIN, WWW_AUTHENTICATE};
-use http::{HeaderMap, HeaderValue, Method, StatusCode};
-use serde_json::json;
+use http::header::{ACCESS_CONTROL_REQUEST_METHOD, CONTENT_TYPE, ORIGIN, WWW_AUTHENTICATE};
+use http::request::Parts;
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
+use serde_json::{Value, json};
 
 use crate::access::Access;
 use crate::api::error::{ApiError, Result, json_response};
 use crate::api::sse::{Growing, stream, whole};
 use crate::api::{Prepared, chat, completions, embeddings, messages, models, tokens};
-use crate::http1::{Body, Peer, Request, Response, Service};
+use crate::document::Document;
+use crate::listen::{Answers, HttpLimits, Peer};
 use crate::metrics::Metrics;
 use crate::page;
 use crate::panics::{blocking, caught};
-use crate::schedule::{Job, Jobs, Scheduler};
+use crate::schedule::{Client, Job, Jobs, Scheduler};
 use crate::served::Served;
-
-/// What a path leads to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Endpoint {
-    Health,
-    Models,
-    Completions,
-    Chat,
-    Messages,
-    Embeddings,
-    Tokenize,
-    Detokenize,
-    Metrics,
-    OpenApi,
-    /// A file of the page.
-    Page,
-}
-
-/// A path, its method, what it leads to, and the name of that in metrics.
-struct Route {
-    method: Verb,
-    path: &'static str,
-    endpoint: Endpoint,
-    name: &'static str,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verb {
-    Get,
-    Post,
-}
-
-const fn get(path: &'static str, endpoint: Endpoint, name: &'static str) -> Route {
-    Route {
-        method: Verb::Get,
-        path,
-        endpoint,
-        name,
-    }
-}
-
-const fn post(path: &'static str, endpoint: Endpoint, name: &'static str) -> Route {
-    Route {
-        method: Verb::Post,
-        path,
-        endpoint,
-        name,
-    }
-}
-
-/// Everything that is answered. Below [`MODELS`] there is a path for every name of the model.
-const ROUTES: &[Route] = &[
-    get("/health", Endpoint::Health, "health"),
-    get("/v1/health", Endpoint::Health, "health"),
-    get("/v1/models", Endpoint::Models, "models"),
-    post("/v1/completions", Endpoint::Completions, "completions"),
-    post("/v1/chat/completions", Endpoint::Chat, "chat"),
-    post("/v1/messages", Endpoint::Messages, "messages"),
-    post("/v1/embeddings", Endpoint::Embeddings, "embeddings"),
-    post("/tokenize", Endpoint::Tokenize, "tokenize"),
-    post("/detokenize", Endpoint::Detokenize, "detokenize"),
-    get("/metrics", Endpoint::Metrics, "metrics"),
-    get("/openapi.json", Endpoint::OpenApi, "openapi"),
-];
-/// What is answered, for programs.
-const DOCUMENT: &str = include_str!("openapi.json");
-const MODELS: &str = "/v1/models/";
-static GET: [Method; 2] = [Method::GET, Method::HEAD];
-static POST: [Method; 1] = [Method::POST];
-/// In metrics, what is not in the table.
-const OTHER: &str = "other";
 
 /// What answers requests.
 pub(crate) struct App {
@@ -96,169 +35,240 @@ pub(crate) struct App {
     pub(crate) scheduler: Scheduler,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) access: Access,
-    pub(crate) body_bytes: usize,
+    pub(crate) limits: HttpLimits,
     /// The server takes no more work.
     pub(crate) ending: AtomicBool,
 }
 
-impl Service for App {
-    fn admit(&self, head: &http::Request<()>) -> std::result::Result<usize, Box<Response>> {
-        let (name, checked) = self.check(head);
-        match checked {
-            Ok(()) => Ok(self.body_bytes),
-            Err(error) => {
-                let mut response = error.response(is_anthropic(head));
-                self.complete(head, name, &mut response);
-                Err(Box::new(response))
-            }
+/// A path, its name in metrics, and what answers there.
+struct Place {
+    path: &'static str,
+    name: &'static str,
+    answers: fn() -> MethodRouter<Arc<App>>,
+}
+
+const fn at(
+    path: &'static str,
+    name: &'static str,
+    answers: fn() -> MethodRouter<Arc<App>>,
+) -> Place {
+    Place {
+        path,
+        name,
+        answers,
+    }
+}
+
+/// Everything that is answered, beside the files of the page.
+const PLACES: &[Place] = &[
+    at("/health", HEALTH, || get(health)),
+    at("/v1/health", HEALTH, || get(health)),
+    at("/v1/models", "models", || get(model_list)),
+    at("/v1/models/{*name}", "models", || get(model)),
+    at("/v1/completions", "completions", || {
+        generating(completions::prepare)
+    }),
+    at("/v1/chat/completions", "chat", || generating(chat::prepare)),
+    at(MESSAGES, "messages", || generating(messages::prepare)),
+    at("/v1/embeddings", "embeddings", || post(embed)),
+    at("/tokenize", "tokenize", || computing(tokens::tokenize)),
+    at("/detokenize", "detokenize", || {
+        computing(tokens::detokenize)
+    }),
+    at("/tokenizer_info", "tokenizer_info", || get(tokenizer_info)),
+    at("/metrics", "metrics", || get(metrics)),
+    at("/openapi.json", "openapi", || get(document)),
+];
+/// What is answered, for programs.
+const DOCUMENT: &str = include_str!("openapi.json");
+/// Where errors are told in the words of Anthropic's interface.
+const MESSAGES: &str = "/v1/messages";
+/// The name in metrics of what needs no key, of the page's files, and of everything else.
+const HEALTH: &str = "health";
+const PAGE: &str = "page";
+const OTHER: &str = "other";
+
+/// Who answers the requests of connections.
+pub(crate) fn answers(app: &Arc<App>) -> Answers {
+    let mut router = Router::new();
+    for place in PLACES {
+        router = router.route(place.path, (place.answers)());
+    }
+    for file in page::FILES {
+        router = router.route(
+            file.path,
+            get(move |headers: HeaderMap| async move { file.answer(&headers) }),
+        );
+    }
+    let router = router
+        .fallback(nowhere)
+        .method_not_allowed_fallback(other_method);
+    let around = || from_fn_with_state(Arc::clone(app), around);
+    Answers {
+        app: router.layer(around()).with_state(Arc::clone(app)),
+        full: Router::new().fallback(full).layer(around()),
+        slow: || {
+            let message = "the request's head arrives too slowly";
+            let error = ApiError::new(StatusCode::REQUEST_TIMEOUT, message);
+            error.json().to_string()
+        },
+    }
+}
+
+/// What all requests have in common: who may ask, panics, the words of errors, metrics, and a line in the log.
+async fn around(
+    State(app): State<Arc<App>>,
+    matched: Option<MatchedPath>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let name = matched.as_ref().map_or(OTHER, |matched| {
+        let place = PLACES.iter().find(|place| place.path == matched.as_str());
+        place.map_or(PAGE, |place| place.name)
+    });
+    let method = request.method().clone();
+    let path = request.uri().path().to_owned();
+    let origin = request.headers().get(ORIGIN).cloned();
+    let mut response = match app.admit(&request, name) {
+        Err(error) => error.into_response(),
+        Ok(()) if is_preflight(&request) => app.access.preflight(request.headers()),
+        Ok(()) => match caught(next.run(request)).await {
+            Ok(response) => response,
+            Err(panic) => ApiError::from(panic).into_response(),
+        },
+    };
+    if let Some(error) = response.extensions_mut().remove::<ApiError>() {
+        if error.status() == StatusCode::INTERNAL_SERVER_ERROR {
+            tracing::error!("{}", error.json());
+        }
+        if path == MESSAGES {
+            error.say_to_anthropic(&mut response);
         }
     }
+    let status = response.status();
+    if status == StatusCode::UNAUTHORIZED {
+        let scheme = HeaderValue::from_static("Bearer");
+        response.headers_mut().insert(WWW_AUTHENTICATE, scheme);
+    }
+    app.access.share(origin.as_ref(), &mut response);
+    app.metrics.answered(name, status.as_u16());
+    tracing::info!(status = status.as_u16(), "{method} {path}");
+    response
+}
 
-    async fn answer(self: Arc<Self>, request: Request) -> Response {
-        let (parts, body) = request.into_parts();
-        let head = http::Request::from_parts(parts, ());
-        let name = route(head.uri().path()).map_or(OTHER, |(_, name)| name);
-        let mut response = if is_preflight(&head) {
-            let mut response = Response::new(Body::Full(Bytes::new()));
-            *response.status_mut() = StatusCode::NO_CONTENT;
-            self.access.preflight(head.headers(), &mut response);
-            response
-        } else {
-            match caught(self.dispatch(&head, body)).await {
-                Ok(Ok(response)) => response,
-                Ok(Err(error)) => told(&error, &head),
-                Err(panic) => told(&panic.into(), &head),
+async fn nowhere(uri: Uri) -> ApiError {
+    let shown: String = uri.path().chars().take(100).collect();
+    let message = format!("there is nothing at {shown}; ask for /v1/models to begin with");
+    ApiError::new(StatusCode::NOT_FOUND, message).code("unknown_url")
+}
+
+async fn other_method(method: Method, uri: Uri) -> ApiError {
+    let message = format!(
+        "{method} is not for {}; the field `allow` of this answer says what is",
+        uri.path()
+    );
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
+}
+
+async fn full() -> ApiError {
+    let message = "the server has as many connections as it may have; try again later";
+    ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message)
+        .retry_after(1)
+        .last()
+}
+
+async fn health(State(app): State<Arc<App>>) -> Result<Response> {
+    match app.ending.load(Ordering::Relaxed) {
+        false => Ok(ok(&json!({"status": "ok"}))),
+        true => Err(ApiError::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the server is ending",
+        )),
+    }
+}
+
+async fn model_list(State(app): State<Arc<App>>) -> Response {
+    ok(&models::list(&app.served))
+}
+
+async fn model(
+    State(app): State<Arc<App>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Result<Response> {
+    let Path(name) = name.map_err(|error| ApiError::bad(error.body_text()))?;
+    app.served.check_name(Some(&name))?;
+    Ok(ok(&models::one(&app.served, &name)))
+}
+
+async fn tokenizer_info(State(app): State<Arc<App>>) -> Response {
+    ok(&tokens::info(&app.served))
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let store = app.served.model.store_stats();
+    let page = app.metrics.text(app.served.name(), store.as_ref());
+    text(page, "text/plain; version=0.0.4; charset=utf-8")
+}
+
+async fn document() -> Response {
+    text(DOCUMENT, "application/json")
+}
+
+/// Answers with vectors.
+async fn embed(
+    State(app): State<Arc<App>>,
+    client: Client,
+    Document(body): Document,
+) -> Result<Response> {
+    let served = Arc::clone(&app.served);
+    let asked = blocking(move || embeddings::prepare(&body, &served)).await??;
+    let shape = asked.shape();
+    let jobs = app.submit(client, asked.jobs)?;
+    let value = embeddings::answer(jobs, shape, app.served.name()).await?;
+    Ok(ok(&value))
+}
+
+/// Answers from the request alone.
+fn computing(work: fn(&[u8], &Served) -> Result<Value>) -> MethodRouter<Arc<App>> {
+    post(
+        move |State(app): State<Arc<App>>, Document(body): Document| async move {
+            let served = Arc::clone(&app.served);
+            let value = blocking(move || work(&body, &served)).await??;
+            Ok::<_, ApiError>(ok(&value))
+        },
+    )
+}
+
+/// Answers with generated text.
+fn generating(prepare: fn(&[u8], &Served) -> Result<Prepared>) -> MethodRouter<Arc<App>> {
+    post(
+        move |State(app): State<Arc<App>>, client: Client, Document(body): Document| async move {
+            let served = Arc::clone(&app.served);
+            let prepared = blocking(move || prepare(&body, &served)).await??;
+            let jobs = app.submit(client, prepared.jobs)?;
+            let served = Arc::clone(&app.served);
+            let growing = Growing::new(served, jobs, prepared.choices, prepared.n_prompt);
+            match prepared.streams {
+                true => Ok::<_, ApiError>(stream(growing, prepared.voice)),
+                false => whole(growing, prepared.voice).await,
             }
-        };
-        self.complete(&head, name, &mut response);
-        response
-    }
-
-    fn refusal(&self, status: StatusCode, message: String) -> Response {
-        self.metrics.answered(OTHER, status.as_u16());
-        ApiError::new(status, message).response(false)
-    }
+        },
+    )
 }
 
 impl App {
     /// Whether a request may be made, as far as its head says.
-    fn check(&self, head: &http::Request<()>) -> (&'static str, Result<()>) {
-        let found = route(head.uri().path());
-        let name = found.map_or(OTHER, |(_, name)| name);
-        (
-            name,
-            self.check_found(head, found.map(|(endpoint, _)| endpoint)),
-        )
-    }
-
-    fn check_found(&self, head: &http::Request<()>, endpoint: Option<Endpoint>) -> Result<()> {
-        self.access.check_origin(head.headers())?;
-        if is_preflight(head) {
-            return Ok(());
-        }
-        let path = head.uri().path();
-        let Some(endpoint) = endpoint else {
-            let shown: String = path.chars().take(100).collect();
-            let message = format!("there is nothing at {shown}; ask for /v1/models to begin with");
-            return Err(ApiError::new(StatusCode::NOT_FOUND, message).code("unknown_url"));
-        };
-        let allowed = methods(endpoint);
-        if !allowed.contains(head.method()) {
-            let message = format!("{} is not for {path}; use {}", head.method(), allowed[0]);
-            return Err(ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message));
-        }
+    fn admit(&self, request: &Request, name: &str) -> Result<()> {
+        self.access.check_origin(request.headers())?;
         // The page has a field for the key, and nothing that it would protect.
-        if !matches!(endpoint, Endpoint::Health | Endpoint::Page) {
-            self.access.check_key(head.headers())?;
+        if ![HEALTH, PAGE, OTHER].contains(&name) && !is_preflight(request) {
+            self.access.check_key(request.headers())?;
         }
         Ok(())
     }
 
-    async fn dispatch(&self, head: &http::Request<()>, body: Bytes) -> Result<Response> {
-        let path = head.uri().path();
-        // What is not in the table was refused before.
-        let endpoint = route(path).map_or(Endpoint::Health, |(endpoint, _)| endpoint);
-        match endpoint {
-            Endpoint::Health => self.health(),
-            Endpoint::Models => match path.strip_prefix(MODELS) {
-                None => Ok(ok(&models::list(&self.served))),
-                Some(name) => {
-                    self.served.check_name(Some(name))?;
-                    Ok(ok(&models::one(&self.served, name)))
-                }
-            },
-            Endpoint::Completions => self.generate(head, body, completions::prepare).await,
-            Endpoint::Chat => self.generate(head, body, chat::prepare).await,
-            Endpoint::Messages => self.generate(head, body, messages::prepare).await,
-            Endpoint::Embeddings => self.embed(head, body).await,
-            Endpoint::Tokenize => self.compute(body, tokens::tokenize).await,
-            Endpoint::Detokenize => self.compute(body, tokens::detokenize).await,
-            Endpoint::Metrics => Ok(self.metrics_page()),
-            Endpoint::Page => match page::find(path) {
-                Some(file) => Ok(file.answer(head.headers())),
-                None => Err(ApiError::internal(format!("the page has no {path}"))),
-            },
-            Endpoint::OpenApi => Ok(text(DOCUMENT, "application/json")),
-        }
-    }
-
-    fn health(&self) -> Result<Response> {
-        match self.ending.load(Ordering::Relaxed) {
-            false => Ok(ok(&json!({"status": "ok"}))),
-            true => Err(ApiError::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "the server is ending",
-            )),
-        }
-    }
-
-    fn metrics_page(&self) -> Response {
-        let store = self.served.model.store_stats();
-        let page = self.metrics.text(self.served.name(), store.as_ref());
-        text(page, "text/plain; version=0.0.4; charset=utf-8")
-    }
-
-    /// Answers from the request alone.
-    async fn compute(
-        &self,
-        body: Bytes,
-        work: fn(&[u8], &Served) -> Result<serde_json::Value>,
-    ) -> Result<Response> {
-        let served = Arc::clone(&self.served);
-        let value = blocking(move || work(&body, &served)).await??;
-        Ok(ok(&value))
-    }
-
-    /// Answers with generated text.
-    async fn generate(
-        &self,
-        head: &http::Request<()>,
-        body: Bytes,
-        prepare: fn(&[u8], &Served) -> Result<Prepared>,
-    ) -> Result<Response> {
-        let served = Arc::clone(&self.served);
-        let prepared = blocking(move || prepare(&body, &served)).await??;
-        let jobs = self.submit(head, prepared.jobs)?;
-        let served = Arc::clone(&self.served);
-        let growing = Growing::new(served, jobs, prepared.choices, prepared.n_prompt);
-        match prepared.streams {
-            true => Ok(stream(growing, prepared.voice)),
-            false => whole(growing, prepared.voice).await,
-        }
-    }
-
-    /// Answers with vectors.
-    async fn embed(&self, head: &http::Request<()>, body: Bytes) -> Result<Response> {
-        let served = Arc::clone(&self.served);
-        let asked = blocking(move || embeddings::prepare(&body, &served)).await??;
-        let shape = asked.shape();
-        let jobs = self.submit(head, asked.jobs)?;
-        let value = embeddings::answer(jobs, shape, self.served.name()).await?;
-        Ok(ok(&value))
-    }
-
     /// Puts jobs into the queue.
-    fn submit(&self, head: &http::Request<()>, jobs: Vec<Job>) -> Result<Jobs> {
+    fn submit(&self, client: Client, jobs: Vec<Job>) -> Result<Jobs> {
         let most = self.scheduler.n_waiting();
         if jobs.len() > most {
             let n = jobs.len();
@@ -266,119 +276,53 @@ impl App {
                 format!("the request asks for {n} answers, but at most {most} can wait here");
             return Err(ApiError::bad(message));
         }
-        let client = self.access.client(head.headers(), address(head));
         Ok(self.scheduler.submit(client, jobs)?)
     }
+}
 
-    /// What every answer has, and a line in the log.
-    fn complete(&self, head: &http::Request<()>, name: &'static str, response: &mut Response) {
-        let status = response.status();
-        self.metrics.answered(name, status.as_u16());
-        tracing::info!(
-            status = status.as_u16(),
-            "{} {}",
-            head.method(),
-            head.uri().path()
-        );
-        let endpoint = route(head.uri().path()).map(|(endpoint, _)| endpoint);
-        if let (StatusCode::METHOD_NOT_ALLOWED, Some(endpoint)) = (status, endpoint) {
-            let allowed = HeaderValue::from_static(match methods(endpoint).len() {
-                1 => "POST",
-                _ => "GET, HEAD",
-            });
-            response.headers_mut().insert(ALLOW, allowed);
-        }
-        if status == StatusCode::UNAUTHORIZED {
-            let scheme = HeaderValue::from_static("Bearer");
-            response.headers_mut().insert(WWW_AUTHENTICATE, scheme);
-        }
-        self.access.share(head.headers().get(ORIGIN), response);
+/// For whom a request is done.
+impl FromRequestParts<Arc<App>> for Client {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Infallible> {
+        let unknown = std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
+        let peer = parts.extensions.get::<Peer>();
+        let address = peer.map_or(unknown, |peer| peer.0.ip());
+        Ok(app.access.client(&parts.headers, address))
     }
 }
 
-/// What a path leads to, and its name in metrics.
-fn route(path: &str) -> Option<(Endpoint, &'static str)> {
-    if path.starts_with(MODELS) {
-        return Some((Endpoint::Models, "models"));
-    }
-    if page::find(path).is_some() {
-        return Some((Endpoint::Page, "page"));
-    }
-    let found = ROUTES.iter().find(|route| route.path == path)?;
-    Some((found.endpoint, found.name))
-}
-
-/// The methods of an endpoint.
-fn methods(endpoint: Endpoint) -> &'static [Method] {
-    let route = ROUTES.iter().find(|route| route.endpoint == endpoint);
-    match route.map(|route| route.method) {
-        Some(Verb::Post) => &POST,
-        _ => &GET,
-    }
-}
-
-fn is_preflight(head: &http::Request<()>) -> bool {
+/// A browser asks whether a page may ask.
+fn is_preflight(request: &Request) -> bool {
     let asks = |headers: &HeaderMap| headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD);
-    *head.method() == Method::OPTIONS && asks(head.headers())
-}
-
-/// Where a request is from.
-fn address(head: &http::Request<()>) -> std::net::IpAddr {
-    let unknown = std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
-    head.extensions()
-        .get::<Peer>()
-        .map_or(unknown, |peer| peer.0.ip())
-}
-
-/// The answer to a request that failed; what is broken here is logged.
-fn told(error: &ApiError, head: &http::Request<()>) -> Response {
-    if error.status() == StatusCode::INTERNAL_SERVER_ERROR {
-        tracing::error!("{}", error.json());
-    }
-    error.response(is_anthropic(head))
-}
-
-/// Whether errors are told in the words of Anthropic's interface.
-fn is_anthropic(head: &http::Request<()>) -> bool {
-    route(head.uri().path()).is_some_and(|(endpoint, _)| endpoint == Endpoint::Messages)
+    *request.method() == Method::OPTIONS && asks(request.headers())
 }
 
 fn text(text: impl Into<Bytes>, kind: &'static str) -> Response {
-    let mut response = Response::new(Body::Full(text.into()));
+    let mut response = Response::new(Body::from(text.into()));
     let kind = HeaderValue::from_static(kind);
     response.headers_mut().insert(CONTENT_TYPE, kind);
     response
 }
 
-fn ok(value: &serde_json::Value) -> Response {
+fn ok(value: &Value) -> Response {
     json_response(StatusCode::OK, value)
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
-
     use super::*;
 
+    /// That the methods are the right ones is seen from outside, in `tests/http/protocol.rs`.
     #[test]
     fn the_document_has_every_path_and_no_other() {
         let document: Value = serde_json::from_str(DOCUMENT).unwrap();
         let documented = document["paths"].as_object().unwrap();
-        for route in ROUTES {
-            let verb = match route.method {
-                Verb::Get => "get",
-                Verb::Post => "post",
-            };
-            let has = documented
-                .get(route.path)
-                .is_some_and(|path| path.get(verb).is_some());
-            assert!(has, "{verb} {}", route.path);
+        for place in PLACES {
+            let path = place.path.replace("{*", "{");
+            assert!(documented.contains_key(&path), "{path}");
         }
-        assert_eq!(
-            documented.len(),
-            ROUTES.len() + 1,
-            "and the path of one model"
-        );
+        assert_eq!(documented.len(), PLACES.len());
         assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
     }
 }

@@ -3,7 +3,7 @@
 //! - [`Server::start`] serves a model; [`Server::end`] ends it in good order.
 //! - `schedule` computes: token in, token out, all requests together, on one thread. No result depends on its neighbours.
 //! - `api` turns requests into jobs and tokens into answers.
-//! - `http1` is the protocol; `app` joins them.
+//! - `listen` is the connections, by `hyper`; `app` is what answers at each path, by `axum`, and joins them.
 //!
 //! What is wrong with a request is told to its client, in the form of OpenAI's errors, and disturbs nobody else.
 #![forbid(unsafe_code)]
@@ -11,9 +11,10 @@
 mod access;
 mod api;
 mod app;
+mod document;
 mod error;
 mod grammar;
-mod http1;
+mod listen;
 mod metrics;
 mod page;
 mod panics;
@@ -22,5 +23,5 @@ mod served;
 mod server;
 
 pub use error::{Result, ServeError};
-pub use http1::HttpLimits;
+pub use listen::HttpLimits;
 pub use server::{ServeOptions, Server};

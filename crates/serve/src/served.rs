@@ -92,6 +92,20 @@ impl Served {
         self.names.iter().any(|known| known == name)
     }
 
+    /// Spellings of the tokens that start and end a text, where there are such.
+    pub(crate) fn ends(&self) -> [Option<&str>; 2] {
+        [
+            self.chat.bos_token.as_deref(),
+            self.chat.eos_token.as_deref(),
+        ]
+    }
+
+    /// The text of the chat template, if there is a proper one.
+    pub(crate) fn template_source(&self) -> Option<String> {
+        let template = self.template.as_ref().ok()?;
+        template.as_ref().map(ChatTemplate::source)
+    }
+
     /// Whether there is a way to put a conversation into text.
     pub(crate) fn has_chat_template(&self) -> bool {
         matches!(self.template, Ok(Some(_)))

@@ -11,9 +11,9 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
 
 use crate::access::Access;
-use crate::app::App;
+use crate::app::{App, answers};
 use crate::error::{Result, ServeError};
-use crate::http1::{HttpLimits, accept};
+use crate::listen::{HttpLimits, accept};
 use crate::metrics::Metrics;
 use crate::schedule::{ScheduleOptions, Scheduler};
 use crate::served::Served;
@@ -101,7 +101,7 @@ impl Server {
             scheduler: Scheduler::start(model, &schedule, Arc::clone(&metrics))?,
             metrics,
             access: Access::new(options.keys, options.origins, address.ip()),
-            body_bytes: options.http.body_bytes,
+            limits: options.http,
             ending: AtomicBool::new(false),
         });
         let runtime = Builder::new_multi_thread()
@@ -113,7 +113,7 @@ impl Server {
             .map_err(ServeError::Runtime)?;
         let (ending, told_to_end) = watch::channel(false);
         let (sender, done) = mpsc::channel();
-        let service = Arc::clone(&app);
+        let answers = answers(&app);
         let inside = runtime.enter();
         let listener = tokio::net::TcpListener::from_std(listener).map_err(ServeError::Runtime)?;
         let told = Arc::new(AtomicBool::new(false));
@@ -122,7 +122,7 @@ impl Server {
         }
         drop(inside);
         runtime.spawn(async move {
-            accept(listener, service, options.http, told_to_end).await;
+            accept(listener, answers, options.http, told_to_end).await;
             // Whoever waits for the end has given up otherwise.
             let _ = sender.send(());
         });

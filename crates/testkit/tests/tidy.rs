@@ -49,7 +49,6 @@ const HOMES: &[(&str, &[&str])] = &[
     ("indicatif", &["cadre"]),
     ("tokio", &["serve"]),
     ("http", &["serve"]),
-    ("httparse", &["serve"]),
     ("llguidance", &["serve"]),
     ("axum", &["serve"]),
     ("hyper", &["serve"]),

@@ -1,11 +1,11 @@
 //! Errors as OpenAI's clients understand them.
 
-use bytes::Bytes;
-use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use axum::body::Body;
+use axum::response::{IntoResponse, Response};
+use http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, StatusCode};
 use serde_json::{Value, json};
 
-use crate::http1::{Body, Response};
 use crate::schedule::{JobError, Refusal};
 
 /// Result with an [`ApiError`].
@@ -22,6 +22,8 @@ pub(crate) struct ApiError {
     code: Option<&'static str>,
     /// Seconds after which it is worth another try.
     retry_after: Option<u32>,
+    /// Nothing can follow on the connection.
+    is_last: bool,
 }
 
 impl ApiError {
@@ -43,6 +45,8 @@ impl ApiError {
             param: None,
             code: None,
             retry_after: None,
+            // What is left of a body that was not read stands where the next request would.
+            is_last: matches!(status.as_u16(), 408 | 413),
         }
     }
 
@@ -65,6 +69,18 @@ impl ApiError {
     /// Names the field that is to blame.
     pub(crate) fn param(mut self, name: &str) -> Self {
         self.param = Some(name.to_owned());
+        self
+    }
+
+    /// Says when it is worth another try.
+    pub(crate) fn retry_after(mut self, seconds: u32) -> Self {
+        self.retry_after = Some(seconds);
+        self
+    }
+
+    /// Ends the connection.
+    pub(crate) fn last(mut self) -> Self {
+        self.is_last = true;
         self
     }
 
@@ -101,17 +117,26 @@ impl ApiError {
         json!({"type": "error", "error": {"type": kind, "message": self.message}})
     }
 
-    /// The answer, in the words of either interface.
-    pub(crate) fn response(&self, is_anthropic: bool) -> Response {
-        let body = match is_anthropic {
-            true => self.anthropic(),
-            false => self.json(),
-        };
-        let mut response = json_response(self.status, &body);
+    /// Puts an answer into the words of Anthropic's interface.
+    pub(crate) fn say_to_anthropic(&self, response: &mut Response) {
+        *response.body_mut() = Body::from(self.anthropic().to_string());
+        // It was that of the other words.
+        response.headers_mut().remove(CONTENT_LENGTH);
+    }
+}
+
+/// The answer in the words of OpenAI's interface, with the error itself as an extension.
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = json_response(self.status, &self.json());
+        let headers = response.headers_mut();
         if let Some(seconds) = self.retry_after {
-            let value = HeaderValue::from(seconds);
-            response.headers_mut().insert(RETRY_AFTER, value);
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
+        if self.is_last {
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        response.extensions_mut().insert(self);
         response
     }
 }
@@ -135,10 +160,7 @@ impl From<Refusal> for ApiError {
                 1,
             ),
         };
-        Self {
-            retry_after: Some(seconds),
-            ..Self::new(status, message)
-        }
+        Self::new(status, message).retry_after(seconds)
     }
 }
 
@@ -163,7 +185,7 @@ impl From<JobError> for ApiError {
 
 /// A JSON document as an answer.
 pub(crate) fn json_response(status: StatusCode, value: &Value) -> Response {
-    let mut response = Response::new(Body::Full(Bytes::from(value.to_string())));
+    let mut response = Response::new(Body::from(value.to_string()));
     *response.status_mut() = status;
     let json = HeaderValue::from_static("application/json");
     response.headers_mut().insert(CONTENT_TYPE, json);

@@ -1,18 +1,23 @@
 //! From the events of jobs to an answer: all of it at once, or as server-sent events.
 
+use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use axum::body::Body;
+use axum::response::Response;
 use bytes::Bytes;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::{HeaderName, HeaderValue, StatusCode};
+use hyper::body::Frame;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::choice::{Choice, Piece};
 use super::error::{ApiError, Result, json_response};
 use super::voice::{Usage, Voice};
-use crate::http1::{Body, Response};
 use crate::panics::{Panicked, caught};
 use crate::schedule::{Event, JobError, Jobs};
 use crate::served::Served;
@@ -130,7 +135,7 @@ pub(crate) fn stream(growing: Growing, mut voice: Box<dyn Voice>) -> Response {
         // After this nothing follows, not even the mark of the end: the answer is incomplete.
         let _ = sender.send(voice.failed(&error)).await;
     });
-    let mut response = Response::new(Body::Stream(pieces));
+    let mut response = Response::new(Body::new(Pieces(pieces)));
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -138,6 +143,22 @@ pub(crate) fn stream(growing: Growing, mut voice: Box<dyn Voice>) -> Response {
     let buffering = HeaderName::from_static("x-accel-buffering");
     headers.insert(buffering, HeaderValue::from_static("no"));
     response
+}
+
+/// A body whose pieces come until the sender is dropped.
+struct Pieces(mpsc::Receiver<Bytes>);
+
+impl hyper::body::Body for Pieces {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let polled = self.0.poll_recv(context);
+        polled.map(|piece| piece.map(|piece| Ok(Frame::data(piece))))
+    }
 }
 
 /// Sends events until there are no more, or nobody listens.

@@ -1,4 +1,4 @@
-//! `/tokenize` and `/detokenize`: text to tokens and back, as vLLM and llama.cpp spell it.
+//! `/tokenize`, `/detokenize` and `/tokenizer_info`: text to tokens and back, as vLLM and llama.cpp spell it.
 
 use cadre_checkpoint::EncodeOptions;
 use serde_json::{Value, json};
@@ -8,6 +8,17 @@ use super::error::{ApiError, Result};
 use super::fields::Fields;
 use super::generation::tokens;
 use crate::served::{Conversation, Served};
+
+/// What a client needs beside the tokens of texts, as vLLM spells it; lm_eval looks for it.
+pub(crate) fn info(served: &Served) -> Value {
+    let [bos_token, eos_token] = served.ends();
+    json!({
+        "bos_token": bos_token,
+        "eos_token": eos_token,
+        "chat_template": served.template_source(),
+        "model_max_length": served.n_ctx,
+    })
+}
 
 /// The tokens of a text, or of a conversation as the model's template writes it.
 pub(crate) fn tokenize(body: &[u8], served: &Served) -> Result<Value> {

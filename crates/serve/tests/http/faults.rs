@@ -161,6 +161,9 @@ fn tokens_go_there_and_back() {
         post(setup.address(), "/tokenize", &talk).json()["tokens"],
         json!(rendered)
     );
+    let info = crate::client::get(setup.address(), "/tokenizer_info").json();
+    assert_eq!(info["chat_template"], crate::setup::TEMPLATE);
+    assert_eq!(info["model_max_length"], 1024);
     let both = json!({"prompt": "x", "messages": []});
     assert_eq!(
         post(setup.address(), "/tokenize", &both).error(),

@@ -50,7 +50,7 @@ fn paths_and_methods() {
     let wrong = send(address, "DELETE", "/health", &[], b"");
     assert_eq!(
         (wrong.error().0, wrong.field("allow")),
-        (405, Some("GET, HEAD"))
+        (405, Some("GET,HEAD"))
     );
     let head = send(address, "HEAD", "/health", &[], b"");
     assert_eq!((head.status, head.body.len()), (200, 0));
@@ -138,24 +138,110 @@ fn slow_clients_are_left_and_disturb_nobody() {
     setup.end();
 }
 
+/// What `/openapi.json` says is the method of a path is the one that is taken there.
 #[test]
-fn what_is_not_http_is_told_so() {
+fn documented_methods_are_the_ones_that_are_taken() {
+    let setup = Setup::new();
+    let document = get(setup.address(), "/openapi.json").json();
+    let paths = document["paths"].as_object().unwrap();
+    for (path, methods) in paths {
+        let methods = methods.as_object().unwrap();
+        let documented: Vec<&String> = methods.keys().filter(|key| *key != "parameters").collect();
+        let other = send(setup.address(), "PATCH", path, &[], b"");
+        assert_eq!(other.status, 405, "{path}");
+        let taken = match other.field("allow").unwrap() {
+            "GET,HEAD" => "get",
+            "POST" => "post",
+            taken => taken,
+        };
+        assert_eq!(documented, [taken], "{path}");
+        // In the words of the interface that the path belongs to.
+        let in_anthropics = other.json()["type"] == "error";
+        assert_eq!(in_anthropics, path == "/v1/messages", "{path}");
+    }
+    setup.end();
+}
+
+#[test]
+fn names_of_models_may_be_percent_encoded() {
+    let setup = Setup::with(|options| options.names = vec!["org/tiny".to_owned()]);
+    for path in ["/v1/models/org/tiny", "/v1/models/org%2Ftiny"] {
+        assert_eq!(get(setup.address(), path).json()["id"], "org/tiny");
+    }
+    let broken = get(setup.address(), "/v1/models/%ff");
+    assert_eq!(broken.error(), (400, Value::Null));
+    setup.end();
+}
+
+#[test]
+fn bodies_that_are_broken_or_too_large() {
+    let setup = Setup::with(|options| options.http.body_bytes = 1000);
+    let chunked = |chunks: &str| {
+        format!(
+            "POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}"
+        )
+    };
+    let large = format!("1f4\r\n{}\r\n", "x".repeat(500));
+    for (request, status) in [
+        (chunked("zz\r\n"), 400),
+        (chunked("2\r\n{}}\r\n0\r\n\r\n"), 400),
+        // Nothing of it is ever larger than it may be.
+        (chunked(&large.repeat(3)), 413),
+        (
+            "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1001\r\n\r\n".to_owned(),
+            413,
+        ),
+    ] {
+        let request = request.replace("Host: a", "Host: localhost");
+        let mut stream = connect(setup.address());
+        stream.write_all(request.as_bytes()).unwrap();
+        let answer = read(&mut stream);
+        assert_eq!(answer.error().0, status, "{request}");
+    }
+    // Anthropic's interface has its own words for it.
+    let body = json!({"model": "tiny", "max_tokens": 1, "messages": [], "metadata": {"user_id": "x".repeat(2000)}});
+    let answer = post(setup.address(), "/v1/messages", &body);
+    let told = answer.json();
+    assert_eq!(
+        (answer.status, &told["error"]["type"]),
+        (413, &json!("request_too_large"))
+    );
+    assert_eq!(told["type"], "error");
+    setup.end();
+}
+
+#[test]
+fn what_is_not_http_is_refused() {
     let setup = Setup::new();
     for (bytes, status) in [
         (&b"\x16\x03\x01\x02\x00\x01\x00\x01"[..], 400),
         (b"hello\r\n\r\n", 400),
         (b"GET /health HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n", 413),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
+            400,
+        ),
+        (
+            b"POST /health HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+            400,
+        ),
     ] {
         let mut stream = connect(setup.address());
         stream.write_all(bytes).unwrap();
-        assert_eq!(read(&mut stream).error().0, status, "{:?}", String::from_utf8_lossy(bytes));
+        assert_eq!(
+            read(&mut stream).status,
+            status,
+            "{:?}",
+            String::from_utf8_lossy(bytes)
+        );
     }
     let mut stream = connect(setup.address());
     stream.write_all(&vec![b'a'; 100_000]).unwrap();
-    assert!([400, 431].contains(&read(&mut stream).error().0));
+    assert_eq!(read(&mut stream).status, 431);
+    let fields = format!("GET /health HTTP/1.1\r\n{}\r\n", "A: b\r\n".repeat(65));
+    let mut stream = connect(setup.address());
+    stream.write_all(fields.as_bytes()).unwrap();
+    assert_eq!(read(&mut stream).status, 431);
     setup.end();
 }
 

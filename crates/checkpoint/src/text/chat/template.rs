@@ -61,6 +61,13 @@ impl std::fmt::Debug for ChatTemplate {
 }
 
 impl ChatTemplate {
+    /// Its text.
+    #[must_use]
+    pub fn source(&self) -> String {
+        let template = self.environment.get_template(NAME);
+        template.map_or_else(|_| String::new(), |template| template.source().to_owned())
+    }
+
     /// Parses the text of a template; `origin` names it in errors.
     ///
     /// # Errors
