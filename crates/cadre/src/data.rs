@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use crate::failure::Failure;
 
@@ -18,7 +19,8 @@ pub(crate) struct Document {
     pub(crate) text: String,
 }
 
-fn unnamed() -> String {
+/// The domain of what names none.
+pub(crate) fn unnamed() -> String {
     "all".to_owned()
 }
 
@@ -26,14 +28,12 @@ fn unnamed() -> String {
 /// plain-text document whose domain is the file's stem. Empty lines and documents are left out.
 pub(crate) fn read(path: &Path) -> Result<Vec<Document>> {
     let shown = path.display();
-    let text = std::fs::read(path).with_context(|| format!("cannot read the data file {shown}"))?;
-    let text = String::from_utf8(text)
-        .map_err(|error| Failure::new(format!("{shown} is not UTF-8 text: {error}")))?;
+    let text = read_text(path)?;
     let documents = if path
         .extension()
         .is_some_and(|extension| extension == "jsonl")
     {
-        parse_lines(path, &text)?
+        parse_lines(path, &text, DOCUMENT)?
     } else {
         let stem = path
             .file_stem()
@@ -53,7 +53,28 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Document>> {
     Ok(documents)
 }
 
-fn parse_lines(path: &Path, text: &str) -> Result<Vec<Document>> {
+const DOCUMENT: &str = r#"each line is one document: {"domain": "code", "text": "..."}"#;
+
+/// Reads a file of JSON lines; `hint` says what each of them is. Empty lines are left out.
+pub(crate) fn read_lines<T: DeserializeOwned>(path: &Path, hint: &str) -> Result<Vec<T>> {
+    let lines = parse_lines(path, &read_text(path)?, hint)?;
+    match lines.is_empty() {
+        false => Ok(lines),
+        true => Err(Failure::new(format!("{} is empty", path.display()))
+            .hint(hint)
+            .into()),
+    }
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    let shown = path.display();
+    let text = std::fs::read(path).with_context(|| format!("cannot read the data file {shown}"))?;
+    let text = String::from_utf8(text)
+        .map_err(|error| Failure::new(format!("{shown} is not UTF-8 text: {error}")))?;
+    Ok(text)
+}
+
+fn parse_lines<T: DeserializeOwned>(path: &Path, text: &str, hint: &str) -> Result<Vec<T>> {
     let lines = text
         .lines()
         .enumerate()
@@ -61,7 +82,6 @@ fn parse_lines(path: &Path, text: &str) -> Result<Vec<Document>> {
     let parse = |(at, line): (usize, &str)| {
         serde_json::from_str(line).map_err(|error| {
             let message = format!("{}:{}: {error}", path.display(), at + 1);
-            let hint = r#"each line is one document: {"domain": "code", "text": "..."}"#;
             Failure::new(message).hint(hint).into()
         })
     };
@@ -88,7 +108,7 @@ mod tests {
     #[test]
     fn lines_carry_domains_and_errors_carry_line_numbers() {
         let text = "{\"domain\":\"code\",\"text\":\"x = 1\"}\n\n{\"text\":\"y\"}\n";
-        let documents = parse_lines(Path::new("d.jsonl"), text).unwrap();
+        let documents: Vec<Document> = parse_lines(Path::new("d.jsonl"), text, "").unwrap();
         assert_eq!(
             documents[0],
             Document {
@@ -98,7 +118,8 @@ mod tests {
         );
         assert_eq!(documents[1].domain, "all");
         assert_eq!(summary(&documents), "all 1, code 1");
-        let error = parse_lines(Path::new("d.jsonl"), "{\"text\":\"y\"}\n{}").unwrap_err();
+        let lines = "{\"text\":\"y\"}\n{}";
+        let error = parse_lines::<Document>(Path::new("d.jsonl"), lines, "").unwrap_err();
         assert!(
             error
                 .to_string()

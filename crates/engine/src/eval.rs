@@ -1,4 +1,4 @@
-//! Evaluation over token sequences: how well a model predicts text.
+//! Evaluation over token sequences: how well a model predicts text, and how likely one text is after another.
 //!
 //! **Windows.** A document of `n` tokens has `n - 1` predictions: every token but the first. They are cut
 //! into windows that read at most `window` tokens; a window starts `stride` tokens after the one before
@@ -14,7 +14,7 @@ use cadre_kernels::{Kernels, KvFormats};
 
 use crate::error::{EngineError, Result};
 use crate::model::{Logits, Model, NoObserver};
-use crate::session::SessionOptions;
+use crate::session::{Session, SessionOptions};
 
 /// Logits that are in memory at once, 128 MiB of them: they limit the chunk where the vocabulary is large.
 const MAX_LOGITS: usize = 32 << 20;
@@ -188,6 +188,57 @@ fn prediction(kernels: Kernels, model: &dyn Model, row: &mut [f32], target: u32)
         n_tokens: 1,
         nll_sum: nll,
     })
+}
+
+/// Log likelihood in nats of the tokens `continuation` after the tokens `context`. `read` are the tokens that the session
+/// holds; it is brought up to date, and what a further call begins with alike is not read again.
+///
+/// # Errors
+/// An empty context or continuation, more tokens than the session has room for, or any error of the model.
+pub fn log_likelihood(
+    model: &dyn Model,
+    session: &mut Session,
+    read: &mut Vec<u32>,
+    context: &[u32],
+    continuation: &[u32],
+) -> Result<f64> {
+    if context.is_empty() || continuation.is_empty() {
+        return Err(EngineError::BadOption {
+            name: "text to score",
+            value: format!(
+                "{} tokens after {} tokens",
+                continuation.len(),
+                context.len()
+            ),
+            expected: "at least one token after at least one token".to_owned(),
+        });
+    }
+    let tokens = [context, continuation].concat();
+    // The last one is predicted, and nothing after it.
+    let (n_inputs, counted_from) = (tokens.len() - 1, context.len() - 1);
+    let shared = read.iter().zip(&tokens).take_while(|(a, b)| a == b);
+    // What is counted is read in any case, for its logits.
+    let mut from = shared.count().min(counted_from);
+    session.rewind(from);
+    read.truncate(from);
+    let vocab = model.info().vocab_size;
+    let kernels = model.compute().kernels();
+    let chunk = session.chunk();
+    let mut sum = 0.0;
+    while from < n_inputs {
+        let (end, want) = match from < counted_from {
+            true => (counted_from, Logits::None),
+            false => (n_inputs, Logits::All),
+        };
+        let to = end.min(from + chunk);
+        let logits = model.forward(session, &tokens[from..to], want, &mut NoObserver)?;
+        for (row, target) in logits.chunks_exact_mut(vocab).zip(&tokens[from + 1..]) {
+            sum -= prediction(kernels, model, row, *target)?.nll_sum;
+        }
+        read.extend_from_slice(&tokens[from..to]);
+        from = to;
+    }
+    Ok(sum)
 }
 
 /// `ln(sum(exp(row)))` of a row of logits, which is overwritten. A token's log probability is its logit less this; scores

@@ -6,6 +6,8 @@ mod record;
 
 pub(crate) use measure::{Runner, Setting};
 pub(crate) use plan::{Lists, Test};
+#[cfg(feature = "train")]
+pub(crate) use record::status_bytes;
 pub(crate) use record::{
-    Around, Machine, Record, Streaming, csv, markdown, median, most_used, rss_bytes, status_bytes,
+    Around, Machine, Record, Streaming, csv, markdown, median, most_used, rss_bytes,
 };

@@ -9,6 +9,7 @@ mod chat;
 mod claims;
 mod commands;
 mod common;
+mod eval;
 mod fit;
 mod hub;
 mod hub_server;

@@ -1,4 +1,4 @@
-//! `cadre eval`: measures a model on data, per domain.
+//! `cadre eval perplexity`: how well a model predicts text, per domain.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -9,7 +9,6 @@ use std::time::Instant;
 use anyhow::Result;
 use cadre_engine::SessionOptions;
 use cadre_engine::eval::{self, Perplexity, Score, Windows};
-use clap::Subcommand;
 use serde::Serialize;
 
 use crate::cache::CacheArgs;
@@ -20,21 +19,9 @@ use crate::lossy::Said;
 use crate::model::ModelArgs;
 use crate::output::{Format, Out, bar, say};
 
-/// Arguments of `cadre eval`.
+/// Arguments of `cadre eval perplexity`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Debug, Subcommand)]
-enum What {
-    /// How well the model predicts the text: exp of the mean nats per token.
-    Perplexity(PerplexityArgs),
-}
-
-#[derive(Debug, clap::Args)]
-struct PerplexityArgs {
+pub(super) struct Args {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -82,13 +69,7 @@ impl From<&Score> for Numbers {
 }
 
 /// Measures and prints.
-pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
-    match &args.what {
-        What::Perplexity(args) => perplexity(app, args),
-    }
-}
-
-fn perplexity(app: &App, args: &PerplexityArgs) -> Result<()> {
+pub(super) fn run(app: &App, args: &Args) -> Result<()> {
     let mut texts = Vec::new();
     for path in &args.data {
         texts.extend(data::read(path)?);
