@@ -1,7 +1,6 @@
 """The clients of OpenAI and Anthropic against `cadre serve`: answers, streams, scores, forms and errors as they understand them.
 
-    python3 -m venv .cache/venv/clients && .cache/venv/clients/bin/pip install openai==3.54.0 anthropic==2.12.0
-    .cache/venv/clients/bin/python bench/peers/serve_clients.py [path of cadre]
+    PY="$(bash bench/peers/clients.sh)" && "$PY" bench/peers/serve_clients.py [path of cadre]
 
 Starts a server of the embedded model with a chat template, and prints a line per check; exits with 1 when one fails.
 """

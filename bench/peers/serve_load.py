@@ -4,16 +4,17 @@
 
 Prints one JSON document: tokens per second in all, and the median and 95th percentile of the time to the first token and between
 two tokens. Every answer is drawn greedily, so that two equal requests must have equal answers: a stream that got another one's
-tokens is counted in `mixed_up`. `--vanish 0.5` makes that share of the clients leave in the middle of their answers. Standard library
+tokens is counted in `mixed_up`. `--pid` of the server tells its resident memory in between. `--vanish 0.5` makes that share of the clients leave in the middle of their answers. Standard library
 only, so that it runs beside any server: llama.cpp's is started with
 
-    python -m llama_cpp.server --model FILE.gguf --n_ctx 4096 --n_threads 2
+    python -m llama_cpp.server --model FILE.gguf --n_ctx 4096 --n_threads 2 --interrupt_requests false
 """
 
 import argparse
 import http.client
 import json
 import random
+import resource
 import threading
 import time
 import urllib.parse
@@ -78,6 +79,25 @@ class Shared:
         self.mixed_up = 0
 
 
+class Memory(threading.Thread):
+    """Resident memory of a process, every second, in MiB."""
+
+    def __init__(self, pid, end):
+        super().__init__(daemon=True)
+        self.pid, self.end, self.samples = pid, end, []
+
+    def run(self):
+        while time.monotonic() < self.end:
+            with open(f"/proc/{self.pid}/statm") as file:
+                self.samples.append(int(file.read().split()[1]) * resource.getpagesize() / 2**20)
+            time.sleep(1)
+
+    def told(self):
+        """The mean of each tenth of the time."""
+        parts = [self.samples[i * len(self.samples) // 10:(i + 1) * len(self.samples) // 10] for i in range(10)]
+        return [round(sum(part) / len(part)) for part in parts if part]
+
+
 def percentiles(values):
     values = sorted(values)
     at = lambda share: values[min(len(values) - 1, int(share * len(values)))] if values else None
@@ -91,11 +111,13 @@ def main():
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--vanish", type=float, default=0)
+    parser.add_argument("--pid", type=int)
     args = parser.parse_args()
     shared, start = Shared(args.seconds), time.monotonic()
     clients = [Client(seed, args, shared) for seed in range(args.clients)]
-    for client in clients:
-        client.start()
+    memory = args.pid and Memory(args.pid, shared.end)
+    for thread in clients + ([memory] if memory else []):
+        thread.start()
     for client in clients:
         client.join()
     took = time.monotonic() - start
@@ -107,6 +129,7 @@ def main():
         "tokens_per_second": sum(client.tokens for client in clients) / took,
         "time_to_first_token": percentiles([x for client in clients for x in client.first]),
         "between_tokens": percentiles([x for client in clients for x in client.between]),
+        "resident_mib": memory.told() if memory else None,
         "mixed_up": shared.mixed_up,
         "errors": len(errors),
         "first_errors": errors[:3],
