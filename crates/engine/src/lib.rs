@@ -20,6 +20,7 @@ mod error;
 pub mod eval;
 mod foretell;
 mod generate;
+mod kv_block;
 mod load;
 mod lossy;
 mod model;
@@ -35,7 +36,7 @@ mod weights;
 mod workspace;
 
 pub use batch::Sequence;
-pub use cadre_kernels::{KvFormat, KvFormats};
+pub use cadre_kernels::{KvFormat, KvFormats, KvMemory};
 pub use cadre_routing::{SteerError, Steering};
 pub use cadre_store::predictors::Score;
 pub use cadre_store::reader::ReaderKind;
@@ -43,6 +44,7 @@ pub use cadre_store::{AheadKind, PolicyKind, StoreError, StoreOptions, StoreStat
 pub use contrast::{Contrast, ContrastSessions, generate_contrasted};
 pub use error::{EngineError, Result};
 pub use generate::{Finish, GenerateOptions, Generated, Hooks, generate};
+pub use kv_block::{KV_BLOCK, KvBlock};
 pub use load::{
     LoadOptions, Progress, Quant, known_model_types, load, load_watched, load_with_low_bit,
 };

@@ -75,6 +75,21 @@ pub trait Model: Send + Sync + std::fmt::Debug {
         observer: &mut dyn Observer,
     ) -> Result<&'s mut [f32]>;
 
+    /// Tells `observer` which experts reading the tokens of `batch` will pick, where that is known before the layers run: of
+    /// models whose router runs before them. Others tell nothing, and this is false. No session advances.
+    ///
+    /// # Errors
+    /// As [`Model::forward_batch`].
+    fn foretold(
+        &self,
+        batch: &mut [Sequence<'_>],
+        workspace: &mut Workspace,
+        observer: &mut dyn Observer,
+    ) -> Result<bool> {
+        let _ = (batch, workspace, observer);
+        Ok(false)
+    }
+
     /// Reads the tokens of several sequences in one pass over the weights, and returns the logits that they want,
     /// one sequence after the other, `[n_wanted, vocab_size]`, all finite.
     ///

@@ -98,12 +98,35 @@ impl Model for Decoder {
         Ok(&mut workspace.logits[..n_logits])
     }
 
+    fn foretold(
+        &self,
+        batch: &mut [Sequence<'_>],
+        workspace: &mut Workspace,
+        observer: &mut dyn Observer,
+    ) -> Result<bool> {
+        self.check_batch(batch, workspace)?;
+        workspace.begin(batch);
+        self.tell_foretold(batch, workspace, observer)
+    }
+
     fn forward_batch<'w>(
         &self,
         batch: &mut [Sequence<'_>],
         workspace: &'w mut Workspace,
         observer: &mut dyn Observer,
     ) -> Result<&'w mut [f32]> {
+        self.check_batch(batch, workspace)?;
+        let n_wanted: usize = batch.iter().map(Sequence::n_logits).sum();
+        let n_logits = n_wanted * self.info.vocab_size;
+        workspace.reserve_logits(n_logits);
+        self.pass(batch, workspace, 0, observer)?;
+        Ok(&mut workspace.logits[..n_logits])
+    }
+}
+
+impl Decoder {
+    /// Whether a batch can be computed in `workspace`.
+    fn check_batch(&self, batch: &[Sequence<'_>], workspace: &Workspace) -> Result<()> {
         if workspace.shape != self.shape {
             return Err(EngineError::ForeignWorkspace);
         }
@@ -116,15 +139,9 @@ impl Model for Decoder {
         if n_tokens > capacity {
             return Err(EngineError::BatchTooLarge { n_tokens, capacity });
         }
-        let n_wanted: usize = batch.iter().map(Sequence::n_logits).sum();
-        let n_logits = n_wanted * self.info.vocab_size;
-        workspace.reserve_logits(n_logits);
-        self.pass(batch, workspace, 0, observer)?;
-        Ok(&mut workspace.logits[..n_logits])
+        Ok(())
     }
-}
 
-impl Decoder {
     fn check(&self, session: &Session, tokens: &[u32]) -> Result<()> {
         if session.shape != self.shape {
             return Err(EngineError::ForeignSession);

@@ -152,12 +152,13 @@ impl Session {
         self.chunk
     }
 
-    /// Forgets the tokens from `position` on; does nothing when there are none.
+    /// Forgets the tokens from `position` on; does nothing when there are none. Their memory is kept for the next ones,
+    /// see [`Session::give_up_unused`].
     pub fn rewind(&mut self, position: usize) {
         self.position = self.position.min(position);
     }
 
-    /// Bytes of the key and value cache.
+    /// Bytes of the key and value cache when it is full; memory is taken as it fills.
     pub fn kv_bytes(&self) -> usize {
         self.kv.n_bytes()
     }

@@ -36,7 +36,8 @@ mod table;
 
 pub use activations::MatmulScratch;
 pub use attention::{
-    Attend, AttendScratch, Heads, HeadsMut, KvFormat, KvFormats, KvLayer, KvSizes, Span,
+    Attend, AttendScratch, Heads, HeadsMut, KV_PAGE, KvFormat, KvFormats, KvLayer, KvMemory,
+    KvPage, KvSizes, Span,
 };
 pub use blocks::{ActQ8, ActQ8K, BlockQ8_0, Q8_BLOCK, SUPER_BLOCK, dequantize_q8_0, quantize_q8_0};
 pub use bytes::Bytes;

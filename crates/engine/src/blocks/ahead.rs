@@ -5,7 +5,7 @@
 //! says is certain. Either only decides what is read early, and changes no result.
 
 use cadre_kernels::MatmulScratch;
-use cadre_routing::Routing;
+use cadre_routing::{Routing, RoutingError};
 use cadre_store::Look;
 
 use super::experts::Turn;
@@ -13,6 +13,7 @@ use super::lossy::LossyScratch;
 use super::pick::SteerScratch;
 use super::{Experts, Moe, MoeScratch, Norm, Router, RouterScratch, Step};
 use crate::batch::{Sequence, Span};
+use crate::model::{Observer, RoutingEvent};
 use crate::streaming::ExpertStore;
 
 /// The next layer that has experts, and the stream before this layer's.
@@ -125,6 +126,42 @@ pub(crate) fn foresee<'m>(
         }
         ahead.spans = spans;
     }
+}
+
+/// Tells `observer` what `moe` will pick for the rows of `step`, by logits that a router has made before the layers.
+pub(crate) fn tell(
+    step: Step<'_>,
+    moe: &Moe,
+    scratch: &mut MoeScratch,
+    observer: &mut dyn Observer,
+) -> Result<(), RoutingError> {
+    let Router::Foretold(part) = &moe.router else {
+        return Ok(());
+    };
+    let (ahead, n) = (&mut scratch.ahead, part.n_logits);
+    ahead.logits.resize(step.n_rows() * n, 0.0);
+    part.copy(&scratch.router, 0..step.n_rows(), &mut ahead.logits);
+    moe.pick(step, &ahead.logits, (&mut ahead.routing, &mut ahead.steer))?;
+    for (sequence, span) in step
+        .spans
+        .iter()
+        .enumerate()
+        .filter(|(_, span)| span.n_rows > 0)
+    {
+        let mut routing = Routing::new();
+        for (experts, weights) in (span.first_row..span.end()).map(|row| ahead.routing.token(row)) {
+            routing.push_token(experts, weights);
+        }
+        observer.routed(&RoutingEvent {
+            sequence,
+            layer: step.layer,
+            first_position: span.position,
+            logits: &ahead.logits[span.first_row * n..span.end() * n],
+            routing: &routing,
+            norms: &[],
+        });
+    }
+    Ok(())
 }
 
 impl AheadScratch {

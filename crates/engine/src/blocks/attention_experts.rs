@@ -89,9 +89,9 @@ impl AttentionExperts {
             let layer = self.cache_of(step, index);
             for (span, sequence) in step.spans.iter().zip(&mut *batch) {
                 // What is there from here on was rewound, or is of a pass that failed.
-                let held = &mut sequence.session.kv.held[layer];
-                let n_before = rank(held, span.position);
-                held.truncate(n_before);
+                let kv = &mut sequence.session.kv;
+                let n_before = kv.position_in(layer, span.position);
+                kv.held[layer].truncate(n_before);
             }
             let taken = &mut scratch.taken;
             taken.take((step, index, layer), &scratch.routing, batch);
@@ -197,7 +197,7 @@ impl Taken {
             self.spans.push(Span {
                 first_row,
                 n_rows: self.rows.len() - first_row,
-                position: rank(&sequence.session.kv.held[layer], position),
+                position: sequence.session.kv.position_in(layer, position),
                 n_ctx: span.n_ctx,
             });
         }
@@ -211,9 +211,4 @@ impl Taken {
         }
         (!self.rows.is_empty()).then_some(&*to)
     }
-}
-
-/// How many of the ascending `held` come before `position`.
-fn rank(held: &[u32], position: usize) -> usize {
-    held.partition_point(|before| (*before as usize) < position)
 }

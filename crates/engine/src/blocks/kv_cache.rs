@@ -71,8 +71,36 @@ impl KvCache {
         shape.n_layers * shape.n_experts.max(1)
     }
 
+    /// Bytes when every position is filled.
     pub(crate) fn n_bytes(&self) -> usize {
         self.layers.iter().map(LayerKv::n_bytes).sum()
+    }
+
+    /// The most bytes that `n` tokens from `position` on may take from the system. An expert of attention may get all of
+    /// them.
+    pub(crate) fn bytes_to_take(&self, position: usize, n: usize) -> usize {
+        let layers = self.layers.iter().enumerate();
+        let bytes = layers.map(|(index, layer)| {
+            let position = self.position_in(index, position);
+            layer.n_pages_to_take(position, n) * layer.page_bytes()
+        });
+        bytes.sum()
+    }
+
+    /// Gives up what holds no token before `position`.
+    pub(crate) fn release_from(&mut self, position: usize) {
+        for index in 0..self.layers.len() {
+            let position = self.position_in(index, position);
+            self.layers[index].release_from(position);
+        }
+    }
+
+    /// Where the token at `position` of the sequence is, or would be, in cache `index`.
+    pub(crate) fn position_in(&self, index: usize, position: usize) -> usize {
+        match self.held.get(index) {
+            None => position,
+            Some(held) => held.partition_point(|before| (*before as usize) < position),
+        }
     }
 }
 

@@ -21,7 +21,7 @@ mod residual;
 mod rope;
 mod router;
 
-pub(crate) use ahead::{Ahead, foresee};
+pub(crate) use ahead::{Ahead, foresee, tell};
 pub(crate) use attention::{Attention, AttentionScratch};
 pub(crate) use attention_experts::{AttentionExperts, AttentionExpertsScratch};
 pub(crate) use decoupled::{DecoupledRouter, DecoupledScratch, DecoupledShape, RouterLayer};

@@ -13,12 +13,14 @@
 
 mod compute;
 mod format;
+mod page;
 mod plan;
 mod store;
 mod tile;
 
 pub use compute::AttendScratch;
 pub use format::{KvFormat, KvFormats};
+pub use page::{KV_PAGE, KvMemory, KvPage};
 pub use store::{KvLayer, KvSizes};
 pub use tile::{Attend, Heads, HeadsMut, Span};
 

@@ -1,14 +1,8 @@
-//! Keys and values of one layer: how they are laid out, stored and found.
-//!
-//! Blocks of 64 positions, head by head. In a block keys are `[position / 16, dim, 16]` and values
-//! `[dim / 16, position, 16]`: both are panels as the kernels read them (`arch/attention`), each read front to back.
+//! Keys and values of one layer of one sequence: pages of 64 positions, taken as the sequence grows.
 
-use half::f16;
-use half::slice::HalfFloatSliceExt;
-
-use super::{KvFormat, KvFormats};
-use crate::arch::attention::{KEY_BLOCK, PANEL, Panels, SCALE_GROUP};
-use crate::blocks::ActQ8;
+use super::KvFormats;
+use super::page::{KV_PAGE, KvMemory, KvPage};
+use crate::arch::attention::Panels;
 use crate::table::Kernels;
 
 /// Sizes of what a layer stores per position.
@@ -27,49 +21,29 @@ pub struct KvSizes {
 pub struct KvLayer {
     kernels: Kernels,
     sizes: KvSizes,
+    formats: KvFormats,
     n_positions: usize,
-    /// Per head. Position `p` is in block `p / 64`, modulo this.
-    n_blocks: usize,
-    keys: Plane,
-    values: Plane,
-}
-
-/// Keys, or values, of all heads and blocks.
-#[derive(Debug)]
-struct Plane {
-    data: Data,
-    /// Numbers of a head's block, and its scales where the format has any.
-    block: usize,
-    block_scales: usize,
-}
-
-/// Half-precision numbers as their bits, which the system can hand out as untouched zeros.
-#[derive(Debug)]
-enum Data {
-    F32(Vec<f32>),
-    F16(Vec<u16>),
-    Q8 { quants: Vec<i8>, scales: Vec<u16> },
+    /// Position `p` is in page `p / 64`; `None` until something is stored there.
+    pages: Vec<Option<KvPage>>,
+    memory: KvMemory,
 }
 
 impl KvLayer {
-    /// Room for `n_positions`. The memory is zeros that the system hands out page by page as the context fills.
+    /// Room for `n_positions`. A page is taken from the system when something is first stored in it.
     pub fn new(kernels: Kernels, sizes: KvSizes, formats: KvFormats, n_positions: usize) -> Self {
-        let n_blocks = n_positions.div_ceil(KEY_BLOCK);
-        let n_all = sizes.n_heads * n_blocks;
-        let groups = |width: usize| width.div_ceil(SCALE_GROUP);
         Self {
             kernels,
             sizes,
+            formats,
             n_positions,
-            n_blocks,
-            keys: Plane::new(formats.keys, n_all, sizes.key_dim, groups(sizes.key_dim)),
-            values: Plane::new(
-                formats.values,
-                n_all,
-                sizes.value_dim.next_multiple_of(PANEL),
-                groups(sizes.value_dim),
-            ),
+            pages: vec![None; n_positions.div_ceil(KV_PAGE)],
+            memory: KvMemory::default(),
         }
+    }
+
+    /// Counts pages that are taken from now on in `memory`.
+    pub fn count_in(&mut self, memory: &KvMemory) {
+        self.memory = memory.clone();
     }
 
     /// What is stored per position.
@@ -84,15 +58,51 @@ impl KvLayer {
 
     /// The formats of keys and values.
     pub fn formats(&self) -> KvFormats {
-        KvFormats {
-            keys: self.keys.format(),
-            values: self.values.format(),
-        }
+        self.formats
     }
 
-    /// Bytes of the memory.
+    /// Bytes of one page.
+    pub fn page_bytes(&self) -> usize {
+        KvPage::bytes_of(self.sizes, self.formats)
+    }
+
+    /// Bytes when every position has been stored.
     pub fn n_bytes(&self) -> usize {
-        self.keys.n_bytes() + self.values.n_bytes()
+        self.pages.len() * self.page_bytes()
+    }
+
+    /// The page of positions `64 * index` to `64 * index + 63`, if something was stored there.
+    pub fn page(&self, index: usize) -> Option<&KvPage> {
+        self.pages.get(index)?.as_ref()
+    }
+
+    /// Puts a page in place of another.
+    ///
+    /// # Panics
+    /// When there is no such place, or the page is of other sizes or formats.
+    pub fn set_page(&mut self, index: usize, page: KvPage) {
+        assert!(
+            page.sizes() == self.sizes && page.formats() == self.formats,
+            "a page of {:?} for a cache of {:?}",
+            page.sizes(),
+            self.sizes
+        );
+        self.pages[index] = Some(page);
+    }
+
+    /// Gives up the pages that hold nothing before `position`.
+    pub fn release_from(&mut self, position: usize) {
+        let first = position.div_ceil(KV_PAGE).min(self.pages.len());
+        self.pages[first..].fill(None);
+    }
+
+    /// Pages that storing `n` positions from `position` on would take from the system: those that are missing, and
+    /// those that others hold, too.
+    pub fn n_pages_to_take(&self, position: usize, n: usize) -> usize {
+        let to = (position + n).min(self.n_positions).div_ceil(KV_PAGE);
+        let from = (position / KV_PAGE).min(to);
+        let is_own = |page: &&Option<KvPage>| page.as_ref().is_some_and(|page| !page.is_shared());
+        to - from - self.pages[from..to].iter().filter(is_own).count()
     }
 
     /// Stores the key and value of `head` at `position`.
@@ -112,151 +122,105 @@ impl KvLayer {
         );
         assert_eq!(key.len(), key_dim, "a key of the cache's width");
         assert_eq!(value.len(), value_dim, "a value of the cache's width");
-        let block = self.block(head, position);
-        let (at, n_groups) = (position % KEY_BLOCK, key_dim.div_ceil(SCALE_GROUP));
-        let (panel, lane) = (at / PANEL, at % PANEL);
-        let kernels = self.kernels;
-        self.keys.write(
-            kernels,
-            block,
-            key,
-            &Places {
-                number: |dim| (panel * key_dim + dim) * PANEL + lane,
-                scale: |group| (panel * n_groups + group) * PANEL + lane,
-            },
-        );
-        self.values.write(
-            kernels,
-            block,
-            value,
-            &Places {
-                number: |dim| (dim / PANEL * KEY_BLOCK + at) * PANEL + dim % PANEL,
-                scale: |group| group * KEY_BLOCK + at,
-            },
-        );
+        let (sizes, formats, memory) = (self.sizes, self.formats, &self.memory);
+        let page = self.pages[position / KV_PAGE]
+            .get_or_insert_with(|| KvPage::new(sizes, formats, memory));
+        page.store(self.kernels, (head, position % KV_PAGE), key, value);
     }
 
-    /// Index of the block of `head` that holds `position`.
-    fn block(&self, head: usize, position: usize) -> usize {
-        head * self.n_blocks + position / KEY_BLOCK % self.n_blocks
-    }
-
-    /// Panels of keys of the block of `head` that `position` is in: four of `key_dim` steps.
+    /// Panels of keys of the page that `position` is in: four of `key_dim` steps.
     pub(super) fn key_panels(&self, head: usize, position: usize) -> Panels {
-        self.keys
-            .panels(self.block(head, position), self.sizes.key_dim)
+        self.stored(position).key_panels(head)
     }
 
-    /// Panels of values of the same block: one of 64 steps per 16 dimensions.
+    /// Panels of values of the same page: one of 64 steps per 16 dimensions.
     pub(super) fn value_panels(&self, head: usize, position: usize) -> Panels {
-        self.values.panels(self.block(head, position), KEY_BLOCK)
+        self.stored(position).value_panels(head)
+    }
+
+    fn stored(&self, position: usize) -> &KvPage {
+        let page = self.pages[position / KV_PAGE].as_ref();
+        page.expect("what a token sees was stored before")
     }
 }
 
-/// Where the numbers and scales of a row are in a block.
-struct Places<N: Fn(usize) -> usize, S: Fn(usize) -> usize> {
-    number: N,
-    scale: S,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::KvFormat;
 
-impl Plane {
-    fn new(format: KvFormat, n_blocks: usize, width: usize, n_groups: usize) -> Self {
-        let (block, block_scales) = (KEY_BLOCK * width, KEY_BLOCK * n_groups);
-        let data = match format {
-            KvFormat::F32 => Data::F32(vec![0.0; n_blocks * block]),
-            KvFormat::F16 => Data::F16(vec![0; n_blocks * block]),
-            KvFormat::Q8_0 => Data::Q8 {
-                quants: vec![0; n_blocks * block],
-                scales: vec![0; n_blocks * block_scales],
-            },
+    const SIZES: KvSizes = KvSizes {
+        n_heads: 2,
+        key_dim: 48,
+        value_dim: 20,
+    };
+
+    fn layer(format: KvFormat, memory: &KvMemory) -> KvLayer {
+        let formats = KvFormats {
+            keys: format,
+            values: format,
         };
-        Self {
-            data,
-            block,
-            block_scales,
-        }
+        let mut layer = KvLayer::new(Kernels::detect(), SIZES, formats, 200);
+        layer.count_in(memory);
+        layer
     }
 
-    fn format(&self) -> KvFormat {
-        match &self.data {
-            Data::F32(_) => KvFormat::F32,
-            Data::F16(_) => KvFormat::F16,
-            Data::Q8 { .. } => KvFormat::Q8_0,
-        }
-    }
-
-    fn n_bytes(&self) -> usize {
-        match &self.data {
-            Data::F32(values) => size_of_val(values.as_slice()),
-            Data::F16(bits) => size_of_val(bits.as_slice()),
-            Data::Q8 { quants, scales } => quants.len() + size_of_val(scales.as_slice()),
-        }
-    }
-
-    fn panels(&self, block: usize, n_steps: usize) -> Panels {
-        let scales = block * self.block_scales;
-        let block = block * self.block..(block + 1) * self.block;
-        match &self.data {
-            Data::F32(values) => Panels {
-                data: values[block].as_ptr().cast(),
-                scales: std::ptr::null(),
-                n_steps,
-            },
-            Data::F16(bits) => Panels {
-                data: bits[block].as_ptr().cast(),
-                scales: std::ptr::null(),
-                n_steps,
-            },
-            Data::Q8 {
-                quants,
-                scales: all,
-            } => Panels {
-                data: quants[block].as_ptr().cast(),
-                scales: all[scales..][..self.block_scales].as_ptr(),
-                n_steps,
-            },
-        }
-    }
-
-    fn write<N: Fn(usize) -> usize, S: Fn(usize) -> usize>(
-        &mut self,
-        kernels: Kernels,
-        block: usize,
-        row: &[f32],
-        places: &Places<N, S>,
-    ) {
-        let from = block * self.block;
-        match &mut self.data {
-            Data::F32(values) => {
-                let values = &mut values[from..][..self.block];
-                for (dim, value) in row.iter().enumerate() {
-                    values[(places.number)(dim)] = *value;
-                }
-            }
-            Data::F16(bits) => {
-                let bits = &mut bits[from..][..self.block];
-                for (group, values) in row.chunks(SCALE_GROUP).enumerate() {
-                    let mut halves = [f16::ZERO; SCALE_GROUP];
-                    halves[..values.len()].convert_from_f32_slice(values);
-                    for (at, half) in halves[..values.len()].iter().enumerate() {
-                        bits[(places.number)(group * SCALE_GROUP + at)] = half.to_bits();
-                    }
-                }
-            }
-            Data::Q8 { quants, scales } => {
-                let quants = &mut quants[from..][..self.block];
-                let scales = &mut scales[block * self.block_scales..][..self.block_scales];
-                for (group, values) in row.chunks(SCALE_GROUP).enumerate() {
-                    let (mut padded, mut act) = ([0.0; SCALE_GROUP], [ActQ8::ZERO]);
-                    padded[..values.len()].copy_from_slice(values);
-                    kernels.quantize_act(&padded, &mut act);
-                    // Already rounded through f16; NaN where a number was not finite, so that the output says so.
-                    scales[(places.scale)(group)] = f16::from_f32(act[0].d).to_bits();
-                    for (at, quant) in act[0].qs[..values.len()].iter().enumerate() {
-                        quants[(places.number)(group * SCALE_GROUP + at)] = *quant;
-                    }
-                }
+    fn fill(layer: &mut KvLayer, positions: std::ops::Range<usize>, number: f32) {
+        for position in positions {
+            for head in 0..SIZES.n_heads {
+                layer.store(head, position, &[number; 48], &[number; 20]);
             }
         }
+    }
+
+    #[test]
+    fn pages_are_taken_when_they_are_needed_and_counted_once() {
+        for format in KvFormat::ALL {
+            let memory = KvMemory::default();
+            let (mut one, mut other) = (layer(format, &memory), layer(format, &memory));
+            let page = one.page_bytes();
+            assert_eq!((one.n_bytes(), memory.n_bytes()), (4 * page, 0));
+            assert_eq!(one.n_pages_to_take(0, 65), 2);
+            fill(&mut one, 0..65, 1.0);
+            assert_eq!(memory.n_bytes(), 2 * page);
+            assert_eq!(one.page(0).unwrap().n_bytes(), page);
+            assert_eq!(
+                (one.n_pages_to_take(65, 63), one.n_pages_to_take(65, 64)),
+                (0, 1)
+            );
+            other.set_page(0, one.page(0).unwrap().clone());
+            assert_eq!(memory.n_bytes(), 2 * page);
+            // The last page ends with the cache.
+            assert_eq!(other.n_pages_to_take(64, 1000), 3);
+            one.release_from(64);
+            assert_eq!(memory.n_bytes(), page);
+            drop(one);
+            assert_eq!(memory.n_bytes(), page, "the other one holds it");
+            drop(other);
+            assert_eq!(memory.n_bytes(), 0);
+        }
+    }
+
+    #[test]
+    fn a_page_that_others_hold_is_copied_before_it_is_written_to() {
+        let memory = KvMemory::default();
+        let (mut one, mut other) = (layer(KvFormat::F32, &memory), layer(KvFormat::F32, &memory));
+        fill(&mut one, 0..64, 1.0);
+        other.set_page(0, one.page(0).unwrap().clone());
+        assert_eq!(other.n_pages_to_take(10, 5), 1);
+        fill(&mut other, 10..15, 2.0);
+        assert_eq!(other.n_pages_to_take(10, 5), 0);
+        assert_eq!(memory.n_bytes(), 2 * one.page_bytes());
+        let key = |layer: &KvLayer, position: usize| {
+            let panels = layer.key_panels(1, position);
+            // SAFETY: a page has four panels of 48 steps of 16 numbers.
+            let keys = unsafe { std::slice::from_raw_parts(panels.data.cast::<f32>(), 64 * 48) };
+            keys[position % 64 / 16 * 48 * 16 + position % 16]
+        };
+        assert_eq!([key(&one, 9), key(&one, 10), key(&one, 14)], [1.0; 3]);
+        assert_eq!(
+            [key(&other, 9), key(&other, 10), key(&other, 15)],
+            [1.0, 2.0, 1.0]
+        );
     }
 }
