@@ -1,12 +1,12 @@
 //! Flags that change the choice of experts, per layer and expert, and the file that says the same.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use cadre_checkpoint::Checkpoint;
 use cadre_engine::Steering;
 use cadre_reshape::{read_plan, shape_of};
-use cadre_routing::steer::{Experts, Numbers};
+use cadre_routing::steer::{Experts, Layers, Numbers};
 
 use crate::failure::Failure;
 
@@ -37,16 +37,24 @@ pub(crate) struct SteerArgs {
     /// Leave out these experts when they are picked; nothing takes their places.
     #[arg(long, value_name = "LAYERS:EXPERTS")]
     mute_experts: Vec<Experts>,
+    /// Take this part of the weight of these experts away when they are picked, as in `3:5=0.5`, and give it to the other picks;
+    /// 1 is what --mute-experts does.
+    #[arg(long, value_name = "LAYERS:EXPERT=D")]
+    damp_experts: Vec<Numbers>,
     /// Add this to the router logits that experts are ranked by, as in `3:5=1.5,7=-2`; weights stay what they are.
     #[arg(long, value_name = "LAYERS:EXPERT=B")]
     bias_experts: Vec<Numbers>,
     /// Multiply the weights of these experts when they are picked, as in `3:5=0.5`; 0 leaves them out.
     #[arg(long, value_name = "LAYERS:EXPERT=G")]
     gain_experts: Vec<Numbers>,
-    /// JSON file with any of top_k, top_p, ranks, min_weight, min_experts, mask, force, mute, bias and gain. Flags add to
+    /// JSON file with any of top_k, top_p, ranks, min_weight, min_experts, mask, force, mute, damp, bias and gain. Flags add to
     /// what it says of experts, and replace its numbers.
     #[arg(long, value_name = "FILE")]
     steer: Option<PathBuf>,
+    /// How much of what the file of --steer says: biases, dampings, and what gains differ from 1 by are multiplied by it, and
+    /// what is muted is damped by it.
+    #[arg(long, value_name = "S", requires = "steer")]
+    steer_scale: Option<f32>,
     /// Never pick the experts that this plan of `cadre plan prune` drops: what `cadre apply` would make, without writing it.
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
@@ -60,45 +68,17 @@ impl SteerArgs {
 
     /// What a plan for `checkpoint` leaves out.
     fn planned(&self, checkpoint: &Checkpoint) -> Result<Steering> {
-        let Some(path) = &self.plan else {
-            return Ok(Steering::default());
-        };
-        let plan = read_plan(path)?;
-        plan.check(&shape_of(checkpoint))?;
-        if plan.merges() {
-            let text = format!("{} merges experts, which needs new weights", path.display());
-            let hint = "write the model with `cadre apply`";
-            return Err(Failure::new(text).hint(hint).into());
+        match &self.plan {
+            None => Ok(Steering::default()),
+            Some(path) => of_plan(path, checkpoint),
         }
-        let mut mask = Experts::default();
-        for layer in &plan.layers {
-            let dropped: Vec<String> = layer.dropped().iter().map(u16::to_string).collect();
-            if !dropped.is_empty() {
-                let text = format!("{}:{}", layer.layer, dropped.join(","));
-                mask.extend(&text.parse()?);
-            }
-        }
-        Ok(Steering {
-            mask,
-            ..Steering::default()
-        })
     }
 
     /// What the file and the flags say.
     fn said(&self) -> Result<Steering> {
         let file = match &self.steer {
             None => Steering::default(),
-            Some(path) => {
-                let shown = path.display();
-                let text = std::fs::read_to_string(path)
-                    .with_context(|| format!("cannot read the steering {shown}"))?;
-                // A list would be read as the fields in order, and an empty one as nothing to do.
-                ensure!(
-                    text.trim_start().starts_with('{'),
-                    "{shown} is not a steering: expected a JSON object such as {{\"mask\": {{\"3\": [5]}}}}"
-                );
-                serde_json::from_str(&text).with_context(|| format!("{shown} is not a steering"))?
-            }
+            Some(path) => from_file(path)?.scaled(self.steer_scale.unwrap_or(1.0))?,
         };
         let mut flags = Steering {
             top_k: self.top_k_experts,
@@ -115,6 +95,7 @@ impl SteerArgs {
             more.iter().for_each(|one| all.extend(one));
         }
         for (all, more) in [
+            (&mut flags.damp, &self.damp_experts),
             (&mut flags.bias, &self.bias_experts),
             (&mut flags.gain, &self.gain_experts),
         ] {
@@ -122,6 +103,53 @@ impl SteerArgs {
         }
         Ok(file.and(&flags))
     }
+}
+
+/// A steering from a file that says one, or from a plan of experts to keep.
+pub(crate) fn read(path: &Path, checkpoint: &Checkpoint) -> Result<Steering> {
+    let text = std::fs::read_to_string(path);
+    let text = text.with_context(|| format!("cannot read {}", path.display()))?;
+    let is_plan = serde_json::from_str::<serde_json::Value>(&text)
+        .is_ok_and(|value| value.get("layers").is_some());
+    match is_plan {
+        true => of_plan(path, checkpoint),
+        false => from_file(path),
+    }
+}
+
+/// What a plan for `checkpoint` leaves out.
+fn of_plan(path: &Path, checkpoint: &Checkpoint) -> Result<Steering> {
+    let plan = read_plan(path)?;
+    plan.check(&shape_of(checkpoint))?;
+    if plan.merges() {
+        let text = format!("{} merges experts, which needs new weights", path.display());
+        let hint = "write the model with `cadre apply`";
+        return Err(Failure::new(text).hint(hint).into());
+    }
+    let mut mask = Experts::default();
+    for layer in &plan.layers {
+        let dropped = layer.dropped();
+        if !dropped.is_empty() {
+            mask.add(Layers::Range(layer.layer, layer.layer), dropped);
+        }
+    }
+    Ok(Steering {
+        mask,
+        ..Steering::default()
+    })
+}
+
+/// What a steering file says.
+pub(crate) fn from_file(path: &Path) -> Result<Steering> {
+    let shown = path.display();
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the steering {shown}"))?;
+    // A list would be read as the fields in order, and an empty one as nothing to do.
+    ensure!(
+        text.trim_start().starts_with('{'),
+        "{shown} is not a steering: expected a JSON object such as {{\"mask\": {{\"3\": [5]}}}}"
+    );
+    serde_json::from_str(&text).with_context(|| format!("{shown} is not a steering"))
 }
 
 #[cfg(test)]

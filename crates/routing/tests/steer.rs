@@ -263,6 +263,26 @@ fn muted_picks_leave_their_weight_to_the_others() {
 }
 
 #[test]
+fn damped_picks_leave_a_part_of_their_weight_to_the_others() {
+    let raw = TopK::new(4, 2, false).unwrap();
+    // Half of 0.5 stays, which is as much as the other has; together they weigh 0.75 as before.
+    assert_eq!(
+        token(&raw, r#"{"damp":{"*":{"0":0.5}}}"#),
+        (vec![0, 1], vec![0.375, 0.375])
+    );
+    assert_eq!(
+        token(&raw, r#"{"damp":{"*":{"0":0,"3":1}}}"#),
+        (vec![0, 1], vec![0.5, 0.25])
+    );
+    for (damp, mute) in [
+        (r#"{"damp":{"*":{"0":1}}}"#, r#"{"mute":{"*":[0]}}"#),
+        (r#"{"damp":{"*":{"0":1,"1":1}}}"#, r#"{"mute":{"*":[0,1]}}"#),
+    ] {
+        assert_eq!(token(&raw, damp), token(&raw, mute));
+    }
+}
+
+#[test]
 fn gains_multiply_what_is_picked() {
     let raw = TopK::new(4, 2, false).unwrap();
     assert_eq!(

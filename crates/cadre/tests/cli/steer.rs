@@ -77,6 +77,43 @@ fn flags_and_the_file_do_the_same_and_outputs_say_so() {
 }
 
 #[test]
+fn a_file_may_be_followed_in_part() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("steer.json");
+    let tiny = tiny();
+    let command = [&LOGITS[..], &["-m", arg(tiny.path())]].concat();
+    std::fs::write(&file, r#"{"mute":{"*":[1,2]},"bias":{"1":{"3":4}}}"#).unwrap();
+    let scaled = |scale: &str| {
+        let flags = ["--steer", arg(&file), "--steer-scale", scale];
+        json(&[&command, &flags[..]].concat())
+    };
+    let half = scaled("0.25");
+    let flags = [
+        "--damp-experts",
+        "*:1=0.25,2=0.25",
+        "--bias-experts",
+        "1:3=1",
+    ];
+    let by_flags = json(&[&command, &flags[..]].concat());
+    assert_eq!(half, by_flags);
+    assert_eq!(
+        half["lossy"],
+        "damp-experts=*:1=0.25,2=0.25 bias-experts=1:3=1"
+    );
+    assert_eq!(scaled("0"), json(&command));
+    assert_eq!(
+        scaled("1"),
+        json(&[&command, &["--steer", arg(&file)][..]].concat())
+    );
+    let flags = ["--steer", arg(&file), "--steer-scale", "2"];
+    let (code, errors) = failure(&[&command, &flags[..]].concat());
+    assert!(
+        code == 1 && errors.contains("at most 1 where one is muted"),
+        "{errors}"
+    );
+}
+
+#[test]
 fn every_command_with_a_model_can_be_steered() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("data.txt");

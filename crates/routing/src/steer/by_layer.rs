@@ -226,6 +226,18 @@ impl Numbers {
         }
     }
 
+    /// The same experts with what `change` makes of their numbers.
+    #[must_use]
+    pub fn map(&self, change: impl Fn(f32) -> f32) -> Self {
+        let mut all = self.clone();
+        for (_, numbers) in &mut all.0.0 {
+            for (_, number) in &mut numbers.0 {
+                *number = change(*number);
+            }
+        }
+        all
+    }
+
     /// The entries, in the order in which they were given.
     pub fn iter(&self) -> impl Iterator<Item = (Layers, &[(u16, f32)])> {
         let entries = self.0.0.iter();

@@ -17,7 +17,8 @@
 //!    of its own while there are fewer than the token may get. Forcing what is picked anyway changes nothing.
 //! 6. Weights are what the policy's rule makes of the picks.
 //! 7. `min_weight` leaves out picks, and the rule weighs those that stay.
-//! 8. **mute** leaves out picks, and the others are scaled to the sum that there was; nothing takes their place.
+//! 8. **mute** leaves out picks, and the others are scaled to the sum that there was; nothing takes their place. **damp** does
+//!    so in part: it takes that part of a pick's weight, and all are scaled to the sum that there was; 1 is mute.
 //!    **gain** multiplies weights; 0 leaves the pick out. With all of its picks left out a token gets what shared experts
 //!    give it, and no more.
 //!
@@ -28,6 +29,7 @@
 pub mod by_layer;
 mod error;
 mod row;
+mod scale;
 
 use std::fmt;
 
@@ -70,6 +72,9 @@ pub struct Steering {
     /// Experts that are left out when they are picked.
     #[serde(skip_serializing_if = "Experts::is_empty")]
     pub mute: Experts,
+    /// What part of the weight of picks is taken away, 0 to 1; nothing to 1 as muting does it.
+    #[serde(skip_serializing_if = "Numbers::is_empty")]
+    pub damp: Numbers,
     /// What is added to the logits that experts are ranked by.
     #[serde(skip_serializing_if = "Numbers::is_empty")]
     pub bias: Numbers,
@@ -106,6 +111,7 @@ impl Steering {
             mask,
             force,
             mute,
+            damp,
             bias,
             gain,
         } = self;
@@ -115,7 +121,7 @@ impl Steering {
             && min_weight.is_none()
             && min_experts.is_none()
             && [mask, force, mute].iter().all(|one| one.is_empty())
-            && [bias, gain].iter().all(|one| one.is_empty())
+            && [damp, bias, gain].iter().all(|one| one.is_empty())
     }
 
     /// What this and `other` say together; a number of picks that `other` gives replaces this one's.
@@ -129,6 +135,7 @@ impl Steering {
         self.mask.extend(&other.mask);
         self.force.extend(&other.force);
         self.mute.extend(&other.mute);
+        self.damp.extend(&other.damp);
         self.bias.extend(&other.bias);
         self.gain.extend(&other.gain);
         self
@@ -184,7 +191,8 @@ impl Steering {
 
     fn gather_numbers(&self, rules: &mut [LayerRules<'_>]) -> Result<(), SteerError> {
         type Set = fn(&mut Rules, usize, f32) -> bool;
-        let all: [(&'static str, &Numbers, Set); 2] = [
+        let all: [(&'static str, &Numbers, Set); 3] = [
+            ("damp", &self.damp, Rules::damp),
             ("bias", &self.bias, Rules::bias),
             ("gain", &self.gain, Rules::gain),
         ];
@@ -192,7 +200,7 @@ impl Steering {
             for (layers, numbers) in numbers.iter() {
                 for one in about(name, layers, rules)? {
                     for (expert, number) in numbers {
-                        finite(name, *number)?;
+                        check_number(name, *number)?;
                         let at = known(name, one, *expert)?;
                         if !set(&mut one.2, at, *number) {
                             return Err(SteerError::Contradiction {
@@ -331,15 +339,19 @@ fn known(
     })
 }
 
-fn finite(option: &'static str, number: f32) -> Result<(), SteerError> {
-    if number.is_finite() {
-        return Ok(());
+fn check_number(option: &'static str, number: f32) -> Result<(), SteerError> {
+    let (is_good, expected) = match option {
+        "damp" => ((0.0..=1.0).contains(&number), "0 to 1"),
+        _ => (number.is_finite(), "a finite number"),
+    };
+    match is_good {
+        true => Ok(()),
+        false => Err(SteerError::BadValue {
+            option,
+            value: number.to_string(),
+            expected: expected.to_owned(),
+        }),
     }
-    Err(SteerError::BadValue {
-        option,
-        value: number.to_string(),
-        expected: "a finite number".to_owned(),
-    })
 }
 
 /// `no`, or the rules as flags name them, as in `top-k-experts=4 mask-experts=3:5,7`.
@@ -368,7 +380,11 @@ impl fmt::Display for Steering {
                 rules.push(format!("{name}-experts={experts}"));
             }
         }
-        for (name, numbers) in [("bias", &self.bias), ("gain", &self.gain)] {
+        for (name, numbers) in [
+            ("damp", &self.damp),
+            ("bias", &self.bias),
+            ("gain", &self.gain),
+        ] {
             if !numbers.is_empty() {
                 rules.push(format!("{name}-experts={numbers}"));
             }
@@ -460,6 +476,7 @@ mod tests {
                 r#"{"bias":{"*":{"3":1},"2":{"3":2}}}"#,
                 "bias: expert 3 of layer 2 has two numbers",
             ),
+            (r#"{"damp":{"1":{"3":1.5}}}"#, "damp = 1.5: expected 0 to 1"),
             (r#"{"top_k":0}"#, "top_k = 0: expected 1 to 8"),
             (r#"{"top_k":9}"#, "top_k = 9"),
             (r#"{"top_p":1.5}"#, "top_p = 1.5: expected 0 to 1"),

@@ -20,6 +20,7 @@ pub(super) struct Rules {
     is_masked: Vec<bool>,
     is_forced: Vec<bool>,
     is_muted: Vec<bool>,
+    damp: Vec<Option<f32>>,
     bias: Vec<Option<f32>>,
     gain: Vec<Option<f32>>,
 }
@@ -29,6 +30,13 @@ fn set<T: Clone>(all: &mut Vec<T>, n: usize, (at, value): (usize, T), rest: T) {
         all.resize(n, rest);
     }
     all[at] = value;
+}
+
+/// Gives an expert a number; whether it had none.
+fn first(all: &mut Vec<Option<f32>>, n: usize, (at, number): (usize, f32)) -> bool {
+    let is_first = !matches!(all.get(at), Some(Some(_)));
+    set(all, n, (at, Some(number)), None);
+    is_first
 }
 
 fn count(flags: &[bool]) -> usize {
@@ -52,6 +60,7 @@ impl Rules {
             is_masked: Vec::new(),
             is_forced: Vec::new(),
             is_muted: Vec::new(),
+            damp: Vec::new(),
             bias: Vec::new(),
             gain: Vec::new(),
         }
@@ -70,17 +79,18 @@ impl Rules {
     }
 
     /// Whether the expert had none.
+    pub(super) fn damp(&mut self, expert: usize, part: f32) -> bool {
+        first(&mut self.damp, self.n_experts, (expert, part))
+    }
+
+    /// Whether the expert had none.
     pub(super) fn bias(&mut self, expert: usize, bias: f32) -> bool {
-        let is_first = !matches!(self.bias.get(expert), Some(Some(_)));
-        set(&mut self.bias, self.n_experts, (expert, Some(bias)), None);
-        is_first
+        first(&mut self.bias, self.n_experts, (expert, bias))
     }
 
     /// Whether the expert had none.
     pub(super) fn gain(&mut self, expert: usize, gain: f32) -> bool {
-        let is_first = !matches!(self.gain.get(expert), Some(Some(_)));
-        set(&mut self.gain, self.n_experts, (expert, Some(gain)), None);
-        is_first
+        first(&mut self.gain, self.n_experts, (expert, gain))
     }
 
     /// Checks the rules of `layer` against each other; `None` when there are none.
@@ -127,14 +137,18 @@ impl Rules {
             && [&self.is_masked, &self.is_forced, &self.is_muted]
                 .iter()
                 .all(|flags| flags.is_empty())
-            && [&self.bias, &self.gain].iter().all(|one| one.is_empty());
+            && [&self.damp, &self.bias, &self.gain]
+                .iter()
+                .all(|one| one.is_empty());
         let or = |numbers: &[Option<f32>], none: f32| -> Vec<f32> {
             numbers.iter().map(|one| one.unwrap_or(none)).collect()
         };
         Ok((!is_none).then(|| SteeredLayer {
+            damp: or(&self.damp, 0.0),
             bias: or(&self.bias, 0.0),
             gain: or(&self.gain, 1.0),
             rules: Self {
+                damp: Vec::new(),
                 bias: Vec::new(),
                 gain: Vec::new(),
                 ..self
@@ -148,6 +162,7 @@ impl Rules {
 pub struct SteeredLayer {
     rules: Rules,
     /// `[n_experts]`, or empty where none has one.
+    damp: Vec<f32>,
     bias: Vec<f32>,
     gain: Vec<f32>,
 }
@@ -326,9 +341,17 @@ impl SteeredLayer {
                 weigh(ids, weights);
             }
         }
-        if ids.iter().any(|id| has(&self.rules.is_muted, *id)) {
+        // What is left of a pick's weight.
+        let left = |id: u16| match has(&self.rules.is_muted, id) {
+            true => 0.0,
+            false => 1.0 - self.damp.get(usize::from(id)).unwrap_or(&0.0),
+        };
+        if ids.iter().any(|id| left(*id) < 1.0) {
             let whole: f32 = weights.iter().sum();
-            leave_out(ids, weights, |id| has(&self.rules.is_muted, id));
+            leave_out(ids, weights, |id| left(id) == 0.0);
+            for (id, weight) in ids.iter().zip(weights.iter_mut()) {
+                *weight *= left(*id);
+            }
             let factor = whole / weights.iter().sum::<f32>();
             if factor.is_finite() {
                 weights.iter_mut().for_each(|weight| *weight *= factor);
