@@ -6,6 +6,7 @@ use std::sync::Arc;
 use cadre_checkpoint::{Checkpoint, Conversion, ConvertTo, Mixer, NewExpert, NewExperts};
 use cadre_routing::plan::{Groups, ModelShape, Plan, PlanExpert};
 
+use crate::bake::Gains;
 use crate::error::{ReshapeError, Result};
 use crate::file::plan_json;
 use crate::mix::Averages;
@@ -25,6 +26,16 @@ pub struct Applying {
 /// # Errors
 /// The plan does not fit the model, or the model's files have no place for what it says; nothing has been written then.
 pub fn apply<'a>(source: &'a Checkpoint, plan: &Plan, options: Applying) -> Result<Conversion<'a>> {
+    apply_with(source, plan, &Gains::default(), options)
+}
+
+/// As [`apply`], with experts made louder or quieter.
+pub(crate) fn apply_with<'a>(
+    source: &'a Checkpoint,
+    plan: &Plan,
+    gains: &Gains,
+    options: Applying,
+) -> Result<Conversion<'a>> {
     let shape = shape_of(source);
     if shape.layers.is_empty() {
         return Err(ReshapeError::Option {
@@ -33,11 +44,11 @@ pub fn apply<'a>(source: &'a Checkpoint, plan: &Plan, options: Applying) -> Resu
         });
     }
     plan.check(&shape)?;
-    let experts = new_experts(plan, &shape, options.pad);
+    let experts = new_experts(plan, &shape, gains, options.pad);
     // An unfinished output of another plan may have the same headers.
-    let settings = match plan.is_identity() {
+    let settings = match plan.is_identity() && gains.is_empty() {
         true => String::new(),
-        false => plan_json(plan),
+        false => format!("{}{gains}", plan_json(plan)),
     };
     Ok(Conversion::with_experts(
         source,
@@ -81,22 +92,30 @@ fn most(plan: &Plan) -> usize {
     counts.max().unwrap_or(0)
 }
 
-/// The plan in the words of the checkpoint's writer.
-fn new_experts(plan: &Plan, shape: &ModelShape, pad: bool) -> NewExperts {
+/// The plan in the words of the checkpoint's writer. Plans that merge have no gains.
+fn new_experts(plan: &Plan, shape: &ModelShape, gains: &Gains, pad: bool) -> NewExperts {
     let most = most(plan);
     let layers = plan.layers.iter().map(|layer| {
-        let experts: Vec<NewExpert> = layer.experts.iter().map(new_expert).collect();
+        let expert = |one| match new_expert(one) {
+            NewExpert::Kept(id) if gains.has(layer.layer, id) => NewExpert::Mixed(id),
+            other => other,
+        };
+        let experts: Vec<NewExpert> = layer.experts.iter().map(expert).collect();
         match pad {
             true => filled(&experts, most, shape.groups, &NewExpert::Never),
             false => experts,
         }
     });
-    let layers = layers.collect();
-    let mixer = plan.merges().then(|| Arc::new(Averages::new(plan.clone())));
-    NewExperts {
-        layers,
-        mixer: mixer.map(|mixer| -> Arc<dyn Mixer> { mixer }),
-    }
+    let layers: Vec<Vec<NewExpert>> = layers.collect();
+    let mixer: Option<Arc<dyn Mixer>> = match (plan.merges(), gains.is_empty()) {
+        (true, _) => Some(Arc::new(Averages::new(plan.clone()))),
+        (false, true) => None,
+        (false, false) => {
+            let numbers = plan.layers.iter().map(|layer| layer.layer);
+            Some(Arc::new(gains.of_places(numbers.zip(&layers))))
+        }
+    };
+    NewExperts { layers, mixer }
 }
 
 fn new_expert(expert: &PlanExpert) -> NewExpert {

@@ -26,6 +26,14 @@ pub enum ReshapeError {
     /// The plan does not fit the model.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// A checkpoint has no place for what a steering says.
+    #[error("`{rule}` of the steering cannot be written into a checkpoint: {problem}")]
+    NotBaked {
+        /// The rule.
+        rule: &'static str,
+        /// Why, and what to do.
+        problem: String,
+    },
     /// The plan file cannot be read.
     #[error("cannot read the plan {}", path.display())]
     Io {

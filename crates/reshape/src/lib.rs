@@ -8,12 +8,14 @@
 //! - [`prune()`] and [`merge()`] are pure functions from usage to a [`Plan`](cadre_routing::plan::Plan).
 //! - [`read_plan`] and [`plan_json`] are the plan as a file.
 //! - [`apply()`] plans the output: a folder stays a folder, a GGUF file a GGUF file, and what is kept is copied byte for byte.
+//! - [`bake()`] writes a steering into a checkpoint, as far as a checkpoint can say it.
 //! - [`measure()`] runs both models over text, and a [`Report`] says what the plan cost.
 #![forbid(unsafe_code)]
 
 mod align;
 mod apply;
 mod assignment;
+mod bake;
 mod cluster;
 mod error;
 mod file;
@@ -28,6 +30,7 @@ mod show;
 mod usage;
 
 pub use apply::{Applying, LayerSources, Sources, apply, sources};
+pub use bake::{Baked, bake};
 pub use error::{ReshapeError, Result};
 pub use file::{parse_plan, plan_json, read_plan};
 pub use plans::{MergeMethod, MergeOptions, Method, PruneOptions, Similarity, merge, prune};

@@ -93,11 +93,11 @@ impl Mixer for Averages {
     }
 }
 
-fn name(layer: usize, expert: u16, part: &str) -> String {
+pub(crate) fn name(layer: usize, expert: u16, part: &str) -> String {
     format!("model.layers.{layer}.mlp.experts.{expert}.{part}")
 }
 
-fn tensor(source: &Checkpoint, name: &str) -> Result<Vec<f32>, CheckpointError> {
+pub(crate) fn tensor(source: &Checkpoint, name: &str) -> Result<Vec<f32>, CheckpointError> {
     let view = source.tensor(name)?;
     let values = view.to_f32();
     source.release(&view.bytes);

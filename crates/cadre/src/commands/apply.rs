@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use cadre_checkpoint::{Checkpoint, Conversion, tensor_specs};
+use cadre_engine::Steering;
 use cadre_engine::eval::Document;
-use cadre_reshape::{Applying, Report, apply, read_plan, shape_of, sources};
+use cadre_reshape::{Applying, Baked, Report, apply, bake, read_plan, shape_of, sources};
 use cadre_routing::plan::Plan;
 
 use super::apply_quality::{QualityArgs, Staged};
@@ -14,6 +15,7 @@ use crate::commands::convert;
 use crate::failure::Failure;
 use crate::model::CheckpointArg;
 use crate::output::{Out, bytes};
+use crate::steer::from_file;
 
 /// Arguments of `cadre apply`.
 #[derive(Debug, clap::Args)]
@@ -21,8 +23,15 @@ pub(crate) struct Args {
     #[command(flatten)]
     checkpoint: CheckpointArg,
     /// The plan, made by `cadre plan`; it may have been edited.
-    #[arg(long, value_name = "FILE")]
-    plan: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "steer")]
+    plan: Option<PathBuf>,
+    /// A steering, as --steer of other commands reads it, to write into the model: masked experts are left out, and gains become part of
+    /// the weights. What looks at each token (mute, bias, force, numbers of picks) is refused.
+    #[arg(long, value_name = "FILE", conflicts_with = "plan")]
+    steer: Option<PathBuf>,
+    /// How much of the steering, see --steer-scale of `cadre run`.
+    #[arg(long, value_name = "S", requires = "steer")]
+    steer_scale: Option<f32>,
     /// What to write: of a GGUF file a file whose name ends in .gguf, of a folder a folder. It must not exist. When
     /// interrupted, the same command goes on.
     #[arg(short, long, value_name = "PATH")]
@@ -47,13 +56,23 @@ struct Work<'a> {
 
 /// Checks the plan, writes, opens what was written, and measures it if that is asked for.
 pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
-    let plan = read_plan(&args.plan)?;
+    let plan = args.plan.as_deref().map(read_plan).transpose()?;
+    let steering = match &args.steer {
+        None => Steering::default(),
+        Some(path) => from_file(path)?.scaled(args.steer_scale.unwrap_or(1.0))?,
+    };
     let checkpoint = args.checkpoint.open(app)?;
     let options = Applying {
         target: convert::target(&args.output, args.max_shard_size),
         pad: args.compat,
     };
-    let conversion = apply(&checkpoint, &plan, options)?;
+    let Baked { plan, conversion } = match plan {
+        Some(plan) => Baked {
+            conversion: apply(&checkpoint, &plan, options)?,
+            plan,
+        },
+        None => bake(&checkpoint, &steering, options)?,
+    };
     for note in conversion.notes() {
         tracing::warn!("{note}");
     }

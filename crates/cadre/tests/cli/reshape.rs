@@ -531,3 +531,38 @@ fn a_plan_that_is_tried_computes_what_the_smaller_model_does() {
         "{error}"
     );
 }
+
+#[test]
+fn a_steering_is_written_into_a_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let (steer, output) = (folder.path().join("steer.json"), folder.path().join("out"));
+    let model = tiny();
+    fs::write(
+        &steer,
+        r#"{"mask": {"*": [2]}, "gain": {"1": {"3": 0.5, "4": 0}}}"#,
+    )
+    .unwrap();
+    let apply = |steer: &str, output: &str| {
+        let model = arg(model.path()).to_owned();
+        ["apply", "-m", &model, "--steer", steer, "-o", output].map(str::to_owned)
+    };
+    let apply_args = apply(arg(&steer), arg(&output));
+    let said = stdout(&apply_args.each_ref().map(String::as_str));
+    assert!(said.contains("14 of 16 experts"), "{said}");
+    let logits = |more: &[&str]| -> Vec<f32> {
+        let report = json(&[&["logits", "--tokens", "1,2,3,4,5", "-o", "json"], more].concat());
+        let rows: Vec<Vec<f32>> = serde_json::from_value(report["logits"].clone()).unwrap();
+        rows.concat()
+    };
+    let steered = logits(&["-m", arg(model.path()), "--steer", arg(&steer)]);
+    assert_close("baked", &logits(&["-m", arg(&output)]), &steered, 1e-5);
+    fs::write(&steer, r#"{"mute": {"1": [3]}}"#).unwrap();
+    let other = folder.path().join("other");
+    let refused = apply(arg(&steer), arg(&other));
+    let (code, errors) = failure(&refused.each_ref().map(String::as_str));
+    assert!(
+        code == 1 && errors.contains("`mute`") && errors.contains("gain of 0"),
+        "{errors}"
+    );
+    assert!(!other.exists());
+}

@@ -40,6 +40,13 @@ pub trait Mixer: Debug + Send + Sync {
     /// # Errors
     /// A tensor of the source cannot be read.
     fn mix(&self, source: &Checkpoint, layer: usize, at: usize, part: &str) -> Result<Vec<f32>>;
+
+    /// Whether that part is, byte for byte, the one of the expert whose row of the router it has. `part` may be about scales as well
+    /// (`gate_proj.weight_scale_inv`), or begin only with the name of the matrix.
+    fn keeps(&self, layer: usize, at: usize, part: &str) -> bool {
+        let _ = (layer, at, part);
+        false
+    }
 }
 
 /// A part of a tensor to be written.

@@ -210,11 +210,11 @@ impl<'a> Planner<'a> {
             }
             Meaning::Scales(name) => {
                 let lone = in_layer(&name).and_then(|(layer, rest)| {
-                    let (expert, _) = rest.strip_prefix("mlp.experts.")?.split_once('.')?;
-                    Some((self.place(layer)?, expert.parse().ok()?))
+                    let (expert, part) = rest.strip_prefix("mlp.experts.")?.split_once('.')?;
+                    Some((self.place(layer)?, expert.parse().ok()?, part))
                 });
                 match lone {
-                    Some((place, expert)) => self.lone(raw, place, expert, None)?,
+                    Some((place, expert, part)) => self.lone(raw, place, expert, (part, false))?,
                     None => self.copy(raw),
                 }
             }
@@ -287,7 +287,7 @@ impl<'a> Planner<'a> {
             .strip_prefix("experts.")
             .and_then(|rest| rest.split_once('.'));
         match lone.and_then(|(expert, part)| Some((expert.parse().ok()?, part))) {
-            Some((expert, part)) => self.lone(raw, place, expert, Some(part)),
+            Some((expert, part)) => self.lone(raw, place, expert, (part, true)),
             None => {
                 self.copy(raw);
                 Ok(())
@@ -295,21 +295,25 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// A tensor of one expert: written for every expert of the output that it goes into. `part` is absent for what cannot
-    /// be mixed.
+    /// A tensor of one expert: written for every expert of the output that it goes into. `part` is what it is, and whether that
+    /// can be mixed.
     fn lone(
         &mut self,
         raw: &Raw,
         place: Place<'_>,
         expert: usize,
-        part: Option<&str>,
+        (part, is_mixable): (&str, bool),
     ) -> Result<()> {
         for (at, new) in place.new.iter().enumerate() {
             let piece = match new {
                 NewExpert::Kept(id) if *id == expert => Piece::Stored(raw.bytes.clone()),
                 NewExpert::Mixed(id) if *id == expert => {
-                    let part = part.filter(|_| self.source_is_plain(raw));
-                    self.mixed(raw, place.layer, at, part)?
+                    if self.keeps(place.layer, at, part) {
+                        Piece::Stored(raw.bytes.clone())
+                    } else {
+                        let part = Some(part).filter(|_| is_mixable && self.source_is_plain(raw));
+                        self.mixed(raw, place.layer, at, part)?
+                    }
                 }
                 NewExpert::Never if expert == 0 => Piece::Zeros(raw.bytes.len()),
                 _ => continue,
@@ -323,6 +327,12 @@ impl<'a> Planner<'a> {
     /// Whether the values of a stored tensor are all that there is to know: no scales beside it.
     fn source_is_plain(&self, raw: &Raw) -> bool {
         raw.dtype != Dtype::F8E4M3 && raw.dtype.can_encode()
+    }
+
+    /// Whether a part of an expert that is mixed is as it was.
+    fn keeps(&self, layer: usize, at: usize, part: &str) -> bool {
+        let mixer = self.experts.mixer.as_ref();
+        mixer.is_some_and(|mixer| mixer.keeps(layer, at, part))
     }
 
     fn mixed(&self, raw: &Raw, layer: usize, at: usize, part: Option<&str>) -> Result<Piece> {
@@ -384,6 +394,14 @@ impl<'a> Planner<'a> {
                     pieces.push(Piece::Stored(raw.bytes.slice(id * size..(id + 1) * size)));
                 }
                 NewExpert::Never => pieces.push(Piece::Zeros(size)),
+                NewExpert::Mixed(id)
+                    if stack
+                        .parts
+                        .iter()
+                        .all(|part| self.keeps(place.layer, at, part)) =>
+                {
+                    pieces.push(Piece::Stored(raw.bytes.slice(id * size..(id + 1) * size)));
+                }
                 NewExpert::Mixed(_) => {
                     let is_plain = stack.is_plain && self.source_is_plain(raw);
                     for part in &stack.parts {

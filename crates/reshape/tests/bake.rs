@@ -1,0 +1,233 @@
+//! Baking: a written model says what the model says when it is steered so.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use cadre_checkpoint::{
+    Checkpoint, Conversion, ConvertOptions, ConvertTo, Dtype, TargetDtype, tensor_specs,
+};
+use cadre_engine::{LoadOptions, Logits, NoObserver, SessionOptions, Steering, load};
+use cadre_reshape::{Applying, bake};
+use cadre_testkit::{TinyMoe, golden_dir};
+
+const TOKENS: [u32; 9] = [3, 141, 59, 26, 53, 58, 97, 93, 23];
+
+fn steering(json: &str) -> Steering {
+    serde_json::from_str(json).unwrap()
+}
+
+fn logits(checkpoint: &Checkpoint, steering: &Steering) -> Vec<f32> {
+    let options = LoadOptions {
+        steering: steering.clone(),
+        ..LoadOptions::default()
+    };
+    let model = load(checkpoint, &options).unwrap();
+    let mut session = model.session(&SessionOptions::default()).unwrap();
+    let vocab = model.info().vocab_size as u32;
+    let tokens = TOKENS.map(|token| token % vocab);
+    let logits = model.forward(&mut session, &tokens, Logits::All, &mut NoObserver);
+    logits.unwrap().to_vec()
+}
+
+/// The largest difference, relative to the largest logit.
+fn difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let most = a.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+    let pairs = a.iter().zip(b);
+    pairs.fold(0.0f32, |worst, (a, b)| worst.max((a - b).abs())) / most
+}
+
+fn target(source: &Checkpoint) -> ConvertTo {
+    match source.is_gguf() {
+        true => ConvertTo::Gguf {
+            max_part_bytes: None,
+        },
+        false => ConvertTo::Folder {
+            max_shard_bytes: 1 << 20,
+        },
+    }
+}
+
+/// Writes the steered model, and compares it with the model that is steered: at most `tolerance` apart.
+#[track_caller]
+fn check(source: &Checkpoint, json: &str, (pad, tolerance): (bool, f32)) -> Checkpoint {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(match source.is_gguf() {
+        true => "out.gguf",
+        false => "out",
+    });
+    let steering = steering(json);
+    let options = Applying {
+        target: target(source),
+        pad,
+    };
+    let baked = bake(source, &steering, options).unwrap();
+    let paths = baked.conversion.write(&path, &mut |_| true).unwrap();
+    let made = Checkpoint::open(&paths[0]).unwrap();
+    made.expect_exactly(&tensor_specs(made.config())).unwrap();
+    let expected = logits(source, &steering);
+    let apart = difference(&expected, &logits(&made, &Steering::default()));
+    let what = source.origin();
+    assert!(apart <= tolerance, "{what}: {json}: {apart}");
+    let plain = logits(source, &Steering::default());
+    assert!(
+        difference(&plain, &expected) > 10.0 * tolerance.max(1e-6),
+        "{what}: {json} does something"
+    );
+    made
+}
+
+#[test]
+fn masks_and_gains_are_what_they_are_at_run_time() {
+    let folder = TinyMoe::default().dtype(Dtype::F32).build().unwrap();
+    let source = folder.open().unwrap();
+    for (json, tolerance) in [
+        (r#"{"mask": {"*": [1, 6]}}"#, 1e-6),
+        (
+            r#"{"gain": {"*": {"0": 0.5, "3": 2}, "1": {"5": 0}}}"#,
+            1e-6,
+        ),
+        (r#"{"gain": {"0": {"2": 0.7}, "1": {"4": -1.3}}}"#, 1e-6),
+        (
+            r#"{"mask": {"0-1": [0]}, "gain": {"*": {"0": 3, "7": 0.3}}}"#,
+            1e-6,
+        ),
+    ] {
+        let made = check(&source, json, (false, tolerance));
+        let mask = steering(json).mask;
+        let n_masked: usize = mask.iter().map(|(_, experts)| experts.len()).sum();
+        assert_eq!(made.config().moe.n_experts, 8 - n_masked);
+    }
+    // A gain that bf16 cannot hold is rounded with the matrix: 8 bits.
+    let folder = TinyMoe::default().dtype(Dtype::Bf16).build().unwrap();
+    let source = folder.open().unwrap();
+    check(
+        &source,
+        r#"{"gain": {"*": {"0": 0.5, "3": 2}}}"#,
+        (false, 1e-6),
+    );
+    check(
+        &source,
+        r#"{"gain": {"*": {"0": 0.7, "3": 1.9}}}"#,
+        (false, 4e-3),
+    );
+}
+
+#[test]
+fn a_gguf_file_is_baked_in_its_own_formats() {
+    let folder = TinyMoe::default()
+        .configure(|config| {
+            (config.hidden_size, config.moe.intermediate_size) = (64, 64);
+        })
+        .build()
+        .unwrap();
+    let options = ConvertOptions {
+        target: ConvertTo::Gguf {
+            max_part_bytes: None,
+        },
+        dtype: TargetDtype::parse("q8_0").unwrap(),
+        allow_differences: false,
+    };
+    let source = folder.open().unwrap();
+    let conversion = Conversion::plan(&source, "q8_0", options).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let paths = conversion
+        .write(&out.path().join("q8_0.gguf"), &mut |_| true)
+        .unwrap();
+    let source = Checkpoint::open(&paths[0]).unwrap();
+    check(&source, r#"{"mask": {"*": [2]}}"#, (false, 1e-6));
+    // Halves are halves of the scales; other numbers round the scales to 11 bits.
+    check(
+        &source,
+        r#"{"gain": {"*": {"1": 0.5, "4": 0}}}"#,
+        (false, 1e-6),
+    );
+    check(&source, r#"{"gain": {"*": {"1": 0.7}}}"#, (false, 2e-3));
+}
+
+#[test]
+fn every_layout_of_folders_takes_a_gain_or_says_why_not() {
+    let (mut n_written, mut n_refused) = (0, 0);
+    for family in std::fs::read_dir(golden_dir()).unwrap() {
+        let Ok(entries) = std::fs::read_dir(family.unwrap().path()) else {
+            continue;
+        };
+        for entry in entries {
+            let path = entry.unwrap().path();
+            if !path.join("config.json").is_file() {
+                continue;
+            }
+            let source = Checkpoint::open(&path).unwrap();
+            if source.config().moe.layers.is_empty() {
+                continue;
+            }
+            // Powers of two change no digit of a float.
+            let json = r#"{"gain": {"*": {"0": 0.25, "1": 0.5, "2": 4}}}"#;
+            let options = Applying {
+                target: target(&source),
+                pad: false,
+            };
+            match bake(&source, &steering(json), options) {
+                Ok(_) => {
+                    check(&source, json, (false, 1e-5));
+                    n_written += 1;
+                }
+                Err(error) => {
+                    let error = error.to_string();
+                    assert!(
+                        error.contains("convert the model first"),
+                        "{}: {error}",
+                        path.display()
+                    );
+                    n_refused += 1;
+                }
+            }
+        }
+    }
+    assert!(
+        n_written > 15 && n_refused > 0,
+        "{n_written} written, {n_refused} refused"
+    );
+}
+
+#[test]
+fn what_a_checkpoint_cannot_say_is_refused_by_name() {
+    let folder = TinyMoe::default().build().unwrap();
+    let source = folder.open().unwrap();
+    let options = Applying {
+        target: target(&source),
+        pad: false,
+    };
+    for (json, said) in [
+        (
+            r#"{"top_k": 1}"#,
+            "`top_k` of the steering cannot be written into a checkpoint: the number of picks",
+        ),
+        (
+            r#"{"mute": {"0": [1]}}"#,
+            "a gain of 0 leaves an expert out",
+        ),
+        (r#"{"damp": {"0": {"1": 0.5}}}"#, "`damp`"),
+        (r#"{"force": {"0": [1]}}"#, "`force`"),
+        (
+            r#"{"bias": {"0": {"1": 2}}}"#,
+            "moves the ranking and no weight",
+        ),
+        (
+            r#"{"mask": {"7": [1]}}"#,
+            "layer 7 has no experts; layers with experts: 0, 1",
+        ),
+        (
+            r#"{"mask": {"*": [8]}}"#,
+            "layer 0 has no expert 8 with weights: it has 8",
+        ),
+        (
+            r#"{"gain": {"*": {"1": 2}, "0": {"1": 3}}}"#,
+            "expert 1 of layer 0 has two numbers",
+        ),
+        (r#"{"mask": {"0": [0, 1, 2, 3, 4, 5, 6]}}"#, "layer 0"),
+    ] {
+        let error = bake(&source, &steering(json), options)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(said), "{json}: {error}");
+    }
+}
