@@ -202,6 +202,25 @@ pub(crate) struct ModelArgs {
     steer: SteerArgs,
 }
 
+/// The sessions that a model is loaded for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Seats {
+    pub(crate) options: SessionOptions,
+    pub(crate) n: usize,
+    /// The most bytes of keys and values of all of them, where there is less for them than they would take.
+    pub(crate) kv_memory: Option<u64>,
+}
+
+impl Seats {
+    pub(crate) fn new(options: SessionOptions, n: usize) -> Self {
+        Self {
+            options,
+            n,
+            kv_memory: None,
+        }
+    }
+}
+
 /// A model with its text side.
 pub(crate) struct Loaded {
     pub(crate) checkpoint: Checkpoint,
@@ -237,11 +256,11 @@ pub(crate) fn load_from(
 impl ModelArgs {
     /// Opens and loads the model for a session like `session`, with a bar while it takes.
     pub(crate) fn load(&self, app: &App, session: &SessionOptions) -> Result<Loaded> {
-        self.load_for(app, (*session, 1))
+        self.load_for(app, Seats::new(*session, 1))
     }
 
-    /// As [`ModelArgs::load`], for so many sessions.
-    pub(crate) fn load_for(&self, app: &App, sessions: (SessionOptions, usize)) -> Result<Loaded> {
+    /// As [`ModelArgs::load`], for several sessions.
+    pub(crate) fn load_for(&self, app: &App, sessions: Seats) -> Result<Loaded> {
         let checkpoint = self.checkpoint.open(app)?;
         let steering = self.steer.steering(&checkpoint)?;
         let what = format!("loading {}", checkpoint.origin());

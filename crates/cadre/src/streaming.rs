@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use cadre_checkpoint::{Checkpoint, kv_bytes_per_token, scratch_bytes};
 use cadre_engine::{
-    AheadKind, Model, PolicyKind, ReaderKind, Score, SessionOptions, StoreOptions, StoreStats,
-    StreamOptions,
+    AheadKind, Model, PolicyKind, ReaderKind, Score, StoreOptions, StoreStats, StreamOptions,
 };
 use serde::Serialize;
 
 use crate::failure::Failure;
 use crate::lossy::Said;
 use crate::memory;
+use crate::model::Seats;
 use crate::output::bytes;
 use crate::units::parse_bytes;
 
@@ -90,15 +90,17 @@ impl StreamArgs {
         })
     }
 
-    /// How to load `checkpoint` for `n_seqs` sessions like `session`; `None` to load all of it.
+    /// How to load `checkpoint` for `sessions`; `None` to load all of it.
     pub(crate) fn options(
         &self,
         checkpoint: &Checkpoint,
-        (session, n_seqs): (SessionOptions, usize),
+        sessions: Seats,
     ) -> Result<Option<StreamOptions>> {
+        let session = sessions.options;
         let config = checkpoint.config();
         let n_ctx = session.context(config.max_position_embeddings);
-        let kv = kv_bytes_per_token(config, session.kv).saturating_mul((n_ctx * n_seqs) as u64);
+        let kv = kv_bytes_per_token(config, session.kv).saturating_mul((n_ctx * sessions.n) as u64);
+        let kv = kv.min(sessions.kv_memory.unwrap_or(u64::MAX));
         let buffers = scratch_bytes(config, n_ctx, session.chunk);
         let beside = kv.saturating_add(buffers);
         let budget = match self.mem_budget {

@@ -29,6 +29,26 @@ pub enum ServeError {
     /// Sessions cannot be made as asked.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// A plan does not fit the model.
+    #[error("plan `{name}` does not fit the model")]
+    Plan {
+        /// Its name.
+        name: String,
+        /// The reason.
+        source: EngineError,
+    },
+    /// One context does not fit into the memory for keys and values.
+    #[error(
+        "{limit} bytes of memory for keys and values, but one context of {n_ctx} tokens takes {needed}; allow more, or serve a smaller context"
+    )]
+    KvMemory {
+        /// What is allowed.
+        limit: usize,
+        /// What one context takes.
+        needed: usize,
+        /// Its tokens.
+        n_ctx: usize,
+    },
     /// An option has a value that makes no sense.
     #[error("{name} = {value}: expected {expected}")]
     BadOption {

@@ -24,4 +24,5 @@ mod server;
 
 pub use error::{Result, ServeError};
 pub use listen::HttpLimits;
+pub use schedule::{StepOptions, StepOrder};
 pub use server::{ServeOptions, Server};

@@ -46,6 +46,10 @@ struct Numbers {
     n_running: usize,
     n_waiting: usize,
     kv_share: f64,
+    /// Bytes of keys and values that are taken, and that may be.
+    kv_bytes: (usize, usize),
+    preemptions: u64,
+    steps: Option<Steps>,
     prompt_tokens: u64,
     cached_tokens: u64,
     new_tokens: u64,
@@ -62,6 +66,16 @@ struct Numbers {
     experts: Vec<LayerUse>,
     /// Of a job, lately.
     job_seconds: f64,
+}
+
+/// Steps that took some of those that generated.
+#[derive(Clone, Copy, Debug, Default)]
+struct Steps {
+    n: u64,
+    tokens: u64,
+    /// Different experts of each step, all layers together.
+    experts: u64,
+    longest_wait: usize,
 }
 
 /// How a job ended.
@@ -184,6 +198,9 @@ impl Default for Metrics {
             n_running: 0,
             n_waiting: 0,
             kv_share: 0.0,
+            kv_bytes: (0, 0),
+            preemptions: 0,
+            steps: None,
             prompt_tokens: 0,
             cached_tokens: 0,
             new_tokens: 0,
@@ -219,6 +236,27 @@ impl Metrics {
         numbers.kv_share = kv_share;
     }
 
+    /// Bytes of keys and values, of running jobs and of what is kept for others, and the most that may be.
+    pub(crate) fn kv(&self, taken: usize, limit: usize) {
+        self.numbers().kv_bytes = (taken, limit);
+    }
+
+    /// A job gave its keys and values up for others.
+    pub(crate) fn preempted(&self) {
+        self.numbers().preemptions += 1;
+    }
+
+    /// A step took one token of so many sequences, for so many different experts in all layers; the one that had waited most had done
+    /// so for so many steps.
+    pub(crate) fn step(&self, (n_tokens, n_experts, waited): (usize, usize, usize)) {
+        let mut numbers = self.numbers();
+        let steps = numbers.steps.get_or_insert_default();
+        steps.n += 1;
+        steps.tokens += n_tokens as u64;
+        steps.experts += n_experts as u64;
+        steps.longest_wait = steps.longest_wait.max(waited);
+    }
+
     /// A pass of so many tokens was computed.
     pub(crate) fn pass(&self, n_tokens: usize, took: Duration) {
         let mut numbers = self.numbers();
@@ -252,6 +290,9 @@ impl Metrics {
         page.gauge("vllm:num_requests_running", numbers.n_running as f64);
         page.gauge("vllm:num_requests_waiting", numbers.n_waiting as f64);
         page.gauge("vllm:kv_cache_usage_perc", numbers.kv_share);
+        page.gauge("cadre:kv_bytes", numbers.kv_bytes.0 as f64);
+        page.gauge("cadre:kv_bytes_limit", numbers.kv_bytes.1 as f64);
+        page.counter("vllm:num_preemptions_total", numbers.preemptions as f64);
         page.counter("vllm:prompt_tokens_total", numbers.prompt_tokens as f64);
         page.counter("vllm:generation_tokens_total", numbers.new_tokens as f64);
         page.counter(
@@ -279,6 +320,12 @@ impl Metrics {
             page.histogram(name, histogram);
         }
         page.counter("cadre:pass_seconds_total", numbers.pass_seconds);
+        if let Some(steps) = numbers.steps {
+            page.counter("cadre:steps_total", steps.n as f64);
+            page.counter("cadre:step_tokens_total", steps.tokens as f64);
+            page.counter("cadre:step_experts_total", steps.experts as f64);
+            page.gauge("cadre:step_longest_wait", steps.longest_wait as f64);
+        }
         page.experts(&numbers.experts);
         page.kind("http_requests_total", "counter");
         for ((endpoint, status), n) in &numbers.answers {

@@ -6,12 +6,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use cadre_checkpoint::{
     ChatSide, ChatTemplate, Checkpoint, DateTime, EncodeOptions, RenderInput, Tokenizer,
 };
-use cadre_engine::Model;
+use cadre_engine::{Model, Steering};
 use http::StatusCode;
 use serde_json::{Map, Value};
 
 use crate::api::error::{ApiError, Result};
+use crate::api::experts::try_on;
 use crate::api::generation::too_long;
+use crate::error::ServeError;
 use crate::grammar::Grammars;
 
 /// Tokenizers change text before they cut it, and may make it shorter; never by so much.
@@ -33,6 +35,8 @@ pub(crate) struct Served {
     /// Tokens that a sequence may have.
     pub(crate) n_ctx: usize,
     pub(crate) origin: String,
+    /// Steerings that requests may name.
+    pub(crate) plans: Vec<(String, Steering)>,
     /// What holds answers to forms.
     pub(crate) grammars: Grammars,
     chat: ChatSide,
@@ -50,9 +54,16 @@ impl Served {
         checkpoint: &Checkpoint,
         model: Arc<dyn Model>,
         template: Option<ChatTemplate>,
-        names: Vec<String>,
+        (names, plans): (Vec<String>, Vec<(String, Steering)>),
         n_ctx: usize,
     ) -> crate::Result<Self> {
+        for (name, plan) in &plans {
+            let whole = model.info().steering.clone().and(plan);
+            try_on(&whole, &*model).map_err(|source| ServeError::Plan {
+                name: name.clone(),
+                source,
+            })?;
+        }
         let tokenizer = checkpoint.tokenizer()?;
         let chat = checkpoint.chat(&tokenizer)?;
         // A broken template keeps nobody from using the model without it.
@@ -77,6 +88,7 @@ impl Served {
             model,
             tokenizer,
             names,
+            plans,
             n_ctx,
             chat,
         })

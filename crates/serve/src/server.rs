@@ -6,7 +6,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use cadre_checkpoint::{ChatTemplate, Checkpoint};
-use cadre_engine::{Model, SessionOptions};
+use cadre_engine::{Model, SessionOptions, Steering};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
 
@@ -15,7 +15,7 @@ use crate::app::{App, answers};
 use crate::error::{Result, ServeError};
 use crate::listen::{HttpLimits, accept};
 use crate::metrics::Metrics;
-use crate::schedule::{ScheduleOptions, Scheduler};
+use crate::schedule::{ScheduleOptions, Scheduler, StepOptions};
 use crate::served::Served;
 
 /// Threads that talk with clients; computing has its own.
@@ -41,6 +41,12 @@ pub struct ServeOptions {
     pub session: SessionOptions,
     /// Sequences that are computed together; each has a session.
     pub parallel: usize,
+    /// The most bytes of keys and values of all of them together; by default what they take when all are full.
+    pub kv_memory: Option<usize>,
+    /// How many of the sequences that generate take part in a pass, and which; by default all.
+    pub steps: Option<StepOptions>,
+    /// Steerings that requests may name.
+    pub plans: Vec<(String, Steering)>,
     /// Tokens that are computed in one pass.
     pub batch: usize,
     /// Sequences that may wait for a session.
@@ -80,13 +86,15 @@ impl Server {
             n_batch: options.batch,
             n_waiting: options.queue,
             session: options.session,
+            kv_bytes: options.kv_memory,
+            steps: options.steps,
         };
         let template = options.template;
         let served = Served::new(
             checkpoint,
             Arc::clone(&model),
             template,
-            options.names,
+            (options.names, options.plans),
             n_ctx,
         )?;
         let bind = |source| ServeError::Bind {

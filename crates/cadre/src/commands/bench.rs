@@ -18,7 +18,7 @@ use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::failure::Failure;
 use crate::lossy::{LossyArgs, Said};
-use crate::model::{CheckpointArg, QuantArg, load_from};
+use crate::model::{CheckpointArg, QuantArg, Seats, load_from};
 use crate::output::{Out, spinner};
 use crate::steer::SteerArgs;
 use crate::streaming::StreamArgs;
@@ -251,7 +251,7 @@ fn measure(
 }
 
 /// The sessions of the test that takes most memory.
-fn largest(tests: &[Test], setting: Setting) -> (SessionOptions, usize) {
+fn largest(tests: &[Test], setting: Setting) -> Seats {
     let most = tests.iter().max_by_key(|test| test.n_ctx() * test.n_seqs);
     let (n_ctx, n_seqs) = most.map_or((1, 1), |test| (test.n_ctx(), test.n_seqs));
     let session = SessionOptions {
@@ -259,7 +259,7 @@ fn largest(tests: &[Test], setting: Setting) -> (SessionOptions, usize) {
         chunk: setting.chunk,
         kv: setting.kv,
     };
-    (session, n_seqs)
+    Seats::new(session, n_seqs)
 }
 
 /// The disk that experts are read from.

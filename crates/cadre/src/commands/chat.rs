@@ -11,7 +11,7 @@ use crate::chat::{Chat, ChatOptions, Ended};
 use crate::cli::App;
 use crate::contrast::ContrastArgs;
 use crate::failure::Failure;
-use crate::model::ModelArgs;
+use crate::model::{ModelArgs, Seats};
 use crate::output::note;
 use crate::sampling::SamplingArgs;
 
@@ -77,7 +77,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         ..SessionOptions::default()
     };
     let n_sessions = args.contrast.n_sessions();
-    let loaded = args.model.load_for(app, (session, n_sessions))?;
+    let loaded = args.model.load_for(app, Seats::new(session, n_sessions))?;
     let options = ChatOptions {
         system: args.system.clone(),
         n_ctx: session.n_ctx,

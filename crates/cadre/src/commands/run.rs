@@ -15,7 +15,7 @@ use crate::experts::{ExpertView, ExpertWatch};
 use crate::failure::Failure;
 use crate::live::Live;
 use crate::lossy::Said;
-use crate::model::ModelArgs;
+use crate::model::{ModelArgs, Seats};
 use crate::output::{Format, Out, note, say};
 use crate::sampling::SamplingArgs;
 use crate::streaming::Summary;
@@ -95,7 +95,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         ..SessionOptions::default()
     };
     let n_sessions = args.contrast.n_sessions();
-    let loaded = args.model.load_for(app, (options, n_sessions))?;
+    let loaded = args.model.load_for(app, Seats::new(options, n_sessions))?;
     let tokenizer = loaded.tokenizer()?;
     let ids = tokenizer.encode(&prompt)?;
     let mut sessions = Sessions::new(&*loaded.model, &options, &args.contrast)?;

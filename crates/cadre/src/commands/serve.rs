@@ -6,14 +6,16 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use cadre_checkpoint::{ChatTemplate, kv_bytes_per_token};
-use cadre_engine::SessionOptions;
-use cadre_serve::{HttpLimits, ServeOptions, Server};
+use cadre_engine::{SessionOptions, Steering};
+use cadre_serve::{HttpLimits, ServeOptions, Server, StepOptions, StepOrder};
+use clap::ValueEnum;
 
 use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::failure::Failure;
-use crate::model::{Loaded, ModelArgs};
+use crate::model::{Loaded, ModelArgs, Seats};
 use crate::output::{Out, bytes, say};
+use crate::steer;
 use crate::units::parse_bytes;
 
 /// Between two looks at whether to end.
@@ -39,6 +41,25 @@ pub(crate) struct Args {
     /// Requests that are computed together. Each has a cache of keys and values of its own. Also spelled -np.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one)]
     parallel: usize,
+    /// The most memory for keys and values of all requests together, and of prompts that are kept for requests that begin alike. By
+    /// default what --parallel full contexts take. With less, more requests than fit share it: some wait.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    kv_memory: Option<u64>,
+    /// Of the requests that generate, the most that take part in one pass; by default all do. With --mem-budget a pass then needs fewer experts
+    /// from disk, the more so as those go together that share experts; nobody waits for more than three rounds.
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    step_requests: Option<usize>,
+    /// How they are chosen: experts, those that share most of them, or turns.
+    #[arg(
+        long,
+        value_name = "ORDER",
+        default_value = "experts",
+        requires = "step_requests"
+    )]
+    step_order: Order,
+    /// A steering that requests may name, of a file as --steer or --plan read; may be given several times.
+    #[arg(long, value_name = "NAME=FILE", value_parser = named_file)]
+    steer_plan: Vec<(String, PathBuf)>,
     /// Tokens that are computed in one pass, of all requests together.
     #[arg(short, long, value_name = "N", default_value_t = 512, value_parser = at_least_one)]
     batch_size: usize,
@@ -68,6 +89,34 @@ pub(crate) struct Args {
     cache: CacheArgs,
 }
 
+/// How requests are chosen for a pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Order {
+    /// Those that share experts.
+    Experts,
+    /// In turns.
+    Turns,
+}
+
+impl Order {
+    fn order(self) -> StepOrder {
+        match self {
+            Self::Experts => StepOrder::Experts,
+            Self::Turns => StepOrder::Turns,
+        }
+    }
+}
+
+/// `NAME=FILE`.
+fn named_file(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, file)) if !name.is_empty() && !file.is_empty() => {
+            Ok((name.to_owned(), PathBuf::from(file)))
+        }
+        _ => Err("expected a name and a file, such as calm=steer.json".to_owned()),
+    }
+}
+
 /// A number of things, of which there must be some.
 pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
@@ -88,7 +137,11 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         chunk: args.batch_size,
     };
     let names = names(args);
-    let loaded = args.model.load_for(app, (session, args.parallel))?;
+    let sessions = Seats {
+        kv_memory: args.kv_memory,
+        ..Seats::new(session, args.parallel)
+    };
+    let loaded = args.model.load_for(app, sessions)?;
     let options = ServeOptions {
         address,
         names,
@@ -97,6 +150,14 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         template,
         session,
         parallel: args.parallel,
+        kv_memory: args
+            .kv_memory
+            .map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX)),
+        steps: args.step_requests.map(|most| StepOptions {
+            most,
+            order: args.step_order.order(),
+        }),
+        plans: plans(args, &loaded)?,
         batch: args.batch_size,
         queue: args.max_queue,
         http: HttpLimits {
@@ -133,11 +194,24 @@ fn summary(args: &Args, loaded: &Loaded, session: &SessionOptions, name: &str) -
     let n_ctx = session.context(loaded.model.info().max_context);
     let per_token = kv_bytes_per_token(loaded.checkpoint.config(), session.kv);
     let kv = per_token.saturating_mul((n_ctx * args.parallel) as u64);
+    let kv = args.kv_memory.unwrap_or(kv);
     format!(
         "serving `{name}`: {} requests at a time, {n_ctx} tokens each, {} of keys and values at most; Ctrl-C ends",
         args.parallel,
         bytes(kv)
     )
+}
+
+/// The steerings that requests may name.
+fn plans(args: &Args, loaded: &Loaded) -> Result<Vec<(String, Steering)>> {
+    let mut plans: Vec<(String, Steering)> = Vec::new();
+    for (name, path) in &args.steer_plan {
+        if plans.iter().any(|(known, _)| known == name) {
+            return Err(Failure::usage(format!("two plans are named `{name}`")).into());
+        }
+        plans.push((name.clone(), steer::read(path, &loaded.checkpoint)?));
+    }
+    Ok(plans)
 }
 
 fn address(args: &Args) -> Result<SocketAddr> {

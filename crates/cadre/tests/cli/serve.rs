@@ -173,6 +173,68 @@ fn a_streamed_model_is_served_alike() {
     assert!(exit.success(), "{errors}");
 }
 
+/// Plans by name and contrasts, in steps of one, with memory for one context: the same as `run` with these flags.
+#[test]
+fn plans_and_contrasts_are_served_as_run_does_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("steer.json");
+    fs::write(&file, r#"{"mute": {"*": [0, 3, 7]}}"#).unwrap();
+    let plan = format!("calm={}", file.display());
+    let server = Server::start(&[
+        "--steer-plan",
+        &plan,
+        "--kv-memory",
+        "8MiB",
+        "--step-requests",
+        "1",
+        "-c",
+        "128",
+    ]);
+    let prompt = "Once upon a time";
+    let run = ["run", "-p", prompt, "-n", "16", "--temp", "0", "--no-echo"];
+    for (cadre, flags) in [
+        (json!({"plan": "calm"}), &["--steer", arg(&file)][..]),
+        (
+            json!({"plan": {"name": "calm", "scale": 0.5}}),
+            &["--steer", arg(&file), "--steer-scale", "0.5"],
+        ),
+        (json!({"contrast": {"beta": 0.7}}), &["--contrast", "0.7"]),
+    ] {
+        let body = json!({"prompt": prompt, "max_tokens": 16, "temperature": 0, "cadre": cadre});
+        let answer = server.post("/v1/completions", &body);
+        let text = answer["choices"][0]["text"].as_str().unwrap();
+        assert_eq!(
+            format!("{text}\n"),
+            stdout(&[&run[..], flags].concat()),
+            "{cadre}"
+        );
+    }
+    drop(server);
+    for (flags, code, said) in [
+        (&["--kv-memory", "1KiB"][..], 1, "one context of"),
+        (&["--steer-plan", "calm"], 2, "calm=steer.json"),
+        (
+            &["--steer-plan", &plan, "--steer-plan", &plan],
+            2,
+            "two plans",
+        ),
+        (&["--steer-plan", "calm=/no/such/file"], 1, "/no/such/file"),
+        (&["--step-order", "turns"], 2, "--step-requests"),
+    ] {
+        let (found, errors) = failure(&[&["serve", "--port", "0"][..], flags].concat());
+        assert!(
+            found == code && errors.contains(said),
+            "{flags:?}: {errors}"
+        );
+    }
+    fs::write(&file, r#"{"mute": {"99": [0]}}"#).unwrap();
+    let (code, errors) = failure(&["serve", "--port", "0", "--steer-plan", &plan]);
+    assert!(
+        code == 1 && errors.contains("`calm`") && errors.contains("layer 99"),
+        "{errors}"
+    );
+}
+
 #[test]
 fn keys_come_from_files() {
     let folder = tempfile::tempdir().unwrap();

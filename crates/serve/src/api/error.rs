@@ -144,6 +144,13 @@ impl IntoResponse for ApiError {
 impl From<Refusal> for ApiError {
     fn from(refusal: Refusal) -> Self {
         let (status, message, seconds) = match refusal {
+            Refusal::TooLarge { bytes, limit } => {
+                let message = format!(
+                    "the keys and values of this request take up to {bytes} bytes, and this server has {limit} for all; \
+                     ask for fewer tokens, or without `cadre.contrast`, which takes twice as much"
+                );
+                return Self::bad(message).code("context_length_exceeded");
+            }
             Refusal::TooMany { waiting, seconds } => (
                 StatusCode::TOO_MANY_REQUESTS,
                 format!("{waiting} of your requests wait already; try again in {seconds} s"),

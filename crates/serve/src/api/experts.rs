@@ -1,14 +1,19 @@
 //! The field `cadre` of requests and answers: how the choice of experts is changed, and which experts were picked.
 //!
-//! Requests carry a [`Steering`] in the JSON that `--steer` reads, and say with `return_routing` whether the experts are told.
+//! Requests carry a [`Steering`] in the JSON that `--steer` reads, name one that the server was started with, or bring one as a plan
+//! with a scale; ask for a contrast with weaker experts; and say with `return_routing` whether the experts are told.
 //! SGLang's `return_routed_experts` is understood, too, and answered as SGLang does: base64 of little-endian 32-bit ids,
 //! `[tokens, layers with experts, top_k]`, -1 where a token has fewer.
 
-use cadre_engine::{EngineError, SessionOptions, SteerError, Steering};
+use std::sync::Arc;
+
+use cadre_engine::{Contrast, EngineError, Model, SessionOptions, SteerError, Steering};
 use serde_json::{Map, Value, json};
 
+use super::contrast::{self, Asked};
 use super::error::{ApiError, Result};
 use super::fields::{Fields, wrong};
+use super::plans;
 use crate::schedule::Routed;
 use crate::served::Served;
 
@@ -44,6 +49,8 @@ impl Told {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Experts {
     pub(crate) steering: Steering,
+    /// What they are contrasted with, if they are.
+    pub(crate) contrast: Option<Arc<Contrast>>,
     pub(crate) told: Option<Told>,
 }
 
@@ -51,6 +58,10 @@ impl Experts {
     /// Reads the fields where nothing is told of experts.
     pub(crate) fn of_model(fields: &mut Fields, served: &Served) -> Result<Self> {
         let experts = Self::read(fields, served)?;
+        if experts.contrast.is_some() {
+            let problem = "is about how tokens are drawn, and none is drawn here";
+            return Err(ApiError::field(contrast::NAME, problem).code("unsupported_parameter"));
+        }
         match experts.told {
             None => Ok(experts),
             Some(_) => {
@@ -62,12 +73,14 @@ impl Experts {
 
     /// Reads the fields, and checks them against the model.
     pub(crate) fn read(fields: &mut Fields, served: &Served) -> Result<Self> {
-        let (mut steering, mut told) = (Steering::default(), None);
+        let (mut steering, mut told, mut contrast) = (Steering::default(), None, None);
         match fields.take(NAME) {
             None => {}
             Some(Value::Object(mut map)) => {
                 told = returned(map.remove("return_routing"))?;
-                steering = parsed(map)?;
+                contrast = Asked::read(map.remove("contrast"))?;
+                let plan = plans::read(map.remove("plan"), served)?;
+                steering = plan.and(&parsed(NAME, map)?);
             }
             Some(other) => return Err(wrong(NAME, "an object", &other)),
         }
@@ -87,7 +100,15 @@ impl Experts {
         if asks {
             check(&steering, served)?;
         }
-        Ok(Self { steering, told })
+        let contrast = match contrast {
+            None => None,
+            Some(asked) => Some(asked.with(&steering, served)?),
+        };
+        Ok(Self {
+            steering,
+            contrast,
+            told,
+        })
     }
 }
 
@@ -118,42 +139,26 @@ fn sglang(fields: &mut Fields) -> Result<Option<usize>> {
     }
 }
 
-/// What the keys say; each is read alone first, so that the one that is wrong can be named.
-fn parsed(map: Map<String, Value>) -> Result<Steering> {
+/// What the keys of object `name` say; each is read alone first, so that the one that is wrong can be named.
+pub(crate) fn parsed(name: &str, map: Map<String, Value>) -> Result<Steering> {
     for (key, value) in &map {
-        let missing = match key.as_str() {
-            "contrast" => "is not done over HTTP yet: answers are not contrasted",
-            "plan" => "is not read here; send the steering that it holds",
-            _ => "",
-        };
-        if !missing.is_empty() {
-            let error = ApiError::field(&format!("{NAME}.{key}"), missing);
-            return Err(error.code("unsupported_parameter"));
-        }
         let alone = Value::Object(Map::from_iter([(key.clone(), value.clone())]));
         if let Err(error) = serde_json::from_value::<Steering>(alone) {
             let code = match error.to_string().starts_with("unknown field") {
                 true => "unknown_parameter",
                 false => "invalid_value",
             };
-            let name = format!("{NAME}.{key}");
+            let name = format!("{name}.{key}");
             return Err(ApiError::field(&name, format!("cannot be used: {error}")).code(code));
         }
     }
     let parsed = serde_json::from_value(Value::Object(map));
-    parsed.map_err(|error| ApiError::field(NAME, format!("cannot be used: {error}")))
+    parsed.map_err(|error| ApiError::field(name, format!("cannot be used: {error}")))
 }
 
-/// Refuses what does not fit the model. The smallest session there is takes the question.
+/// Refuses what does not fit the model.
 fn check(steering: &Steering, served: &Served) -> Result<()> {
-    let smallest = SessionOptions {
-        n_ctx: Some(1),
-        chunk: 1,
-        ..SessionOptions::default()
-    };
-    let session = served.model.session(&smallest);
-    let mut session = session.map_err(|error| ApiError::internal(error.to_string()))?;
-    let Err(error) = served.model.steer(&mut session, steering) else {
+    let Err(error) = try_on(steering, &*served.model) else {
         return Ok(());
     };
     let key = match &error {
@@ -164,6 +169,16 @@ fn check(steering: &Steering, served: &Served) -> Result<()> {
     Err(ApiError::bad(error.to_string())
         .param(&name)
         .code("invalid_value"))
+}
+
+/// Whether a steering fits a model. The smallest session there is takes the question.
+pub(crate) fn try_on(steering: &Steering, model: &dyn Model) -> cadre_engine::Result<()> {
+    let smallest = SessionOptions {
+        n_ctx: Some(1),
+        chunk: 1,
+        ..SessionOptions::default()
+    };
+    model.steer(&mut model.session(&smallest)?, steering)
 }
 
 /// The key that an error is about, where it is one.
@@ -361,7 +376,7 @@ mod tests {
 
     #[test]
     fn a_key_that_is_wrong_is_named() {
-        let parse = |text: &str| parsed(serde_json::from_str(text).unwrap());
+        let parse = |text: &str| parsed(NAME, serde_json::from_str(text).unwrap());
         assert!(parse(r#"{"top_k": 2, "mask": {"0-1": [3]}}"#).is_ok());
         for (text, param) in [
             (r#"{"top_k": 2, "masks": {}}"#, "cadre.masks"),

@@ -132,6 +132,7 @@ impl Wanted {
             scores_prompt: false,
             embeds: false,
             steering: self.experts.steering.clone(),
+            contrast: self.experts.contrast.clone(),
             routed_from: self.experts.told.map(|told| told.from(prompt.len())),
             constraint: None,
         }

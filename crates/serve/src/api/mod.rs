@@ -3,6 +3,7 @@
 pub(crate) mod chat;
 pub(crate) mod choice;
 pub(crate) mod completions;
+mod contrast;
 pub(crate) mod embeddings;
 pub(crate) mod error;
 pub(crate) mod experts;
@@ -12,6 +13,7 @@ pub(crate) mod generation;
 pub(crate) mod log_probs;
 pub(crate) mod messages;
 pub(crate) mod models;
+mod plans;
 pub(crate) mod sse;
 pub(crate) mod tokens;
 pub(crate) mod tools;

@@ -32,6 +32,7 @@ pub(crate) fn one(served: &Served, name: &str) -> Value {
             "experts_per_layer": info.experts_per_layer,
             "n_null": info.n_null,
             "has_chat_template": served.has_chat_template(),
+            "plans": served.plans.iter().map(|(name, _)| name).collect::<Vec<_>>(),
             "returns_routing": !info.moe_layers.is_empty(),
             "n_params": info.n_params,
             "n_active_params": info.n_active_params,

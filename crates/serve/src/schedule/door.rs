@@ -5,12 +5,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use cadre_engine::Model;
+use cadre_engine::{KV_BLOCK, Model};
 use tokio::sync::mpsc::unbounded_channel;
 
 use super::ScheduleOptions;
 use super::job::{Client, Job, Jobs, Refusal, Teller};
 use super::queue::FairQueue;
+use super::room::KvLimits;
 use super::worker::Worker;
 use crate::metrics::Metrics;
 
@@ -24,6 +25,7 @@ pub(crate) struct Scheduler {
     worker: Mutex<Option<JoinHandle<()>>>,
     n_slots: usize,
     n_waiting: usize,
+    kv: KvLimits,
 }
 
 /// What the handle and the worker share.
@@ -66,7 +68,8 @@ impl Scheduler {
     /// Starts the worker.
     ///
     /// # Errors
-    /// Sessions or a workspace of these sizes cannot be made, or the system gives no thread.
+    /// Sessions or a workspace of these sizes cannot be made, a session does not fit into the memory for keys and values, or the
+    /// system gives no thread.
     pub(crate) fn start(
         model: Arc<dyn Model>,
         options: &ScheduleOptions,
@@ -76,7 +79,9 @@ impl Scheduler {
             inbox: Mutex::new(Inbox::default()),
             wake: Condvar::new(),
         });
-        let mut worker = Worker::new(model, options, Arc::clone(&metrics), Arc::clone(&shared))?;
+        let kv = limits(&*model, options)?;
+        let share = (Arc::clone(&metrics), Arc::clone(&shared));
+        let mut worker = Worker::new(model, (options, kv), share.0, share.1)?;
         let thread = thread::Builder::new()
             .name("cadre-engine".to_owned())
             .spawn(move || worker.run())
@@ -87,7 +92,24 @@ impl Scheduler {
             worker: Mutex::new(Some(thread)),
             n_slots: options.n_slots,
             n_waiting: options.n_waiting,
+            kv,
         })
+    }
+
+    /// Refuses a job that would not fit into the memory alone.
+    fn check_size(&self, job: &Job) -> Result<(), Refusal> {
+        let n_lanes = 1 + usize::from(job.contrast.is_some());
+        let n_tokens = (job.prompt.len() + job.max_new_tokens).min(self.kv.n_ctx);
+        let n_all = self.kv.n_ctx.div_ceil(KV_BLOCK);
+        let per_block = self.kv.session / n_all.max(1);
+        let bytes = n_lanes * per_block * n_tokens.div_ceil(KV_BLOCK);
+        match bytes > self.kv.limit {
+            false => Ok(()),
+            true => Err(Refusal::TooLarge {
+                bytes,
+                limit: self.kv.limit,
+            }),
+        }
     }
 
     /// Jobs that may wait.
@@ -100,6 +122,7 @@ impl Scheduler {
     /// # Errors
     /// There is no room.
     pub(crate) fn submit(&self, client: Client, jobs: Vec<Job>) -> Result<Jobs, Refusal> {
+        jobs.iter().try_for_each(|job| self.check_size(job))?;
         let mut inbox = self.shared.inbox();
         if inbox.ending.is_some() {
             return Err(Refusal::Ending);
@@ -168,6 +191,27 @@ impl Scheduler {
         // A panic of the worker has been logged.
         let _ = worker.map(JoinHandle::join);
     }
+}
+
+/// The memory of keys and values, which has to hold one session at least.
+fn limits(model: &dyn Model, options: &ScheduleOptions) -> crate::Result<KvLimits> {
+    let session = model.session(&options.session)?;
+    let (n_ctx, bytes) = (session.n_ctx(), session.kv_bytes());
+    let limit = options
+        .kv_bytes
+        .unwrap_or(bytes.saturating_mul(options.n_slots));
+    if limit < bytes {
+        return Err(crate::ServeError::KvMemory {
+            limit,
+            needed: bytes,
+            n_ctx,
+        });
+    }
+    Ok(KvLimits {
+        limit,
+        session: bytes,
+        n_ctx,
+    })
 }
 
 impl Drop for Scheduler {

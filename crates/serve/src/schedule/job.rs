@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use cadre_engine::{EngineError, Steering};
+use cadre_engine::{Contrast, EngineError, Steering};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
 use super::draw::{Constraint, DrawOptions, Scored};
@@ -20,6 +20,8 @@ pub(crate) struct Job {
     pub(crate) draw: DrawOptions,
     /// Which experts are picked; what a session read with another steering is not known here.
     pub(crate) steering: Steering,
+    /// What the choice of experts is contrasted with, if it is; the strong side is steered as above.
+    pub(crate) contrast: Option<Arc<Contrast>>,
     /// The first position whose experts are told, if any is.
     pub(crate) routed_from: Option<usize>,
     /// What holds the text to a form.
@@ -30,6 +32,18 @@ pub(crate) struct Job {
     pub(crate) scores_prompt: bool,
     /// Whether the prompt is to become a vector, and nothing else is done.
     pub(crate) embeds: bool,
+}
+
+impl Job {
+    /// What of the prompt need not be read where it is known: never the last token, whose logits start the answer, and
+    /// nothing that something is told of.
+    pub(crate) fn reusable(&self) -> &[u32] {
+        let n = match self.scores_prompt || self.embeds {
+            true => 0,
+            false => self.prompt.len().saturating_sub(1),
+        };
+        &self.prompt[..n.min(self.routed_from.unwrap_or(usize::MAX))]
+    }
 }
 
 /// Whom a job is done for: the queue is fair among them.
@@ -97,6 +111,8 @@ pub(crate) enum Refusal {
     TooMany { waiting: usize, seconds: u32 },
     /// The queue is full.
     Full { waiting: usize, seconds: u32 },
+    /// Its keys and values are larger than all memory that there is for them.
+    TooLarge { bytes: usize, limit: usize },
     /// The scheduler takes no more.
     Ending,
 }

@@ -9,6 +9,8 @@ const PROMPT_SHARE: usize = 4;
 pub(crate) struct Need {
     /// Tokens that it could read; 1 for a slot that generates.
     pub(crate) n_tokens: usize,
+    /// Rows of the pass that a token takes.
+    pub(crate) n_lanes: usize,
     /// Its prompt is read.
     pub(crate) generates: bool,
     /// The logits of every token are wanted.
@@ -20,7 +22,7 @@ pub(crate) struct Need {
 /// What a pass may hold.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PassLimits {
-    /// Tokens; at least as many as there are slots.
+    /// Rows; at least two for every slot.
     pub(crate) n_tokens: usize,
     /// Rows of logits of prompts that are scored.
     pub(crate) n_rows: usize,
@@ -36,7 +38,7 @@ pub(crate) fn plan(needs: &[Option<Need>], limits: PassLimits) -> Vec<usize> {
         match need {
             Some(need) if need.generates => {
                 granted[slot] = 1;
-                n_generating += 1;
+                n_generating += need.n_lanes;
             }
             Some(need) => prompts.push((slot, *need)),
             None => {}
@@ -73,12 +75,13 @@ struct Room {
 
 impl Room {
     fn grant(&mut self, (slot, need): (usize, Need), most: usize, granted: &mut [usize]) {
-        let mut n = (need.n_tokens - granted[slot]).min(most).min(self.n_tokens);
+        let most = most.min(self.n_tokens) / need.n_lanes;
+        let mut n = (need.n_tokens - granted[slot]).min(most);
         if need.scores {
             n = n.min(self.n_rows);
             self.n_rows -= n;
         }
-        self.n_tokens -= n;
+        self.n_tokens -= n * need.n_lanes;
         granted[slot] += n;
     }
 }
@@ -95,6 +98,7 @@ mod tests {
     fn prompt(n_tokens: usize, since: u64) -> Option<Need> {
         Some(Need {
             n_tokens,
+            n_lanes: 1,
             generates: false,
             scores: false,
             since,
@@ -104,6 +108,7 @@ mod tests {
     fn generating() -> Option<Need> {
         Some(Need {
             n_tokens: 1,
+            n_lanes: 1,
             generates: true,
             scores: false,
             since: 0,
@@ -130,6 +135,15 @@ mod tests {
         assert_eq!(plan(&needs, full), [1, 0, 1]);
         let needs = [generating(), prompt(9, 1)];
         assert_eq!(plan(&needs, full), [1, 1]);
+    }
+
+    #[test]
+    fn two_lanes_take_two_rows() {
+        let double = |need: Option<Need>| need.map(|need| Need { n_lanes: 2, ..need });
+        assert_eq!(plan(&[double(prompt(100, 3))], LIMITS), [32]);
+        let needs = [double(generating()), prompt(100, 1), double(prompt(100, 2))];
+        // Of 16 rows beside, half are the oldest's.
+        assert_eq!(plan(&needs, LIMITS), [1, 8, 4]);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use cadre_engine::{Observer, RoutingEvent};
 use cadre_routing::Routing;
 
 use super::picks::Picks;
+use super::steps::Notes;
 
 /// The experts of consecutive tokens of one sequence.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -21,15 +22,18 @@ pub(crate) struct Watch<'a> {
     picks: &'a mut Picks,
     /// By sequence of the batch; `None` where nothing is wanted.
     layers: Vec<Option<Vec<(usize, Routing)>>>,
+    /// For the choice of who takes part in the next step.
+    notes: Option<Notes<'a>>,
 }
 
 impl<'a> Watch<'a> {
     /// For a batch; says of which of its sequences the experts are wanted.
-    pub(crate) fn new(picks: &'a mut Picks, wanted: &[bool]) -> Self {
+    pub(super) fn new(picks: &'a mut Picks, wanted: &[bool], notes: Option<Notes<'a>>) -> Self {
         let layers = wanted.iter().map(|wanted| wanted.then(Vec::new));
         Self {
             picks,
             layers: layers.collect(),
+            notes,
         }
     }
 
@@ -44,12 +48,16 @@ impl Observer for Watch<'_> {
         if self.picks.watches() {
             self.picks.routed(event);
         }
+        if let Some(notes) = &mut self.notes {
+            notes.routed(event);
+        }
         if let Some(Some(layers)) = self.layers.get_mut(event.sequence) {
             layers.push((event.layer, event.routing.clone()));
         }
     }
 
     fn watches(&self) -> bool {
-        self.picks.watches() || self.layers.iter().any(Option::is_some)
+        let is_wanted = self.layers.iter().any(Option::is_some);
+        self.picks.watches() || self.notes.is_some() || is_wanted
     }
 }

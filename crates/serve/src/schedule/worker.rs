@@ -4,14 +4,18 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use cadre_engine::{EngineError, Model, Sequence, Workspace};
+use cadre_engine::{EngineError, KV_BLOCK, KvMemory, Model, Sequence, Workspace};
 
 use super::ScheduleOptions;
 use super::door::{Ending, Shared, Waiting};
 use super::job::{Event, JobError, failed};
+use super::lane::Rooms;
 use super::picks::Picks;
-use super::plan::{PassLimits, plan};
+use super::plan::{Need, PassLimits, plan};
+use super::prefixes::Prefixes;
+use super::room::{KvLimits, make_room};
 use super::slot::{Desk, Slot};
+use super::steps::Steps;
 use super::watch::Watch;
 use crate::metrics::{JobClock, Metrics};
 
@@ -22,11 +26,18 @@ pub(super) struct Worker {
     model: Arc<dyn Model>,
     shared: Arc<Shared>,
     metrics: Arc<Metrics>,
-    options: ScheduleOptions,
     limits: PassLimits,
+    kv: KvLimits,
+    rooms: Rooms,
     workspace: Workspace,
     slots: Vec<Slot>,
     picks: Picks,
+    /// Who takes part, where not all do.
+    steps: Option<Steps>,
+    /// Of every slot that generates, when its job began.
+    generating: Vec<Option<u64>>,
+    /// Whether the model may know picks before its layers run.
+    foretells: bool,
     /// A row of logits.
     scratch: Vec<f32>,
     /// Counts what happens, to tell older from newer.
@@ -43,34 +54,52 @@ enum Trouble {
     Panic,
 }
 
+/// A slot's part of a batch.
+struct Member {
+    slot: usize,
+    /// Its first sequence; the one of its weaker experts follows.
+    first: usize,
+    /// Values of logits of either.
+    n: usize,
+    n_weak: Option<usize>,
+}
+
 impl Worker {
     pub(super) fn new(
         model: Arc<dyn Model>,
-        options: &ScheduleOptions,
+        (options, kv): (&ScheduleOptions, KvLimits),
         metrics: Arc<Metrics>,
         shared: Arc<Shared>,
     ) -> crate::Result<Self> {
-        let session = || {
-            let session = model.session(&options.session)?;
-            Ok(Slot::new(session, &*model))
+        let rooms = Rooms {
+            options: options.session,
+            memory: KvMemory::default(),
+            prefixes: Prefixes::default(),
         };
-        let slots: cadre_engine::Result<Vec<Slot>> = std::iter::repeat_with(session)
-            .take(options.n_slots)
-            .collect();
-        let n_tokens = options.n_batch.max(options.n_slots);
+        let lane = || Ok(Slot::new(rooms.lane(&*model)?));
+        let slots: cadre_engine::Result<Vec<Slot>> =
+            std::iter::repeat_with(lane).take(options.n_slots).collect();
+        // A slot may have two sessions.
+        let n_tokens = options.n_batch.max(2 * options.n_slots);
         let row_bytes = (model.info().vocab_size * size_of::<f32>()).max(1);
         Ok(Self {
             slots: slots?,
             picks: Picks::new(model.info()),
+            steps: options
+                .steps
+                .map(|steps| Steps::new(model.info(), options.n_slots, steps)),
+            generating: Vec::new(),
+            foretells: true,
             workspace: model.workspace(n_tokens)?,
             limits: PassLimits {
                 n_tokens,
                 n_rows: (LOGIT_BYTES / row_bytes).max(1),
             },
+            kv,
+            rooms,
             model,
             shared,
             metrics,
-            options: *options,
             scratch: Vec::new(),
             now: 0,
         })
@@ -108,9 +137,10 @@ impl Worker {
             }
             let n_running = self.slots.iter().filter(|slot| !slot.is_free()).count();
             let n_held: usize = self.slots.iter().map(Slot::n_held).sum();
-            let n_all: usize = self.slots.iter().map(Slot::n_ctx).sum();
-            let kv_share = n_held as f64 / n_all.max(1) as f64;
+            let kv_share = n_held as f64 / self.kv.n_tokens().max(1.0);
             self.metrics.jobs(n_running, inbox.queue.len(), kv_share);
+            let taken = self.rooms.memory.n_bytes();
+            self.metrics.kv(taken, self.kv.limit);
             if n_running > 0 {
                 return true;
             }
@@ -127,12 +157,25 @@ impl Worker {
     /// Begins a job where most of its prompt has been read already, or else where nobody has been for longest.
     fn place(&mut self, waiting: Waiting) {
         let Waiting { job, teller, since } = waiting;
+        self.now += 1;
+        let found = self
+            .rooms
+            .prefixes
+            .find(&job.steering, job.reusable(), self.now);
+        // What others have left serves in any slot.
+        let n_left = found.len() * KV_BLOCK;
         let free = self.slots.iter_mut().filter(|slot| slot.is_free());
-        let best = free.max_by_key(|slot| (slot.n_known(&job), u64::MAX - slot.used()));
+        let best = free.max_by_key(|slot| {
+            let n_known = slot.n_known(&job);
+            (
+                if n_known > n_left { n_known } else { 0 },
+                u64::MAX - slot.used(),
+            )
+        });
         if let Some(slot) = best {
-            self.now += 1;
             let clock = JobClock::new(since, Arc::clone(&self.metrics));
-            slot.begin(&*self.model, job, teller, (self.now, clock));
+            let place = (&*self.model, &mut self.rooms);
+            slot.begin(place, job, teller, (self.now, clock));
         }
     }
 
@@ -143,16 +186,136 @@ impl Worker {
         for slot in &mut self.slots {
             slot.drop_cancelled(now);
         }
-        let needs: Vec<_> = self.slots.iter().map(Slot::need).collect();
-        let pieces = plan(&needs, self.limits);
+        let Some(pieces) = self.pieces() else {
+            return;
+        };
         let trouble = match self.pass(&pieces) {
-            Ok(()) => return,
+            Ok(()) => return self.took(&pieces),
             Err(trouble) => trouble,
         };
         match trouble {
             Trouble::Slot(slot, error) => self.slots[slot].fail(error, now),
             Trouble::All(error) => self.fail(&pieces, &error),
             Trouble::Panic => self.one_by_one(&pieces),
+        }
+    }
+
+    /// Tokens that each slot reads in the next pass, for which there is memory; `None` when nobody can go on.
+    fn pieces(&mut self) -> Option<Vec<usize>> {
+        // Once, so that what is given up below stays so.
+        for slot in &mut self.slots {
+            slot.resume(&mut self.rooms, self.now);
+        }
+        let mut may_cut = true;
+        loop {
+            let mut needs: Vec<_> = self.slots.iter().map(Slot::need).collect();
+            let is_cut = may_cut && self.cut(&mut needs);
+            let mut pieces = plan(&needs, self.limits);
+            make_room(&mut self.slots, &mut self.rooms, self.kv, &mut pieces);
+            if pieces.iter().any(|n| *n > 0) {
+                return Some(pieces);
+            }
+            if is_cut {
+                // There is no memory for these; there may be for others.
+                may_cut = false;
+                continue;
+            }
+            let running = self.slots.iter_mut().filter(|slot| !slot.is_free());
+            let oldest = running.min_by_key(|slot| slot.since())?;
+            let oldest = oldest.since();
+            let others = self
+                .slots
+                .iter_mut()
+                .filter(|slot| slot.since() > oldest && slot.holds_any());
+            match others.max_by_key(|slot| slot.since()) {
+                Some(youngest) => {
+                    // One that waits to begin again holds only what it shares.
+                    if youngest.n_to_admit().is_none() {
+                        self.metrics.preempted();
+                    }
+                    youngest.give_up();
+                }
+                None => {
+                    // The door lets nobody in who does not fit alone.
+                    let slot = self.slots.iter_mut().find(|slot| slot.since() == oldest)?;
+                    let message = "there is no memory for keys and values; start the server with a larger --kv-memory";
+                    slot.fail(JobError::Failed(message.to_owned()), self.now);
+                }
+            }
+        }
+    }
+
+    /// Cuts the next pass to those of `needs` that take part in a step; whether some do not.
+    fn cut(&mut self, needs: &mut [Option<Need>]) -> bool {
+        let generates = |need: &Option<Need>| need.filter(|need| need.generates);
+        let since = needs.iter().map(|need| Some(generates(need)?.since));
+        self.generating = since.collect();
+        let Some(steps) = &mut self.steps else {
+            return false;
+        };
+        if !steps.is_crowded(&self.generating) {
+            return false;
+        }
+        self.foretell();
+        let Some(steps) = &self.steps else {
+            return false;
+        };
+        let chosen = steps.choose(&self.generating);
+        for (slot, need) in needs.iter_mut().enumerate() {
+            if generates(need).is_some() && !chosen.contains(&slot) {
+                *need = None;
+            }
+        }
+        true
+    }
+
+    /// Finds what those that generate will pick next, where the model knows.
+    fn foretell(&mut self) {
+        let Self {
+            model,
+            slots,
+            workspace,
+            steps: Some(steps),
+            generating,
+            ..
+        } = self
+        else {
+            return;
+        };
+        if !(self.foretells && steps.wants_picks()) {
+            return;
+        }
+        let (mut batch, mut places) = (Vec::new(), Vec::new());
+        for (index, (slot, since)) in slots.iter_mut().zip(&*generating).enumerate() {
+            // Looking ahead takes no memory that has not been taken.
+            if since.is_some()
+                && slot.bytes_to_take(1) == 0
+                && let Some((sequence, weak)) = slot.sequences(1)
+            {
+                for sequence in std::iter::once(sequence).chain(weak) {
+                    batch.push(sequence);
+                    places.push(index);
+                }
+            }
+        }
+        if batch.is_empty() {
+            return;
+        }
+        let mut notes = steps.note(&places);
+        let (model, memory) = (&**model, &mut *workspace);
+        let told = guarded(|| model.foretold(&mut batch, memory, &mut notes));
+        // What is wrong with a sequence is told when it is computed.
+        self.foretells = !matches!(told, None | Some(Ok(false)));
+    }
+
+    /// Takes note of a step in which not all took part.
+    fn took(&mut self, pieces: &[usize]) {
+        if let Some(steps) = &mut self.steps {
+            let taken = steps.took(&self.generating, pieces);
+            // A pass that reads prompts is not watched for it.
+            if taken.0 > 0 && pieces.iter().all(|n| *n <= 1) {
+                self.metrics.step(taken);
+            }
         }
     }
 
@@ -188,8 +351,8 @@ impl Worker {
 
     fn renew(&mut self, slot: usize) {
         // The same options made one before.
-        if let Ok(session) = self.model.session(&self.options.session) {
-            self.slots[slot].renew(session, &*self.model);
+        if let Ok(lane) = self.rooms.lane(&*self.model) {
+            self.slots[slot].renew(lane);
         }
     }
 
@@ -209,25 +372,42 @@ impl Worker {
             workspace,
             scratch,
             picks,
+            steps,
             ..
         } = self;
         let vocab = model.info().vocab_size;
         let mut batch: Vec<Sequence<'_>> = Vec::new();
-        // Slots of the batch, and values of logits that they get.
+        // Slots of the batch, and values of logits that their sequences get.
         let mut members = Vec::new();
-        let mut wanted = Vec::new();
+        let (mut wanted, mut places) = (Vec::new(), Vec::new());
         for (index, (slot, n)) in slots.iter_mut().zip(pieces).enumerate() {
             let wants = slot.watches(*n);
             if *n > 0
-                && let Some(sequence) = slot.sequence(*n)
+                && let Some((sequence, weak)) = slot.sequences(*n)
             {
                 wanted.push(wants);
-                members.push((index, sequence.n_logits() * vocab));
+                places.push(index);
+                let n_weak = weak.as_ref().map(|weak| weak.n_logits() * vocab);
+                members.push(Member {
+                    slot: index,
+                    first: batch.len(),
+                    n: sequence.n_logits() * vocab,
+                    n_weak,
+                });
                 batch.push(sequence);
+                if let Some(weak) = weak {
+                    // What the weaker experts do is not told.
+                    wanted.push(false);
+                    places.push(index);
+                    batch.push(weak);
+                }
             }
         }
         let is_watched = picks.begin();
-        let mut watch = Watch::new(picks, &wanted);
+        // Watching a prompt would cost rows of the last layer that nobody needs.
+        let steps = steps.as_mut().filter(|_| pieces.iter().all(|n| *n <= 1));
+        let notes = steps.map(|steps| steps.note(&places));
+        let mut watch = Watch::new(picks, &wanted, notes);
         let observer = &mut watch;
         let start = Instant::now();
         let (shared_model, sequences) = (&**model, &mut batch[..]);
@@ -240,31 +420,38 @@ impl Worker {
             None => return Err(Trouble::Panic),
         };
         self.metrics.pass(pieces.iter().sum(), start.elapsed());
-        let seen: Vec<_> = watch.seen().collect();
+        let mut seen: Vec<_> = watch.seen().collect();
         if is_watched {
             self.metrics.experts(picks.summary());
         }
         let d_model = model.info().d_model;
         // Vectors are in the same memory as logits, so they come after them.
         let (mut row, mut vectors) = (0, Vec::new());
-        for ((slot, n), layers) in members.into_iter().zip(seen) {
-            let (rows, rest) = logits.split_at_mut(n);
+        for member in &members {
+            let slot = &mut slots[member.slot];
+            let (rows, rest) = logits.split_at_mut(member.n);
+            let (weak, rest) = rest.split_at_mut(member.n_weak.unwrap_or(0));
             logits = rest;
             let first = row;
-            row += n / vocab.max(1);
-            if slots[slot].embeds() {
-                vectors.push((slot, first * d_model..row * d_model));
+            row += (member.n + weak.len()) / vocab.max(1);
+            if slot.embeds() {
+                let values = first * d_model..(first + member.n / vocab.max(1)) * d_model;
+                vectors.push((member.slot, values));
                 continue;
             }
+            let layers = seen.get_mut(member.first).map(std::mem::take);
             let mut desk = Desk {
                 model: &**model,
                 scratch,
-                layers,
+                layers: layers.unwrap_or_default(),
             };
-            slots[slot].advance(rows, &mut desk, self.now);
+            slot.advance(rows, weak, &mut desk, self.now);
         }
         for (slot, values) in vectors {
             slots[slot].embed(&workspace.hidden()[values], d_model, self.now);
+        }
+        for member in &members {
+            slots[member.slot].publish(&mut self.rooms, self.now);
         }
         Ok(())
     }
@@ -275,12 +462,14 @@ fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
     catch_unwind(AssertUnwindSafe(work)).ok()
 }
 
-fn trouble(error: &EngineError, members: &[(usize, usize)]) -> Trouble {
+fn trouble(error: &EngineError, members: &[Member]) -> Trouble {
     match error {
-        EngineError::InBatch { sequence, source } => match members.get(*sequence) {
-            Some((slot, _)) => Trouble::Slot(*slot, failed(source)),
-            None => Trouble::All(failed(error)),
-        },
+        EngineError::InBatch { sequence, source } => {
+            match members.iter().rfind(|member| member.first <= *sequence) {
+                Some(member) => Trouble::Slot(member.slot, failed(source)),
+                None => Trouble::All(failed(error)),
+            }
+        }
         error => Trouble::All(failed(error)),
     }
 }

@@ -112,7 +112,7 @@ fn what_cannot_be_done_is_refused_by_name() {
         ("cadre", json!({"top_x": 1}), "cadre.top_x"),
         ("cadre", json!({"mask": {"9": [0]}}), "cadre.mask"),
         ("cadre", json!({"mask": {"0": [8]}}), "cadre.mask"),
-        ("cadre", json!({"contrast": {}}), "cadre.contrast"),
+        ("cadre", json!({"contrast": 1}), "cadre.contrast"),
         ("modalities", json!(["audio"]), "modalities"),
         ("messages", json!([]), "messages"),
         ("messages", json!({"role": "user"}), "messages"),

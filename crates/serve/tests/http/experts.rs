@@ -159,7 +159,29 @@ fn what_does_not_fit_the_model_is_refused_by_its_key() {
     for (cadre, param) in [
         (json!(7), "cadre"),
         (json!({"masks": {}}), "cadre.masks"),
-        (json!({"contrast": {}}), "cadre.contrast"),
+        (json!({"contrast": 1}), "cadre.contrast"),
+        (json!({"contrast": {"beta": -1}}), "cadre.contrast.beta"),
+        (json!({"contrast": {"alpha": 2}}), "cadre.contrast.alpha"),
+        (json!({"contrast": {"ranks": [9]}}), "cadre.contrast.ranks"),
+        (json!({"contrast": {"rank": [2]}}), "cadre.contrast.rank"),
+        (json!({"plan": "calm"}), "cadre.plan"),
+        (json!({"plan": {"scale": 1}}), "cadre.plan"),
+        (
+            json!({"plan": {"steer": {"masks": {}}}}),
+            "cadre.plan.steer.masks",
+        ),
+        (
+            json!({"plan": {"steer": {"mask": {"0": [1]}}, "scale": 0.5}}),
+            "cadre.plan.scale",
+        ),
+        (
+            json!({"plan": {"steer": {}, "force": 1}}),
+            "cadre.plan.force",
+        ),
+        (
+            json!({"plan": {"steer": {"mask": {"2": [0]}}}}),
+            "cadre.plan",
+        ),
         (json!({"return_routing": 3}), "cadre.return_routing"),
         (json!({"top_k": 0}), "cadre.top_k"),
         (json!({"top_k": 9}), "cadre.top_k"),

@@ -26,7 +26,7 @@ fn text(answer: &Answer) -> String {
 }
 
 /// A gauge or counter of `/metrics`.
-fn metric(address: SocketAddr, name: &str) -> f64 {
+pub(crate) fn metric(address: SocketAddr, name: &str) -> f64 {
     let page = get(address, "/metrics");
     let line = page
         .text()
@@ -37,7 +37,7 @@ fn metric(address: SocketAddr, name: &str) -> f64 {
 }
 
 #[track_caller]
-fn wait_until(what: &str, within: Duration, mut ready: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, within: Duration, mut ready: impl FnMut() -> bool) {
     let start = Instant::now();
     while !ready() {
         assert!(start.elapsed() < within, "{what}");

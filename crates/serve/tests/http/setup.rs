@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cadre_checkpoint::{Checkpoint, Tokenizer};
+use cadre_checkpoint::{Checkpoint, ModelConfig, Tokenizer};
 use cadre_engine::{
     GenerateOptions, LoadOptions, Model, NoObserver, SamplingOptions, SessionOptions, generate,
     load,
@@ -39,6 +39,9 @@ pub(crate) fn options() -> ServeOptions {
         template: None,
         session: session(),
         parallel: 4,
+        kv_memory: None,
+        steps: None,
+        plans: Vec::new(),
         batch: 32,
         queue: 256,
         http: HttpLimits::default(),
@@ -48,8 +51,16 @@ pub(crate) fn options() -> ServeOptions {
 
 /// A tiny checkpoint with a chat template and room for a thousand tokens.
 pub(crate) fn checkpoint() -> Checkpoint {
+    checkpoint_with(|_| {})
+}
+
+/// With another configuration.
+pub(crate) fn checkpoint_with(change: impl FnOnce(&mut ModelConfig)) -> Checkpoint {
     let folder = TinyMoe::default()
-        .configure(|config| config.max_position_embeddings = 2048)
+        .configure(|config| {
+            config.max_position_embeddings = 2048;
+            change(config);
+        })
         .build()
         .unwrap();
     std::fs::write(folder.path().join("chat_template.jinja"), TEMPLATE).unwrap();
