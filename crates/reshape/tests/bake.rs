@@ -46,9 +46,10 @@ fn target(source: &Checkpoint) -> ConvertTo {
     }
 }
 
-/// Writes the steered model, and compares it with the model that is steered: at most `tolerance` apart.
+/// Writes the steered model, and compares it with the model that is steered: at most `tolerance` apart. Also says how far
+/// both are from the model as it was.
 #[track_caller]
-fn check(source: &Checkpoint, json: &str, (pad, tolerance): (bool, f32)) -> Checkpoint {
+fn check(source: &Checkpoint, json: &str, tolerance: f32) -> (Checkpoint, f32) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join(match source.is_gguf() {
         true => "out.gguf",
@@ -57,7 +58,7 @@ fn check(source: &Checkpoint, json: &str, (pad, tolerance): (bool, f32)) -> Chec
     let steering = steering(json);
     let options = Applying {
         target: target(source),
-        pad,
+        pad: false,
     };
     let baked = bake(source, &steering, options).unwrap();
     let paths = baked.conversion.write(&path, &mut |_| true).unwrap();
@@ -68,11 +69,7 @@ fn check(source: &Checkpoint, json: &str, (pad, tolerance): (bool, f32)) -> Chec
     let what = source.origin();
     assert!(apart <= tolerance, "{what}: {json}: {apart}");
     let plain = logits(source, &Steering::default());
-    assert!(
-        difference(&plain, &expected) > 10.0 * tolerance.max(1e-6),
-        "{what}: {json} does something"
-    );
-    made
+    (made, difference(&plain, &expected))
 }
 
 #[test]
@@ -91,7 +88,8 @@ fn masks_and_gains_are_what_they_are_at_run_time() {
             1e-6,
         ),
     ] {
-        let made = check(&source, json, (false, tolerance));
+        let (made, effect) = check(&source, json, tolerance);
+        assert!(effect > 1e-3, "{json}: {effect}");
         let mask = steering(json).mask;
         let n_masked: usize = mask.iter().map(|(_, experts)| experts.len()).sum();
         assert_eq!(made.config().moe.n_experts, 8 - n_masked);
@@ -99,16 +97,8 @@ fn masks_and_gains_are_what_they_are_at_run_time() {
     // A gain that bf16 cannot hold is rounded with the matrix: 8 bits.
     let folder = TinyMoe::default().dtype(Dtype::Bf16).build().unwrap();
     let source = folder.open().unwrap();
-    check(
-        &source,
-        r#"{"gain": {"*": {"0": 0.5, "3": 2}}}"#,
-        (false, 1e-6),
-    );
-    check(
-        &source,
-        r#"{"gain": {"*": {"0": 0.7, "3": 1.9}}}"#,
-        (false, 4e-3),
-    );
+    check(&source, r#"{"gain": {"*": {"0": 0.5, "3": 2}}}"#, 1e-6);
+    check(&source, r#"{"gain": {"*": {"0": 0.7, "3": 1.9}}}"#, 4e-3);
 }
 
 #[test]
@@ -133,19 +123,26 @@ fn a_gguf_file_is_baked_in_its_own_formats() {
         .write(&out.path().join("q8_0.gguf"), &mut |_| true)
         .unwrap();
     let source = Checkpoint::open(&paths[0]).unwrap();
-    check(&source, r#"{"mask": {"*": [2]}}"#, (false, 1e-6));
     // Halves are halves of the scales; other numbers round the scales to 11 bits.
-    check(
-        &source,
-        r#"{"gain": {"*": {"1": 0.5, "4": 0}}}"#,
-        (false, 1e-6),
-    );
-    check(&source, r#"{"gain": {"*": {"1": 0.7}}}"#, (false, 2e-3));
+    for (json, tolerance) in [
+        (r#"{"mask": {"*": [0, 1, 2, 3]}}"#, 1e-6),
+        (
+            r#"{"gain": {"*": {"0": 0.5, "1": 0.25, "2": 0, "3": 4, "4": 0.5}}}"#,
+            1e-6,
+        ),
+        (
+            r#"{"gain": {"*": {"0": 0.7, "1": 0.6, "2": 1.3, "3": 0.9, "5": 1.9}}}"#,
+            2e-3,
+        ),
+    ] {
+        let (_, effect) = check(&source, json, tolerance);
+        assert!(effect > 5.0 * tolerance, "{json}: {effect}");
+    }
 }
 
 #[test]
 fn every_layout_of_folders_takes_a_gain_or_says_why_not() {
-    let (mut n_written, mut n_refused) = (0, 0);
+    let (mut n_written, mut n_refused, mut n_changed) = (0, 0, 0);
     for family in std::fs::read_dir(golden_dir()).unwrap() {
         let Ok(entries) = std::fs::read_dir(family.unwrap().path()) else {
             continue;
@@ -167,8 +164,10 @@ fn every_layout_of_folders_takes_a_gain_or_says_why_not() {
             };
             match bake(&source, &steering(json), options) {
                 Ok(_) => {
-                    check(&source, json, (false, 1e-5));
+                    let (_, effect) = check(&source, json, 1e-5);
                     n_written += 1;
+                    // In some the few tokens go to none of the three.
+                    n_changed += usize::from(effect > 1e-4);
                 }
                 Err(error) => {
                     let error = error.to_string();
@@ -183,8 +182,8 @@ fn every_layout_of_folders_takes_a_gain_or_says_why_not() {
         }
     }
     assert!(
-        n_written > 15 && n_refused > 0,
-        "{n_written} written, {n_refused} refused"
+        n_written > 15 && n_changed > 10 && n_refused > 0,
+        "{n_written} written, {n_changed} changed, {n_refused} refused"
     );
 }
 

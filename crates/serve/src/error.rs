@@ -35,7 +35,7 @@ pub enum ServeError {
         /// Its name.
         name: String,
         /// The reason.
-        source: EngineError,
+        source: Box<EngineError>,
     },
     /// One context does not fit into the memory for keys and values.
     #[error(

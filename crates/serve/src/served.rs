@@ -61,7 +61,7 @@ impl Served {
             let whole = model.info().steering.clone().and(plan);
             try_on(&whole, &*model).map_err(|source| ServeError::Plan {
                 name: name.clone(),
-                source,
+                source: Box::new(source),
             })?;
         }
         let tokenizer = checkpoint.tokenizer()?;
