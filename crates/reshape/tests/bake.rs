@@ -123,7 +123,7 @@ fn a_gguf_file_is_baked_in_its_own_formats() {
         .write(&out.path().join("q8_0.gguf"), &mut |_| true)
         .unwrap();
     let source = Checkpoint::open(&paths[0]).unwrap();
-    // Halves are halves of the scales; other numbers round the scales to 11 bits.
+    // Halves are halves of the scales. Other numbers round the scales to 11 bits, and activations that meet such blocks to 8.
     for (json, tolerance) in [
         (r#"{"mask": {"*": [0, 1, 2, 3]}}"#, 1e-6),
         (
@@ -131,12 +131,12 @@ fn a_gguf_file_is_baked_in_its_own_formats() {
             1e-6,
         ),
         (
-            r#"{"gain": {"*": {"0": 0.7, "1": 0.6, "2": 1.3, "3": 0.9, "5": 1.9}}}"#,
-            2e-3,
+            r#"{"gain": {"*": {"0": 0.3, "1": 0.2, "2": 2.7, "3": 0.1, "5": 3.3}}}"#,
+            2e-2,
         ),
     ] {
         let (_, effect) = check(&source, json, tolerance);
-        assert!(effect > 5.0 * tolerance, "{json}: {effect}");
+        assert!(effect > 2.0 * tolerance, "{json}: {effect}");
     }
 }
 
@@ -157,7 +157,7 @@ fn every_layout_of_folders_takes_a_gain_or_says_why_not() {
                 continue;
             }
             // Powers of two change no digit of a float.
-            let json = r#"{"gain": {"*": {"0": 0.25, "1": 0.5, "2": 4}}}"#;
+            let json = r#"{"gain": {"*": {"0": 0.25, "1": 4}}}"#;
             let options = Applying {
                 target: target(&source),
                 pad: false,
@@ -166,7 +166,7 @@ fn every_layout_of_folders_takes_a_gain_or_says_why_not() {
                 Ok(_) => {
                     let (_, effect) = check(&source, json, 1e-5);
                     n_written += 1;
-                    // In some the few tokens go to none of the three.
+                    // In some the few tokens go to neither.
                     n_changed += usize::from(effect > 1e-4);
                 }
                 Err(error) => {
