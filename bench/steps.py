@@ -1,6 +1,6 @@
 """Steps of requests that share experts, next to taking requests in turns: what a pass needs, and what is read from disk.
 
-    cargo build --release && python3 bench/steps.py --cadre target/release/cadre --mem-budget 16MiB
+    cargo build --release && python3 bench/steps.py --cadre target/release/cadre --mem-budget 22MiB
 
 Starts `cadre serve --step-requests N` for each order, asks it for answers to texts of different domains (recipes/data/sample.jsonl) all
 at once, and reads `/metrics`. The answers of both orders have to be the same. Prints Markdown. Needs only Python's standard
@@ -54,12 +54,14 @@ def metrics(url):
 
 def run(args, order, texts):
     command = [args.cadre, "serve", "--port", "0", "-np", str(len(texts)), "--step-requests", str(args.step)]
-    command += ["--step-order", order, "-t", str(args.threads)]
+    command += ["--step-order", order, "-t", str(args.threads), "-c", str(args.ctx_size), "-b", str(args.batch_size)]
     command += ["--mem-budget", args.mem_budget] if args.mem_budget else []
     command += ["-m", args.model] if args.model else []
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         url = server.stdout.readline().strip()
+        if not url:
+            raise SystemExit(f"the server does not start: {' '.join(command)}")
         answers = [None] * len(texts)
         start = time.monotonic()
         clients = [
@@ -95,6 +97,8 @@ def main():
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--step", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=150)
+    parser.add_argument("--ctx-size", type=int, default=320)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--chars", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
