@@ -53,10 +53,9 @@ def metrics(url):
 
 
 def run(args, order, texts):
-    command = [args.cadre, "serve", "--port", "0", "-np", str(len(texts)), "--step-requests", str(args.step)]
+    command = [args.cadre, "serve", "-m", args.model, "--port", "0", "-np", str(len(texts)), "--step-requests", str(args.step)]
     command += ["--step-order", order, "-t", str(args.threads), "-c", str(args.ctx_size), "-b", str(args.batch_size)]
     command += ["--mem-budget", args.mem_budget] if args.mem_budget else []
-    command += ["-m", args.model] if args.model else []
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         url = server.stdout.readline().strip()
@@ -91,7 +90,7 @@ def run(args, order, texts):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cadre", required=True)
-    parser.add_argument("--model", help="the embedded one unless said")
+    parser.add_argument("--model", default=str(ROOT / "models/nano"))
     parser.add_argument("--mem-budget")
     parser.add_argument("--domains", default="code,german")
     parser.add_argument("--requests", type=int, default=16)
