@@ -49,6 +49,50 @@ pub struct LayerUsage {
     pub(crate) gram: Option<Gram>,
 }
 
+/// Which experts a recording has hardly seen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Coverage {
+    /// Picks that are enough.
+    pub least: u64,
+    /// Experts of all layers.
+    pub n_experts: usize,
+    /// Decoder layers and those of their experts that were picked less often; no others.
+    pub thin: Vec<(usize, Vec<usize>)>,
+}
+
+impl Coverage {
+    /// Layers, and experts of a layer, that are named; the others are counted.
+    const NAMED: usize = 8;
+
+    /// A warning that names layers and experts; nothing when all have been seen.
+    #[must_use]
+    pub fn warning(&self) -> Option<String> {
+        let n: usize = self.thin.iter().map(|(_, ids)| ids.len()).sum();
+        if n == 0 {
+            return None;
+        }
+        let named = self.thin.iter().take(Self::NAMED).map(|(layer, ids)| {
+            let first: Vec<String> = ids.iter().take(Self::NAMED).map(usize::to_string).collect();
+            let more = ids.len().saturating_sub(Self::NAMED);
+            let more = if more > 0 {
+                format!(" and {more} more")
+            } else {
+                String::new()
+            };
+            format!("layer {layer}: {}{more}", first.join(", "))
+        });
+        let mut named = named.collect::<Vec<_>>().join("; ");
+        let more = self.thin.len().saturating_sub(Self::NAMED);
+        if more > 0 {
+            named += &format!("; and in {more} more layers");
+        }
+        Some(format!(
+            "{n} of {} experts were picked fewer than {} times in the recording ({named}); more text makes a better choice",
+            self.n_experts, self.least
+        ))
+    }
+}
+
 impl LayerUsage {
     fn new(layer: usize, n_experts: usize, has_norms: bool, similarity: bool) -> Self {
         Self {
@@ -176,10 +220,45 @@ impl Usage {
         })
     }
 
-    /// Experts, all layers together, that were picked fewer than `least` times, and how many there are in all.
+    /// What a choice among the experts can rest on: which of them were picked fewer than `least` times.
     #[must_use]
-    pub fn thin(&self, least: u64) -> (usize, usize) {
-        let picks = || self.layers.iter().flat_map(|layer| &layer.picks);
-        (picks().filter(|n| **n < least).count(), picks().count())
+    pub fn coverage(&self, least: u64) -> Coverage {
+        let layers = self.layers.iter().map(|layer| {
+            let picks = layer.picks.iter().enumerate();
+            let few = picks.filter(|(_, n)| **n < least).map(|(id, _)| id);
+            (layer.layer, few.collect::<Vec<usize>>())
+        });
+        Coverage {
+            least,
+            n_experts: self.layers.iter().map(LayerUsage::n_experts).sum(),
+            thin: layers.filter(|(_, ids)| !ids.is_empty()).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_warning_names_what_was_hardly_seen() {
+        let coverage = |thin: Vec<(usize, Vec<usize>)>| Coverage {
+            least: 32,
+            n_experts: 64,
+            thin,
+        };
+        assert_eq!(coverage(Vec::new()).warning(), None);
+        let text = coverage(vec![(3, vec![0, 7]), (5, (0..10).collect())]).warning();
+        let text = text.unwrap();
+        assert!(
+            text.starts_with("12 of 64 experts were picked fewer than 32 times"),
+            "{text}"
+        );
+        assert!(
+            text.contains("layer 3: 0, 7; layer 5: 0, 1, 2, 3, 4, 5, 6, 7 and 2 more"),
+            "{text}"
+        );
+        let many = coverage((0..20).map(|layer| (layer, vec![1])).collect()).warning();
+        assert!(many.unwrap().contains("and in 12 more layers"));
     }
 }

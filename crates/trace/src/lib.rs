@@ -1,7 +1,7 @@
 //! Recorded routing: who was picked, where, with what weight; as Parquet files, statistics and pictures.
 //!
 //! The flow is one way. A run produces [`Step`]s (one layer, several positions); a [`TraceWriter`] puts them in a
-//! file and a [`StatsBuilder`] counts them. A [`TraceReader`] brings a file back as [`Row`]s, and [`Stats`] is
+//! file (a [`Recording`] in parts, so that it can go on) and a [`StatsBuilder`] counts them. A [`TraceReader`] brings a file back as [`Row`]s, and [`Stats`] is
 //! everything the pictures need:
 //!
 //! ```text
@@ -28,6 +28,7 @@ pub mod meta;
 pub mod picture;
 pub mod profile;
 pub mod reader;
+pub mod recording;
 pub mod replay;
 pub mod resonance;
 pub mod row;
@@ -43,6 +44,7 @@ pub use error::TraceError;
 pub use meta::TraceMeta;
 pub use profile::{DomainTop, Profile, TopExpert};
 pub use reader::{Block, Trace, TraceReader};
+pub use recording::Recording;
 pub use row::{Row, Step};
 pub use schema::Columns;
 pub use stats::{Stats, StatsBuilder, StatsOptions};

@@ -185,7 +185,7 @@ fn temporary_beside(path: &Path) -> Result<NamedTempFile, TraceError> {
         .map_err(io("create a temporary file beside", path))
 }
 
-fn io(action: &'static str, path: &Path) -> impl Fn(std::io::Error) -> TraceError {
+pub(crate) fn io(action: &'static str, path: &Path) -> impl Fn(std::io::Error) -> TraceError {
     let path = path.to_path_buf();
     move |source| TraceError::Io {
         action,

@@ -6,12 +6,15 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use cadre_checkpoint::Tokenizer;
 use cadre_engine::{Logits, Model, Observer, RoutingEvent, Session, SessionOptions};
+use cadre_reshape::{Usage, UsageOptions};
 use cadre_trace::{
-    Columns, Profile, Stats, StatsOptions, Step, TraceWriter, Written, html, picture, show,
+    Columns, Profile, Recording, Stats, StatsOptions, Step, TraceMeta, Written, html, picture, show,
 };
 use clap::Subcommand;
+use sha2::{Digest, Sha256};
 
 use crate::cli::App;
+use crate::commands::plan::FEW_PICKS;
 use crate::commands::trace_replay;
 use crate::data::{self, Document};
 use crate::experts;
@@ -44,7 +47,7 @@ struct RecordArgs {
     /// JSON lines with `domain` and `text`, or plain text; may be given several times.
     #[arg(long, value_name = "FILE", required = true)]
     data: Vec<PathBuf>,
-    /// Parquet file to write.
+    /// Parquet file to write. When interrupted, the same command goes on.
     // Required, which the type cannot say: `trace show` comes without it.
     #[arg(short, long, value_name = "FILE", required = true)]
     output: Option<PathBuf>,
@@ -112,15 +115,22 @@ fn record(app: &App, args: &RecordArgs, output: &Path) -> Result<()> {
     )?;
     let n_tokens = sequences.iter().map(|one| one.tokens.len() as u64).sum();
 
-    // From here on Ctrl-C is polled, so that the unfinished file is removed.
+    // From here on Ctrl-C is polled, so that what has been recorded is kept whole.
     let _guard = app.interrupt.guard();
     let columns = Columns {
         logits: args.logits,
         norms: args.norms,
     };
-    let writer = TraceWriter::create(output, &experts::meta(&loaded), columns)?;
+    let meta = experts::meta(&loaded);
+    let identity = identity(&meta, columns, &sequences);
+    let recording = Recording::begin(output, &meta, columns, &identity)?;
+    let n_before = recording.next_sequence();
+    if n_before > 0 {
+        let text = format!("going on after {n_before} of {} sequences", sequences.len());
+        note(&app.env, &text);
+    }
     let mut recorder = Recorder {
-        writer,
+        recording,
         columns,
         current: None,
         error: None,
@@ -134,10 +144,22 @@ fn record(app: &App, args: &RecordArgs, output: &Path) -> Result<()> {
     let progress = bar(&app.env, "tokens", n_tokens);
     let start = Instant::now();
     for sequence in sequences {
-        progress.inc(recorder.sequence(app, &*loaded.model, &mut session, sequence)?);
+        let n = match sequence.number < n_before {
+            true => Ok(sequence.tokens.len() as u64),
+            false => recorder.sequence(app, &*loaded.model, &mut session, sequence),
+        };
+        if n.is_err() && app.interrupt.requested() {
+            progress.finish_and_clear();
+            let text = format!(
+                "{} is not complete; run the same again to go on",
+                output.display()
+            );
+            note(&app.env, &text);
+        }
+        progress.inc(n?);
     }
     progress.finish_and_clear();
-    let Written { n_rows, n_bytes } = recorder.writer.finish()?;
+    let Written { n_rows, n_bytes } = recorder.recording.finish()?;
     note(
         &app.env,
         &format!(
@@ -147,12 +169,42 @@ fn record(app: &App, args: &RecordArgs, output: &Path) -> Result<()> {
             bytes(n_bytes)
         ),
     );
+    warn_of_thin_experts(output, &meta)?;
     let summary = args
         .model
         .stream
         .summary(&*loaded.model, n_tokens as usize, start);
     if let Some(summary) = summary {
         say(&summary.to_string());
+    }
+    Ok(())
+}
+
+/// What the rows depend on.
+fn identity(meta: &TraceMeta, columns: Columns, sequences: &[Sequence]) -> String {
+    let mut hasher = Sha256::new();
+    for sequence in sequences {
+        hasher.update((sequence.domain.len() as u64).to_le_bytes());
+        hasher.update(&sequence.domain);
+        hasher.update((sequence.tokens.len() as u64).to_le_bytes());
+        for token in &sequence.tokens {
+            hasher.update(token.to_le_bytes());
+        }
+    }
+    let digest = hasher.finalize();
+    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{meta:?} {columns:?} {digest}\n")
+}
+
+/// Says which experts the text has hardly used, so that nobody decides about them by it.
+fn warn_of_thin_experts(output: &Path, meta: &TraceMeta) -> Result<()> {
+    // Of changed routing no choice is made.
+    if meta.lossy.is_some() {
+        return Ok(());
+    }
+    let usage = Usage::read(output, &UsageOptions::default())?;
+    if let Some(warning) = usage.coverage(FEW_PICKS).warning() {
+        tracing::warn!("{warning}");
     }
     Ok(())
 }
@@ -206,7 +258,7 @@ fn cut(
 
 /// Passes what it observes on to the file.
 struct Recorder {
-    writer: TraceWriter,
+    recording: Recording,
     columns: Columns,
     current: Option<Sequence>,
     error: Option<anyhow::Error>,
@@ -231,6 +283,7 @@ impl Recorder {
                 return Err(error);
             }
         }
+        self.recording.end_sequence()?;
         Ok(tokens.len() as u64)
     }
 
@@ -239,7 +292,7 @@ impl Recorder {
             return Ok(());
         };
         let first = event.first_position;
-        self.writer.push(&Step {
+        self.recording.push(&Step {
             seq: sequence.number,
             first_pos: u32::try_from(first).context("the sequence is too long to trace")?,
             tokens: &sequence.tokens[first..first + event.routing.n_tokens()],

@@ -1,9 +1,12 @@
-//! Ctrl-C ends every long command with 130, and unfinished files disappear.
+//! Ctrl-C ends every long command with 130; what was unfinished goes on, or disappears.
 
 use std::fs;
 use std::io::Read;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+use cadre_trace::Trace;
 
 use crate::common::{arg, cadre, tiny};
 
@@ -25,33 +28,54 @@ fn wait_until(what: &str, mut ready: impl FnMut() -> bool) {
 }
 
 #[test]
-fn a_trace_in_progress_is_removed() {
+fn a_trace_that_is_interrupted_goes_on() {
     let model = tiny();
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("d.txt");
-    fs::write(&data, "the cat sat on the mill. ".repeat(100_000)).unwrap();
-    let out = folder.path().join("t.parquet");
-    let args = [
-        "trace",
-        "-m",
-        arg(model.path()),
-        "--data",
-        arg(&data),
-        "-o",
-        arg(&out),
-    ];
-    let child = cadre(&args).stderr(Stdio::piped()).spawn().unwrap();
-    let n_entries = || fs::read_dir(folder.path()).unwrap().count();
-    wait_until("the temporary file appears", || n_entries() == 2);
+    fs::write(&data, "the cat sat on the mill. ".repeat(12_000)).unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let run = |out: &Path| {
+        let args = [
+            "trace",
+            "-m",
+            arg(model.path()),
+            "--data",
+            arg(&data),
+            "-o",
+            arg(out),
+        ];
+        cadre(&args).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let (out, parts) = (path("t.parquet"), path(".t.parquet.recording"));
+    let child = run(&out);
+    let has_part = || {
+        let entries = fs::read_dir(&parts).into_iter().flatten().flatten();
+        let mut names = entries.map(|entry| entry.file_name());
+        names.any(|name| name.to_string_lossy().starts_with("0000"))
+    };
+    wait_until("a part is finished", has_part);
     interrupt(&child);
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130));
-    assert!(
-        output.stderr.is_empty(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
+    assert!(!out.exists());
+    // The same command goes on, and the result is that of a run that was never stopped.
+    let output = run(&out).wait_with_output().unwrap();
+    assert!(output.status.success());
+    let whole = path("whole.parquet");
+    assert!(run(&whole).wait_with_output().unwrap().status.success());
+    let rows = |path: &Path| {
+        let trace = Trace::read(path).unwrap();
+        trace
+            .rows()
+            .map(|row| format!("{row:?}"))
+            .collect::<Vec<_>>()
+    };
+    assert!(rows(&out) == rows(&whole));
+    assert_eq!(
+        fs::read_dir(folder.path()).unwrap().count(),
+        3,
+        "no parts are left"
     );
-    assert_eq!(n_entries(), 1, "only the data is left");
 }
 
 #[test]
