@@ -11,7 +11,7 @@ use crate::cache::spelled_out;
 use crate::commands::train;
 use crate::commands::{
     apply, bench, chat, completions, convert, doctor, eval, fit, inspect, logits, plan, pull, run,
-    serve, trace,
+    serve, split, trace, upcycle,
 };
 use crate::env::{self, Env};
 use crate::interrupt::Interrupt;
@@ -50,6 +50,10 @@ enum Command {
     Plan(plan::Args),
     /// Write a model as a plan says: with fewer experts, or merged ones.
     Apply(apply::Args),
+    /// Part the neurons of a dense model among experts: the same model, as a mixture.
+    Split(split::Args),
+    /// Make experts of copies of a dense model's feed-forwards.
+    Upcycle(upcycle::Args),
     /// Train a model from a recipe, draw its curves, or measure training speed.
     #[cfg(feature = "train")]
     Train(train::Args),
@@ -102,6 +106,8 @@ pub(crate) fn run() -> Result<()> {
         Command::Trace(args) => trace::run(&app, &args),
         Command::Plan(args) => plan::run(&app, &args),
         Command::Apply(args) => apply::run(&app, &args),
+        Command::Split(args) => split::run(&app, &args),
+        Command::Upcycle(args) => upcycle::run(&app, &args),
         Command::Logits(args) => logits::run(&app, &args),
         Command::Bench(args) => bench::run(&app, &args),
         Command::Eval(args) => eval::run(&app, &args),

@@ -11,6 +11,7 @@ mod commands;
 mod contrast;
 mod data;
 mod demand;
+mod dense;
 mod describe;
 mod disk;
 mod embedded;

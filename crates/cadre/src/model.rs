@@ -44,11 +44,15 @@ impl CheckpointArg {
         let Some(model) = lossy.low_bit(is_streamed) else {
             return Ok(None);
         };
-        let other = Self {
-            model: Some(model.clone()),
+        self.beside(model).open(app).map(Some)
+    }
+
+    /// Another model, found in the same way.
+    pub(crate) fn beside(&self, model: &Path) -> Self {
+        Self {
+            model: Some(model.to_owned()),
             offline: self.offline,
-        };
-        other.open(app).map(Some)
+        }
     }
 
     /// Whether a checkpoint was named.

@@ -44,7 +44,8 @@ pub use config::{
     MoeConfig, NormKind, QkNorm, ResidualMlp, RouterConfig, Scales, Score, SharedExpert,
 };
 pub use convert::{
-    Conversion, ConvertOptions, ConvertTo, Mixer, Mixture, NewExpert, NewExperts, TargetDtype,
+    Conversion, ConvertOptions, ConvertTo, Mixer, Mixture, NewExpert, NewExperts, NewFeedForwards,
+    TargetDtype,
 };
 pub use error::{CheckpointError, Result};
 pub use on_disk::{FileRange, TensorOnDisk};

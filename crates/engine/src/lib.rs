@@ -49,7 +49,7 @@ pub use load::{
     LoadOptions, Progress, Quant, known_model_types, load, load_watched, load_with_low_bit,
 };
 pub use lossy::{Lossy, PreferCached};
-pub use model::{Logits, Model, ModelInfo, NoObserver, Observer, RoutingEvent};
+pub use model::{Logits, Model, ModelInfo, NoObserver, Observer, RoutingEvent, RowsEvent};
 pub use sampling::{Sampler, SamplingOptions};
 pub use session::{Session, SessionOptions};
 pub use streaming::{StreamOptions, dense_bytes};

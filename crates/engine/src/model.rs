@@ -195,6 +195,21 @@ pub struct RoutingEvent<'a> {
     pub norms: &'a [f32],
 }
 
+/// Values of one sequence's tokens of a pass at one place of one layer.
+#[derive(Clone, Copy, Debug)]
+pub struct RowsEvent<'a> {
+    /// Index of the sequence in the batch; 0 outside of batches.
+    pub sequence: usize,
+    /// Layer of the model, dense ones counted.
+    pub layer: usize,
+    /// Position in the sequence of the first token.
+    pub first_position: usize,
+    /// Length of a row.
+    pub width: usize,
+    /// A row for every token, `[n_tokens, width]`.
+    pub rows: &'a [f32],
+}
+
 /// Watches the routing of a forward pass: once per MoE layer, pass and sequence with tokens, layers ascending.
 pub trait Observer {
     /// Called after the layer's experts have been combined.
@@ -210,6 +225,22 @@ pub trait Observer {
     fn wants_norms(&self) -> bool {
         false
     }
+
+    /// Whether [`Observer::entered`] is wanted.
+    fn wants_stream(&self) -> bool {
+        false
+    }
+
+    /// Called before every layer with the residual stream as it enters it, rows of `d_model`.
+    fn entered(&mut self, _event: &RowsEvent<'_>) {}
+
+    /// Whether [`Observer::activated`] is wanted. Who does not watch misses tokens of the last layer.
+    fn wants_neurons(&self) -> bool {
+        false
+    }
+
+    /// Called after every dense feed-forward with what its last product multiplies, rows of its width.
+    fn activated(&mut self, _event: &RowsEvent<'_>) {}
 }
 
 /// Watches nothing.

@@ -12,7 +12,7 @@ use crate::batch::{Sequence, Span, n_rows, span_of};
 use crate::blocks::{Ahead, MoeError, Norm, Step};
 use crate::decoder::{AnyFeedForward, Decoder, Layer};
 use crate::error::{EngineError, Result};
-use crate::model::{Logits, Model, ModelInfo, Observer};
+use crate::model::{Logits, Model, ModelInfo, Observer, RowsEvent};
 use crate::session::{Session, SessionOptions};
 use crate::workspace::Workspace;
 
@@ -198,6 +198,17 @@ impl Decoder {
         self.foretell(batch, workspace, observer.watches())
             .map_err(|error| Failure { sequence: 0, error })?;
         for (index, layer) in self.layers.iter().enumerate() {
+            if observer.wants_stream() {
+                let n = n_rows(&workspace.spans) * self.info.d_model;
+                tell(
+                    index,
+                    &workspace.spans,
+                    &workspace.hidden[..n],
+                    &mut |event| {
+                        observer.entered(event);
+                    },
+                );
+            }
             self.remember(index, layer, batch, workspace)?;
             let is_last = index + 1 == self.layers.len();
             if is_last && !observer.watches() {
@@ -346,6 +357,10 @@ impl Decoder {
             }
             AnyFeedForward::Dense(block) => {
                 block.forward(&self.compute, normed, out, (&mut moe.ffn, matmul));
+                if observer.wants_neurons() {
+                    let inner = moe.ffn.inner(n_rows(spans) * block.width());
+                    tell(index, spans, inner, &mut |event| observer.activated(event));
+                }
             }
         }
         self.join(layer.ffn_post_norm.as_ref(), out, hidden);
@@ -414,6 +429,23 @@ impl Decoder {
                 n_layers: self.info.n_layers,
             },
         })
+    }
+}
+
+/// Tells the rows of each sequence.
+fn tell(layer: usize, spans: &[Span], values: &[f32], say: &mut dyn FnMut(&RowsEvent<'_>)) {
+    let width = values.len() / n_rows(spans).max(1);
+    for (sequence, span) in spans.iter().enumerate() {
+        let rows = span.first_row..span.first_row + span.n_rows;
+        if !rows.is_empty() {
+            say(&RowsEvent {
+                sequence,
+                layer,
+                first_position: span.position,
+                width,
+                rows: &values[rows.start * width..rows.end * width],
+            });
+        }
     }
 }
 

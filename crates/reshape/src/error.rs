@@ -60,6 +60,24 @@ pub enum ReshapeError {
         /// What to do.
         hint: String,
     },
+    /// Two checkpoints that were said to be one model are not.
+    #[error("{one} and {other} are not the same model: {problem}")]
+    OtherModel {
+        /// The one.
+        one: String,
+        /// The other.
+        other: String,
+        /// What differs.
+        problem: String,
+    },
+    /// A configuration of mergekit-moe that cannot be followed.
+    #[error("{file} is not a configuration of mergekit-moe that can be followed: {problem}")]
+    Mergekit {
+        /// The file.
+        file: String,
+        /// What is wrong.
+        problem: String,
+    },
     /// A method or option is not known or cannot be used here.
     #[error("{name} {problem}")]
     Option {

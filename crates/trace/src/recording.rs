@@ -227,7 +227,7 @@ mod tests {
             seq,
             first_pos: 0,
             tokens: &[seq, seq + 1, seq + 2],
-            domain: if seq % 2 == 0 { "even" } else { "odd" },
+            domain: if seq.is_multiple_of(2) { "even" } else { "odd" },
             layer: 0,
             routing: &routing,
             logits: None,

@@ -17,9 +17,11 @@ pub(crate) mod plan_steer;
 pub(crate) mod pull;
 pub(crate) mod run;
 pub(crate) mod serve;
+pub(crate) mod split;
 pub(crate) mod trace;
 mod trace_replay;
 #[cfg(feature = "train")]
 pub(crate) mod train;
 #[cfg(feature = "train")]
 mod train_compare;
+pub(crate) mod upcycle;

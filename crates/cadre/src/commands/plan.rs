@@ -1,13 +1,13 @@
 //! `cadre plan`: decides from a recording what becomes of a model's experts, and shows such decisions.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use cadre_checkpoint::Checkpoint;
 use cadre_reshape::{
     Amount, LayerSummary, MergeMethod, MergeOptions, Method, PruneOptions, ReshapeError, Scope,
     Similarity, Sizes, Usage, UsageOptions, merge, plan_json, plan_summary, plan_text, prune,
-    read_plan, shape_of, shape_of_trace,
+    read_plan, same_model, shape_of, shape_of_trace,
 };
 use cadre_routing::plan::{ModelShape, Plan};
 use clap::{Subcommand, ValueEnum};
@@ -22,7 +22,7 @@ use crate::output::{Format, Out, bytes, note};
 use crate::units::parse_bytes;
 
 /// An expert that was picked less often has hardly been seen.
-const FEW_PICKS: u64 = 32;
+pub(crate) const FEW_PICKS: u64 = 32;
 
 /// Arguments of `cadre plan`.
 #[derive(Debug, clap::Args)]
@@ -88,6 +88,10 @@ struct CommonArgs {
         conflicts_with = "imatrix"
     )]
     trace: Option<PathBuf>,
+    /// The recording is of this checkpoint, which is the same model as -m in another format, such as the GGUF file that was
+    /// made of a folder. Sizes and values of both are compared.
+    #[arg(long, value_name = "MODEL", requires = "model", requires = "trace")]
+    same_model: Option<PathBuf>,
     /// In place of a recording, an importance matrix of llama.cpp (GGUF) for the model (-m): it counts picks, which is all
     /// that the method frequency needs.
     #[arg(
@@ -198,13 +202,12 @@ impl CommonArgs {
     fn read(&self, app: &App, similarity: bool) -> Result<(ModelShape, Usage, Amount)> {
         let needs_model = self.checkpoint.is_given() || self.budget.is_some();
         let checkpoint = needs_model.then(|| self.checkpoint.open(app)).transpose()?;
-        let usage = self.usage(checkpoint.as_ref(), similarity)?;
-        let (thin, all) = usage.thin(FEW_PICKS);
-        if thin > 0 {
-            tracing::warn!(
-                "{thin} of {all} experts were picked fewer than {FEW_PICKS} times in the recording; more text makes a better \
-                 choice"
-            );
+        let mut usage = self.usage(checkpoint.as_ref(), similarity)?;
+        if let (Some(other), Some(checkpoint)) = (&self.same_model, &checkpoint) {
+            self.take_over(app, other, checkpoint, &mut usage)?;
+        }
+        if let Some(warning) = usage.coverage(FEW_PICKS).warning() {
+            tracing::warn!("{warning}");
         }
         let shape = match &checkpoint {
             Some(checkpoint) => shape_of(checkpoint),
@@ -218,6 +221,37 @@ impl CommonArgs {
             (_, _, keep) => Amount::Share(keep.unwrap_or(1.0)),
         };
         Ok((shape, usage, amount))
+    }
+
+    /// Makes a recording of `other` one of `checkpoint`, if they are the same model.
+    fn take_over(
+        &self,
+        app: &App,
+        other: &Path,
+        checkpoint: &Checkpoint,
+        usage: &mut Usage,
+    ) -> Result<()> {
+        let recorded = self.checkpoint.beside(other).open(app)?;
+        if usage.meta.digest != recorded.digest() {
+            return Err(Failure::new(format!(
+                "{} was not recorded from {}",
+                usage.origin,
+                recorded.origin()
+            ))
+            .hint("--same-model names the checkpoint that was recorded")
+            .into());
+        }
+        let same = same_model(&recorded, checkpoint)?;
+        tracing::warn!(
+            "a recording of {} is used for {}: {} values of {} tensors are the same but for {:.2} % of their size",
+            recorded.origin(),
+            checkpoint.origin(),
+            same.n_values,
+            same.n_tensors,
+            100.0 * same.worst
+        );
+        usage.meta.digest = checkpoint.digest().to_owned();
+        Ok(())
     }
 
     /// What the recording, or what stands for one, says of the experts.

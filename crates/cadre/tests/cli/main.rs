@@ -9,6 +9,7 @@ mod chat;
 mod claims;
 mod commands;
 mod common;
+mod dense;
 mod eval;
 mod fit;
 mod hub;

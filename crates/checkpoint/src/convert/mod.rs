@@ -4,6 +4,7 @@
 //! changed, and what the target would compute otherwise. Then it is written tensor by tensor in bounded memory, under
 //! a hidden name until it is complete, and goes on where it was killed.
 
+mod dense;
 mod experts;
 mod folder;
 pub(crate) mod formats;
@@ -22,6 +23,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::{GgufPlan, GgufWriter, TensorPlan, WriteOptions};
+pub use dense::NewFeedForwards;
 pub use experts::{Mixer, NewExpert, NewExperts};
 pub use formats::TargetDtype;
 pub use mixture::Mixture;
@@ -71,6 +73,8 @@ pub struct Conversion<'a> {
     output: Output,
     /// What the bytes depend on beside the source and the headers of the output.
     settings: String,
+    /// The architecture of the output where it is another than that of the source.
+    layout: Option<String>,
 }
 
 /// What is written beside tensors.
@@ -132,6 +136,23 @@ impl<'a> Conversion<'a> {
         reshape::plan(source, experts, target, settings)
     }
 
+    /// Plans to write the dense model `source` as a Hugging Face folder with `new` in place of its feed-forwards, in files of
+    /// at most `max_shard_bytes`; all else stays. The layout is the first of `mixtral`, `qwen3_moe`, `qwen2_moe` and
+    /// `cadre_moe` that says all of the model. `settings` is what the new tensors depend on: an unfinished output is gone on
+    /// with only when it is the same.
+    ///
+    /// # Errors
+    /// A model with experts, one that no layout can say together with experts, and block formats.
+    pub fn with_feed_forwards(
+        source: &'a Checkpoint,
+        new: &NewFeedForwards,
+        (dtype, max_shard_bytes): (TargetDtype, u64),
+        settings: String,
+    ) -> Result<Self> {
+        source.expect_exactly(&crate::tensor_specs(source.config()))?;
+        dense::plan(source, new, (dtype, max_shard_bytes), settings)
+    }
+
     /// What is different from what was asked for, and why: formats that tensors cannot have, tensors left out.
     #[must_use]
     pub fn notes(&self) -> &[String] {
@@ -142,6 +163,15 @@ impl<'a> Conversion<'a> {
     #[must_use]
     pub fn differences(&self) -> &[String] {
         &self.differences
+    }
+
+    /// Architecture of the output.
+    #[must_use]
+    pub fn model_type(&self) -> &str {
+        match &self.layout {
+            Some(layout) => layout,
+            None => &self.source.config().model_type,
+        }
     }
 
     /// Bytes of tensor data to be written.

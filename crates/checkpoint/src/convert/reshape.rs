@@ -82,6 +82,7 @@ pub(super) fn plan<'a>(
         differences: Vec::new(),
         output,
         settings,
+        layout: None,
     })
 }
 

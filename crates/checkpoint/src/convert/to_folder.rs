@@ -1,5 +1,6 @@
 //! Planning a Hugging Face folder: the tensor names and layouts that transformers knows, and the small files.
 
+use super::dense::{self, NewFeedForwards};
 use super::formats::{self, TargetDtype};
 use super::forms::{differences, folder_form};
 use super::recipe::{Order, Recipe, Rows};
@@ -16,11 +17,21 @@ use crate::specs::tensor_specs;
 
 /// Plans to write `source` as a folder.
 pub(super) fn plan<'a>(source: &'a Checkpoint, options: ConvertOptions) -> Result<Conversion<'a>> {
+    plan_form(source, folder_form(source.config()), None, options)
+}
+
+/// Plans to write `source` as the folder of `form`, with `new` in place of its feed-forwards where there is something new.
+pub(super) fn plan_form<'a>(
+    source: &'a Checkpoint,
+    form: ModelConfig,
+    new: Option<&NewFeedForwards>,
+    options: ConvertOptions,
+) -> Result<Conversion<'a>> {
     formats::check_folder(source.origin(), options.dtype)?;
-    let form = folder_form(source.config());
     let mut planner = Planner {
         source,
         form: &form,
+        new,
         dtype: options.dtype,
         tensors: Vec::new(),
         changed: Vec::new(),
@@ -49,12 +60,14 @@ pub(super) fn plan<'a>(source: &'a Checkpoint, options: ConvertOptions) -> Resul
         differences,
         output: Output::Folder { files },
         settings: String::new(),
+        layout: None,
     })
 }
 
 struct Planner<'a> {
     source: &'a Checkpoint,
     form: &'a ModelConfig,
+    new: Option<&'a NewFeedForwards>,
     dtype: TargetDtype,
     tensors: Vec<Planned>,
     changed: Vec<(Dtype, &'static str, String)>,
@@ -63,6 +76,18 @@ struct Planner<'a> {
 impl Planner<'_> {
     fn all(&mut self) {
         for (name, shape) in tensor_specs(self.form) {
+            let new = self
+                .new
+                .and_then(|new| dense::recipe(self.source, new, &name));
+            if let Some((recipe, stored)) = new {
+                self.add_as(
+                    published(&self.form.model_type, &name),
+                    shape,
+                    recipe,
+                    stored,
+                );
+                continue;
+            }
             match in_layer(&name).and_then(|(layer, rest)| {
                 Some((layer, rest.strip_prefix("mlp.experts.")?.to_owned()))
             }) {
@@ -161,6 +186,11 @@ impl Planner<'_> {
             .source()
             .and_then(|name| self.source.tensor_info(name));
         let stored = info.map_or(Dtype::F32, |(dtype, _)| dtype);
+        self.add_as(name, shape, recipe, stored);
+    }
+
+    /// A tensor whose values are those of a stored one of format `stored`.
+    fn add_as(&mut self, name: String, shape: Vec<usize>, recipe: Recipe, stored: Dtype) {
         let choice = formats::for_folder(self.dtype, stored);
         if let Some(reason) = choice.reason {
             self.changed.push((choice.dtype, reason, name.clone()));

@@ -56,6 +56,7 @@ pub(super) fn plan<'a>(
         differences,
         output: Output::Gguf { entries },
         settings: String::new(),
+        layout: None,
     })
 }
 

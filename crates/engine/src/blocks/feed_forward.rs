@@ -31,6 +31,11 @@ impl FeedForwardScratch {
             inputs: MatmulScratch::default(),
         }
     }
+
+    /// The inner values of the last call, of which there were `n`.
+    pub(crate) fn inner(&self, n: usize) -> &[f32] {
+        &self.inner[..n]
+    }
 }
 
 impl FeedForward {
@@ -39,6 +44,11 @@ impl FeedForward {
         for linear in [&self.gate_proj, &self.up_proj, &self.down_proj] {
             linear.matrices(all);
         }
+    }
+
+    /// Its inner width.
+    pub(crate) fn width(&self) -> usize {
+        self.gate_proj.n_out()
     }
 
     /// `out_td = self(x_td)`.

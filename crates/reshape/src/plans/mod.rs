@@ -271,10 +271,14 @@ fn similarity(usage: &Usage, at: usize, kind: Similarity) -> Result<Vec<f64>> {
 
 /// The usage must be that of the model.
 fn check(shape: &ModelShape, usage: &Usage) -> Result<()> {
-    let lacks = |problem: String| ReshapeError::TraceLacks {
+    let lacks = |problem: String| {
+        ReshapeError::TraceLacks {
         origin: usage.origin.clone(),
         problem,
-        hint: "record one of this model with `cadre trace`".to_owned(),
+        hint: "record one of this model with `cadre trace`; if both are the same model in other formats, pass the one that was \
+               recorded as --same-model"
+            .to_owned(),
+    }
     };
     if usage.meta.digest != shape.digest {
         let short = |digest: &str| digest.get(..12).unwrap_or(digest).to_owned();

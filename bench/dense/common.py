@@ -1,0 +1,65 @@
+"""What the benchmarks of models made out of dense ones share: running cadre, pieces of text, perplexities."""
+
+import json
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def arguments(parser):
+    parser.add_argument("--cadre", default=str(ROOT / "target/release/cadre"))
+    parser.add_argument("-m", "--model", required=True, help="dense model")
+    parser.add_argument("--data", type=Path, default=ROOT / ".cache/data/domains", help="folder made by domains.py")
+    parser.add_argument("--domains", nargs="+", default=["math", "code", "medicine"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--look-chars", type=int, default=60_000, help="characters of a domain that are looked at")
+    parser.add_argument("--judge-chars", type=int, default=12_000, help="characters of held-out text per domain")
+
+
+def head(source, target, n_chars):
+    """The first documents of a file, up to so many characters."""
+    taken = 0
+    with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as out:
+        for line in lines:
+            if taken >= n_chars:
+                break
+            taken += len(line)
+            out.write(line)
+
+
+class Bench:
+    """A working folder with `NAME.look.jsonl` and `NAME.judge.jsonl` of every domain."""
+
+    def __init__(self, args, folder):
+        self.args, self.folder = args, Path(folder)
+        for domain in args.domains:
+            head(args.data / f"{domain}.train.jsonl", self.look(domain), args.look_chars)
+            head(args.data / f"{domain}.heldout.jsonl", self.judge(domain), args.judge_chars)
+
+    def look(self, domain):
+        return self.folder / f"{domain}.look.jsonl"
+
+    def judge(self, domain):
+        return self.folder / f"{domain}.judge.jsonl"
+
+    def run(self, *args):
+        command = [self.args.cadre, *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+        return done.stdout
+
+    def nll(self, model, domain, *more):
+        """Nats per token on the held-out text of `domain`."""
+        said = self.run(
+            "eval", "perplexity", "-m", model, "--data", self.judge(domain), "-c", 512, "-t", self.args.threads,
+            "-o", "json", *more,
+        )  # fmt: skip
+        return json.loads(said)["nll"]
+
+
+def moments(values):
+    mean = sum(values) / len(values)
+    return mean, (sum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1)) ** 0.5
