@@ -29,7 +29,7 @@ pub(crate) struct StreamArgs {
     /// model may be larger than memory; results are the same.
     #[arg(long, value_name = "SIZE", value_parser = Budget::parse)]
     mem_budget: Option<Budget>,
-    /// Which experts are kept: lfu, lru, lfru, edgemoe, layer-partition, random.
+    /// Which experts are kept: duel (lfu or lru, whichever would have hit more of late), lfu, lru, lfru, edgemoe, layer-partition, random.
     #[arg(long, value_name = "POLICY", default_value_t, requires = "mem_budget")]
     cache_policy: PolicyKind,
     /// Who says what is read before it is wanted: gate (the next layer's router, asked early; the default), exact (the router

@@ -1,7 +1,8 @@
 //! Reading ahead: what a predictor expects of the layers to come, and whether acting on it is worth while.
 //!
 //! A read that nobody wants delays the next one that somebody does, so on a busy disk reading ahead loses however good
-//! the guesses are. Blocks of passes with and without it are timed in turns, and the faster way is kept for a while.
+//! the guesses are. Passes with and without it are timed in turns, and the faster way is kept for a while. A guess is asked
+//! for only while nothing that is wanted is being read.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,9 +17,12 @@ pub(crate) const FEW: usize = 8;
 const LIMIT: usize = 2;
 /// A prompt whose picks cover this share of the experts in one layer will touch nearly all of the next.
 const NEARLY_ALL: f64 = 0.9;
-/// Passes that are timed with and without reading ahead, and how long the outcome is kept.
-const BLOCK: usize = 16;
+/// Passes of a turn with reading ahead, or without it; turns of a trial; and passes for which the outcome is kept.
+const TURN: usize = 4;
+const TURNS: usize = 8;
 const KEPT: usize = 128;
+/// What passes may take with reading ahead, beside without, for it to be kept up: less is noise.
+const GAIN: f64 = 0.98;
 
 /// Who says what a layer will want before its router does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -242,14 +246,15 @@ impl Ahead {
     }
 }
 
-/// Times passes with and without reading ahead in turns.
+/// Times passes with and without reading ahead, in turns so short that a cache which is still being filled, or a text that
+/// changes, is the same to both.
 #[derive(Debug, Default)]
 struct Trial {
     is_on: bool,
-    /// What passes of this block took.
-    times: Vec<Duration>,
-    /// What a pass took in the last block without and with it, the middle one.
-    medians: [Option<Duration>; 2],
+    /// Passes of this trial.
+    n_passes: usize,
+    /// What passes took without and with it.
+    times: [Vec<Duration>; 2],
     /// The outcome is kept for this many passes more.
     kept: usize,
     last: Option<Instant>,
@@ -268,23 +273,30 @@ impl Trial {
             self.kept -= 1;
             return;
         }
-        self.times.push(now - last);
-        if self.times.len() < BLOCK {
-            return;
+        // The first pass of a turn may find what the other way has read, or wait for it.
+        if self.n_passes % TURN > 0 {
+            self.times[usize::from(self.is_on)].push(now - last);
         }
-        // A pass may have waited for somebody who typed; the middle one did not.
-        self.times.sort_unstable();
-        self.medians[usize::from(self.is_on)] = Some(self.times[BLOCK / 2]);
-        self.times.clear();
-        self.is_on = match self.medians {
-            [Some(without), Some(with)] => {
-                self.medians = [None, None];
-                self.kept = KEPT;
-                with < without
+        self.n_passes += 1;
+        let turn = self.n_passes / TURN;
+        self.is_on = match turn {
+            // Without, with, with, without: what changes steadily is the same to both.
+            0..TURNS => matches!(turn % 4, 1 | 2),
+            _ => {
+                let [without, with] = self.times.each_mut().map(typical);
+                self.times.iter_mut().for_each(Vec::clear);
+                (self.n_passes, self.kept) = (0, KEPT);
+                with.as_secs_f64() < GAIN * without.as_secs_f64()
             }
-            [_, with] => with.is_none(),
         };
     }
+}
+
+/// The mean of the shorter three quarters: a pass may have waited for somebody who typed.
+fn typical(times: &mut Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    let n = (times.len() * 3).div_ceil(4).max(1);
+    times.iter().take(n).sum::<Duration>() / n as u32
 }
 
 #[cfg(test)]
@@ -306,6 +318,18 @@ mod tests {
     fn the_faster_way_is_kept() {
         assert!(share_on(10, 20) > 0.8, "{}", share_on(10, 20));
         assert!(share_on(20, 10) < 0.2, "{}", share_on(20, 10));
+    }
+
+    #[test]
+    fn a_cache_that_is_being_filled_decides_nothing() {
+        let (mut trial, mut now) = (Trial::default(), Instant::now());
+        for pass in 0..=(TURN * TURNS) as u64 {
+            trial.begin(now, true);
+            // Every pass is faster than the one before it, and one without reading ahead faster than one with it.
+            let gain = if trial.is_on { 0 } else { 5 };
+            now += Duration::from_millis(100 - 2 * pass - gain);
+        }
+        assert!(trial.kept > 0 && !trial.is_on);
     }
 
     #[test]

@@ -147,6 +147,11 @@ impl Cache {
         }
     }
 
+    /// The rule of what is worth keeping.
+    pub(crate) fn policy(&self) -> &dyn Policy {
+        &*self.policy
+    }
+
     /// Slots over all classes.
     pub fn n_slots(&self) -> usize {
         self.experts.len()

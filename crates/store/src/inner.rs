@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::ahead::{Ahead, Look};
+use crate::ahead::{Ahead, FEW, Look};
 use crate::cache::{Cache, Placed};
 use crate::error::StoreError;
 use crate::expert::{ExpertId, Now};
@@ -212,6 +212,11 @@ impl<F: Form> Inner<F> {
             }
             self.n_asked += 1;
         }
+        // What may not be wanted waits until the disk has nothing else to do. Prompts and what is certain do not: the disk is
+        // to be busy all the time.
+        if self.guesses() && self.staging.awaits() {
+            return;
+        }
         while let Some(id) = self.expected.front().copied() {
             let Some(free) = self.staging.free() else {
                 return;
@@ -221,6 +226,11 @@ impl<F: Form> Inner<F> {
                 self.read(form, free, id, false);
             }
         }
+    }
+
+    /// Whether what is expected is a guess about a pass that decodes.
+    fn guesses(&self) -> bool {
+        self.n_tokens_of_pass <= FEW as u64 && !self.ahead.is_exact()
     }
 
     fn read(&mut self, form: &F, buffer: usize, id: ExpertId, wanted: bool) {

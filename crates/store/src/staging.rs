@@ -101,6 +101,13 @@ impl Staging {
         }
     }
 
+    /// Whether something is being read that a pass waits for.
+    pub(crate) fn awaits(&self) -> bool {
+        self.buffers.iter().any(|buffer| {
+            buffer.n_left > 0 && matches!(buffer.state, State::Holds { wanted: true, .. })
+        })
+    }
+
     /// Says that no pass waits for anything.
     pub(crate) fn want_nothing(&mut self) {
         for buffer in &mut self.buffers {

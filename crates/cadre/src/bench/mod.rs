@@ -2,7 +2,7 @@
 
 mod measure;
 mod plan;
-mod record;
+pub(crate) mod record;
 
 pub(crate) use measure::{Runner, Setting};
 pub(crate) use plan::{Lists, Test};

@@ -2,6 +2,7 @@
 //! share is in `policy` one level up.
 
 mod belady;
+mod duel;
 mod edgemoe;
 mod layer_partition;
 mod lfru;
@@ -13,6 +14,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use belady::Belady;
+pub use duel::Duel;
 pub use edgemoe::EdgeMoe;
 pub use layer_partition::LayerPartition;
 pub use lfru::Lfru;
@@ -29,10 +31,12 @@ pub const HALF_LIFE: f64 = 128.0;
 /// The policies that can be chosen by name. [`Belady`] is not among them: it needs the future.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum PolicyKind {
+    /// [`Duel`] between [`Lfu`] and [`Lru`].
+    #[default]
+    Duel,
     /// [`Lru`].
     Lru,
     /// [`Lfu`].
-    #[default]
     Lfu,
     /// [`Lfru`].
     Lfru,
@@ -46,8 +50,9 @@ pub enum PolicyKind {
 
 impl PolicyKind {
     /// All of them.
-    pub fn all() -> [Self; 6] {
+    pub fn all() -> [Self; 7] {
         [
+            Self::Duel,
             Self::Lru,
             Self::Lfu,
             Self::Lfru,
@@ -60,6 +65,7 @@ impl PolicyKind {
     /// The name that [`PolicyKind::from_str`] reads.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Duel => "duel",
             Self::Lru => "lru",
             Self::Lfu => "lfu",
             Self::Lfru => "lfru",
@@ -72,6 +78,11 @@ impl PolicyKind {
     /// The policy for a model of `n_layers` layers with `n_experts` experts each, and a cache of `n_slots`.
     pub fn make(self, n_layers: usize, n_experts: usize, n_slots: usize) -> Box<dyn Policy> {
         match self {
+            Self::Duel => {
+                let rules = [Self::Lfu, Self::Lru]
+                    .map(|kind| kind.make(n_layers, n_experts, n_slots));
+                Box::new(Duel::new(rules, (n_layers, n_experts), n_slots))
+            }
             Self::Lru => Box::new(Lru::new(n_layers, n_experts)),
             Self::Lfu => Box::new(Lfu::new(n_layers, n_experts, HALF_LIFE)),
             Self::Lfru => Box::new(Lfru::new(n_layers, n_experts, HALF_LIFE)),

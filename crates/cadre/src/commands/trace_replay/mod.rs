@@ -28,7 +28,7 @@ pub(crate) struct Args {
     /// Room for experts, as shares of all of them (25%) or as sizes (2GiB, with --model).
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_values = ["10%", "25%", "50%", "75%"])]
     budgets: Vec<Budget>,
-    /// What gives way in a full cache: lru, lfu, lfru, edgemoe, layer-partition, random. By default all of them.
+    /// What gives way in a full cache: duel, lru, lfu, lfru, edgemoe, layer-partition, random. By default all of them.
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     policies: Vec<PolicyKind>,
     /// Tokens at the start of every sequence that are taken as a prompt, whose experts are read once per layer.
