@@ -247,7 +247,7 @@ def limited_overhead(record):
 
 
 LIMITED_INTRO = """The process is in a memory control group smaller than the model's file, and nothing of the file is cached when it starts
-(`bench/limited/run.py`). `tg64`: 64 tokens, one after the other, after 64 that are not measured. `pp512`: a prompt of 512 tokens, after one that is not
+(`bench/limited/run.py`). `tg64` and `tg256`: as many tokens, one after the other, after as many that are not measured (the cache is full after about 150). `pp512`: a prompt of 512 tokens, after one that is not
 measured. `first32`: from the start of the program to the first token after a prompt of 32. *Bound*: for decoding, the disk's bandwidth (random direct
 reads, measured in the same rounds) by the bytes that a token had to read, but no more than the speed without a limit; else the time in which the disk gives the whole file, or that of the
 same prompt without a limit if it is longer. *Best window*: the same flags of llama.cpp, and how much the system reads around a missing page of a mapped file (a setting of the
