@@ -79,8 +79,8 @@ impl PolicyKind {
     pub fn make(self, n_layers: usize, n_experts: usize, n_slots: usize) -> Box<dyn Policy> {
         match self {
             Self::Duel => {
-                let rules = [Self::Lfu, Self::Lru]
-                    .map(|kind| kind.make(n_layers, n_experts, n_slots));
+                let rules =
+                    [Self::Lfu, Self::Lru].map(|kind| kind.make(n_layers, n_experts, n_slots));
                 Box::new(Duel::new(rules, (n_layers, n_experts), n_slots))
             }
             Self::Lru => Box::new(Lru::new(n_layers, n_experts)),
