@@ -7,7 +7,9 @@
 decode.safetensors  per format `X.bytes` (random blocks, scales ordinary, zero, negative, subnormal and large) and
                     `X.values`, by gguf.quants; Q8_K, which gguf lacks, by ggml's C.
 encode.safetensors  `rows` (ordinary and adversarial, 256 values each) and per format `X.bytes`: the rows quantised by
-                    ggml's quantize_row_*_ref. gguf's own quantisers are compared; where they differ is in the manifest.
+                    ggml_quantize_chunk. gguf's own quantisers are compared; where they differ is in the manifest.
+importance.safetensors  `importance` (a row of numbers for each of the rows above) and per format `X.bytes`: the rows
+                    quantised by ggml_quantize_chunk with that importance matrix.
 dot.safetensors     `x` (activations), their Q8_0, Q8_1 and Q8_K bytes by ggml's x86 code, and per format `X.bytes`
                     (rows of weights) with `X.products`, by ggml_vec_dot_*.
 """
@@ -46,7 +48,7 @@ FORMATS = {
     "IQ4_XS": (256, 136, [0], "q8_K"),
     "MXFP4": (32, 17, [], "q8_0"),
 }
-WRITTEN = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "MXFP4"]
+WRITTEN = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
 ACTIVATIONS = {"q8_0": (32, 34), "q8_1": (32, 36), "q8_K": (256, 292)}
 
 
@@ -79,10 +81,20 @@ def c_quantize(library, symbol, rows, block, n_bytes):
     return out
 
 
-def quantize(name, rows):
+def quantize(name, rows, importance=None):
+    """Rows of f32 as llama-quantize writes them, each with its row of `importance` where there is one."""
     block, n_bytes, _, _ = FORMATS[name]
-    suffix = name.lower().replace("_k", "_K")
-    return c_quantize(BASE, f"quantize_row_{suffix}_ref", rows, block, n_bytes)
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    out = np.zeros((rows.shape[0], rows.shape[1] // block * n_bytes), np.uint8)
+    function = BASE.ggml_quantize_chunk
+    function.restype = ctypes.c_size_t
+    kind = ctypes.c_int(int(gguf.GGMLQuantizationType[name]))
+    zero, one = ctypes.c_int64(0), ctypes.c_int64(1)
+    for at, (row, bytes_of_row) in enumerate(zip(rows, out)):
+        weights = None if importance is None else pointer(importance[at])
+        written = function(kind, pointer(row), pointer(bytes_of_row), zero, one, ctypes.c_int64(row.size), weights)
+        assert written == bytes_of_row.size, (name, written)
+    return out
 
 
 def random_blocks(rng, name, n, wild):
@@ -171,7 +183,20 @@ def encode(rng):
         unlike = (ours.reshape(len(rows), -1) != tensors[f"{name}.bytes"]).any(axis=1)
         differ[name] = [row for row, is_unlike in zip(names, unlike) if is_unlike]
     write_safetensors(OUT / "encode.safetensors", tensors)
-    return names, differ
+    return names, rows, differ
+
+
+def importance(rng, names, rows):
+    """Importance as imatrix files have it: mean squares of inputs, some columns never used, some a thousand times more."""
+    weights = rng.standard_normal(rows.shape) ** 2 * 10.0 ** rng.integers(-2, 3, rows.shape)
+    weights[:, rng.random(rows.shape[1]) < 0.05] = 0.0
+    weights[names.index("ramp")] = 1.0
+    weights[names.index("halves"), 64:96] = 0.0
+    weights = np.ascontiguousarray(weights, dtype=np.float32)
+    tensors = {"importance": weights}
+    for name in WRITTEN:
+        tensors[f"{name}.bytes"] = quantize(name, rows, weights)
+    write_safetensors(OUT / "importance.safetensors", tensors)
 
 
 def dot(rng):
@@ -209,8 +234,9 @@ def main():
     OUT.mkdir(exist_ok=True)
     rng = np.random.default_rng(1)
     decode(rng)
-    names, differ = encode(rng)
+    names, rows, differ = encode(rng)
     dot(rng)
+    importance(np.random.default_rng(2), names, rows)
     manifest = {
         "script": "golden/make/quant.py",
         "versions": {

@@ -626,8 +626,11 @@ mod tests {
             nan.to_q8_0().unwrap_err(),
             MatrixError::NotRepresentable { format, row: 2 }
         );
-        let error = nan.to_format(Format::Q2K).unwrap_err().to_string();
-        assert!(error.contains("Q2_K") && error.contains("Q8_0"), "{error}");
+        let error = nan.to_format(Format::F8E4M3).unwrap_err().to_string();
+        assert!(
+            error.contains("F8_E4M3") && error.contains("Q8_0"),
+            "{error}"
+        );
         let bytes = Bytes::from(vec![0; 143]);
         let error = Matrix::new(Format::Q4K, 1, 256, bytes.clone()).unwrap_err();
         assert!(matches!(error, MatrixError::Bytes { n_bytes: 143, .. }));

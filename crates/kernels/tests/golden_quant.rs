@@ -54,24 +54,50 @@ fn rows_quantise_to_the_bytes_of_ggml() {
     assert_eq!(formats, written.collect::<Vec<_>>());
     for format in formats {
         let expected = bytes(&file, &format!("{format}.bytes"));
-        let row_bytes = format.n_bytes(SUPER_BLOCK).unwrap();
-        let mut n_refused = 0;
-        for (at, (row, expected)) in rows
-            .chunks_exact(SUPER_BLOCK)
-            .zip(expected.chunks_exact(row_bytes))
-            .enumerate()
-        {
-            match format.encode(row) {
-                Some(got) => assert_eq!(got, expected, "{format}, row {at}"),
-                // ggml stores an infinite scale.
-                None => {
-                    let values = format.decode(expected);
-                    assert!(values.iter().any(|v| !v.is_finite()), "{format}, row {at}");
-                    n_refused += 1;
-                }
+        rows_become((format, &rows, &expected), |_, row| format.encode(row));
+    }
+}
+
+/// Whether rows of `encode.safetensors` become the `expected` bytes by `encode`; refusals are rows that ggml gives an
+/// infinite scale.
+fn rows_become(
+    (format, rows, expected): (Format, &[f32], &[u8]),
+    encode: impl Fn(usize, &[f32]) -> Option<Vec<u8>>,
+) {
+    let row_bytes = format.n_bytes(SUPER_BLOCK).unwrap();
+    let mut n_refused = 0;
+    let rows = rows.chunks_exact(SUPER_BLOCK);
+    for (at, (row, expected)) in rows.zip(expected.chunks_exact(row_bytes)).enumerate() {
+        match encode(at, row) {
+            Some(got) => assert_eq!(got, expected, "{format}, row {at}"),
+            None => {
+                let values = format.decode(expected);
+                assert!(values.iter().any(|v| !v.is_finite()), "{format}, row {at}");
+                n_refused += 1;
             }
         }
-        assert!(n_refused <= 1, "{format}: {n_refused}");
+    }
+    assert!(n_refused <= 1, "{format}: {n_refused}");
+}
+
+#[test]
+fn rows_quantise_by_importance_to_the_bytes_of_ggml() {
+    let file = golden("importance");
+    let (rows, importance) = (
+        values(&golden("encode"), "rows"),
+        values(&file, "importance"),
+    );
+    let written = Format::all().filter(|format| format.is_quantized() && format.can_encode());
+    assert_eq!(formats(&file, "bytes"), written.collect::<Vec<_>>());
+    for format in formats(&file, "bytes") {
+        let expected = bytes(&file, &format!("{format}.bytes"));
+        rows_become((format, &rows, &expected), |at, row| {
+            let importance = &importance[at * SUPER_BLOCK..][..SUPER_BLOCK];
+            let mut out = vec![0; format.n_bytes(SUPER_BLOCK).unwrap()];
+            format
+                .encode_weighted_into(row, importance, &mut out)
+                .then_some(out)
+        });
     }
 }
 

@@ -2,8 +2,10 @@
 
 use half::f16;
 
-use super::search::{Steps, ZERO_BELOW, nearest, scale_and_min, symmetric_scale};
-use super::{Encode, half_scale};
+use super::search::{
+    Steps, ZERO_BELOW, nearest, positive_scale, scale_and_min, squares, symmetric_scale,
+};
+use super::{Encode, Importance, half_scale, sum_of_squares};
 use crate::blocks::{BlockQ4K, BlockQ5K, BlockQ6K, N_SCALES, SUPER_BLOCK, scale_and_min_of};
 
 /// Groups of 32 in a super-block.
@@ -38,12 +40,15 @@ fn pack(scales: &[u8; N_GROUPS], mins: &[u8; N_GROUPS]) -> [u8; 12] {
     packed
 }
 
+/// The search of the reference quantisers: a value counts by its magnitude plus its group's root mean square.
 fn with_min(x: &[f32], steps: &Steps) -> Option<WithMin> {
     let groups = x.as_chunks::<32>().0;
     let mut qs = [[0; 32]; N_GROUPS];
     let (mut scales, mut mins) = ([0.0; N_GROUPS], [0.0; N_GROUPS]);
     for (j, x) in groups.iter().enumerate() {
-        (scales[j], mins[j]) = scale_and_min(x, &mut qs[j], steps);
+        let root_mean_square = (sum_of_squares(x) / 32.0).sqrt();
+        let weights = x.map(|v| root_mean_square + v.abs());
+        (scales[j], mins[j]) = scale_and_min(x, &weights, &mut qs[j], steps);
     }
     let (max_scale, max_min) = (positive_max(&scales), positive_max(&mins));
     let inverse = |max: f32| if max > 0.0 { TOP_SCALE / max } else { 0.0 };
@@ -52,27 +57,60 @@ fn with_min(x: &[f32], steps: &Steps) -> Option<WithMin> {
         &scales.map(|scale| six_bits(scale, inverse(max_scale))),
         &mins.map(|min| six_bits(min, inverse(max_min))),
     );
-    let (d, dmin) = (
+    let ds = (
         half_scale(max_scale / TOP_SCALE)?,
         half_scale(max_min / TOP_SCALE)?,
     );
-    // Quants again, by the scales as they are stored. A group whose scale is stored as zero keeps those of the search.
+    Some(rounded(groups, qs, (packed, ds), steps.top))
+}
+
+/// The search where errors do not count alike: scales and minima are fitted too, each group by what it counts in all.
+fn with_min_weighted(x: &[f32], importance: Importance<'_>, top: i32) -> Option<WithMin> {
+    let groups = x.as_chunks::<32>().0;
+    let floor = 2.0 * sum_of_squares(x) / SUPER_BLOCK as f32;
+    let mut qs = [[0; 32]; N_GROUPS];
+    let mut sums = [0.0; N_GROUPS];
+    let (mut scales, mut mins) = ([0.0; N_GROUPS], [0.0; N_GROUPS]);
+    for (j, x) in groups.iter().enumerate() {
+        let weights = importance.weights(x, 32 * j, floor);
+        sums[j] = weights.iter().fold(0.0, |sum, w| sum + w);
+        (scales[j], mins[j]) = scale_and_min(x, &weights, &mut qs[j], &Steps::weighted(top));
+    }
+    let (mut six_scales, mut six_mins) = ([0; N_GROUPS], [0; N_GROUPS]);
+    let d = positive_scale(&scales, &sums, &mut six_scales, TOP_SCALE as i32);
+    let dmin = positive_scale(&mins, &sums, &mut six_mins, TOP_SCALE as i32);
+    let packed = pack(&six_scales, &six_mins);
+    Some(rounded(
+        groups,
+        qs,
+        (packed, (half_scale(d)?, half_scale(dmin)?)),
+        top,
+    ))
+}
+
+/// Quants again, by the scales as they are stored. A group whose scale is stored as zero keeps those of the search.
+fn rounded(
+    groups: &[[f32; 32]],
+    mut qs: [[u8; 32]; N_GROUPS],
+    (scales, (d, dmin)): ([u8; 12], (f16, f16)),
+    top: i32,
+) -> WithMin {
     for (j, (x, qs)) in groups.iter().zip(&mut qs).enumerate() {
-        let (scale, min) = scale_and_min_of(&packed, j);
+        let (scale, min) = scale_and_min_of(&scales, j);
         let (scale, min) = (
             d.to_f32() * f32::from(scale),
             dmin.to_f32() * f32::from(min),
         );
         if scale != 0.0 {
-            *qs = x.map(|v| nearest((v + min) / scale).clamp(0, steps.top) as u8);
+            *qs = x.map(|v| nearest((v + min) / scale).clamp(0, top) as u8);
         }
     }
-    Some(WithMin {
+    WithMin {
         d,
         dmin,
-        scales: packed,
+        scales,
         qs,
-    })
+    }
 }
 
 /// The lower four bits of two groups to a byte.
@@ -83,6 +121,17 @@ fn low_bits(qs: &[[u8; 32]; N_GROUPS]) -> [u8; 128] {
     })
 }
 
+impl BlockQ4K {
+    fn of(block: &WithMin) -> Self {
+        Self {
+            d: block.d,
+            dmin: block.dmin,
+            scales: block.scales,
+            qs: low_bits(&block.qs),
+        }
+    }
+}
+
 impl Encode for BlockQ4K {
     fn encode(x: &[f32]) -> Option<Self> {
         let steps = Steps {
@@ -90,14 +139,29 @@ impl Encode for BlockQ4K {
             first: -1.0,
             delta: 0.1,
             last: 20,
+            absolute: false,
         };
-        let block = with_min(x, &steps)?;
-        Some(Self {
+        Some(Self::of(&with_min(x, &steps)?))
+    }
+
+    fn encode_weighted(x: &[f32], importance: Importance<'_>) -> Option<Self> {
+        Some(Self::of(&with_min_weighted(x, importance, 15)?))
+    }
+}
+
+impl BlockQ5K {
+    fn of(block: &WithMin) -> Self {
+        let fifth_bits = |l: usize| {
+            let groups = block.qs.iter().enumerate();
+            groups.fold(0, |byte, (j, qs)| byte | (qs[l] >> 4) << j)
+        };
+        Self {
             d: block.d,
             dmin: block.dmin,
             scales: block.scales,
+            qh: std::array::from_fn(fifth_bits),
             qs: low_bits(&block.qs),
-        })
+        }
     }
 }
 
@@ -108,53 +172,57 @@ impl Encode for BlockQ5K {
             first: -0.5,
             delta: 0.1,
             last: 15,
+            absolute: false,
         };
-        let block = with_min(x, &steps)?;
-        let fifth_bits = |l: usize| {
-            let groups = block.qs.iter().enumerate();
-            groups.fold(0, |byte, (j, qs)| byte | (qs[l] >> 4) << j)
-        };
-        Some(Self {
-            d: block.d,
-            dmin: block.dmin,
-            scales: block.scales,
-            qh: std::array::from_fn(fifth_bits),
-            qs: low_bits(&block.qs),
-        })
+        Some(Self::of(&with_min(x, &steps)?))
     }
+
+    fn encode_weighted(x: &[f32], importance: Importance<'_>) -> Option<Self> {
+        Some(Self::of(&with_min_weighted(x, importance, 31)?))
+    }
+}
+
+/// Q6_K, where `weights` says how much the errors of a group, by its index and its values, count.
+fn six_bits(x: &[f32], weights: impl Fn(usize, &[f32; 16]) -> [f32; 16]) -> Option<BlockQ6K> {
+    const HALF: i32 = 32;
+    let groups = x.as_chunks::<16>().0;
+    let mut qs = [[0; 16]; N_SCALES];
+    let mut scales = [0.0; N_SCALES];
+    let mut max = 0.0f32;
+    for (j, x) in groups.iter().enumerate() {
+        scales[j] = symmetric_scale(x, &weights(j, x), &mut qs[j], HALF);
+        if scales[j].abs() > max.abs() {
+            max = scales[j];
+        }
+    }
+    if max.abs() < ZERO_BELOW {
+        return Some(BlockQ6K {
+            ql: [0; 128],
+            qh: [0; 64],
+            scales: [0; N_SCALES],
+            d: f16::ZERO,
+        });
+    }
+    let inverse = -128.0 / max;
+    let d = half_scale(1.0 / inverse)?;
+    let scales = scales.map(|scale| nearest(inverse * scale).min(127) as i8);
+    for ((x, qs), scale) in groups.iter().zip(&mut qs).zip(scales) {
+        let scale = d.to_f32() * f32::from(scale);
+        if scale != 0.0 {
+            *qs = x.map(|v| (nearest(v / scale).clamp(-HALF, HALF - 1) + HALF) as u8);
+        }
+    }
+    Some(pack_six_bits(qs.as_flattened(), scales, d))
 }
 
 impl Encode for BlockQ6K {
     fn encode(x: &[f32]) -> Option<Self> {
-        const HALF: i32 = 32;
-        let groups = x.as_chunks::<16>().0;
-        let mut qs = [[0; 16]; N_SCALES];
-        let mut scales = [0.0; N_SCALES];
-        let mut max = 0.0f32;
-        for (j, x) in groups.iter().enumerate() {
-            scales[j] = symmetric_scale(x, &mut qs[j], HALF);
-            if scales[j].abs() > max.abs() {
-                max = scales[j];
-            }
-        }
-        if max.abs() < ZERO_BELOW {
-            return Some(Self {
-                ql: [0; 128],
-                qh: [0; 64],
-                scales: [0; N_SCALES],
-                d: f16::ZERO,
-            });
-        }
-        let inverse = -128.0 / max;
-        let d = half_scale(1.0 / inverse)?;
-        let scales = scales.map(|scale| nearest(inverse * scale).min(127) as i8);
-        for ((x, qs), scale) in groups.iter().zip(&mut qs).zip(scales) {
-            let scale = d.to_f32() * f32::from(scale);
-            if scale != 0.0 {
-                *qs = x.map(|v| (nearest(v / scale).clamp(-HALF, HALF - 1) + HALF) as u8);
-            }
-        }
-        Some(pack_six_bits(qs.as_flattened(), scales, d))
+        six_bits(x, |_, x| squares(x))
+    }
+
+    fn encode_weighted(x: &[f32], importance: Importance<'_>) -> Option<Self> {
+        // The importance as it is, not times magnitudes: so does ggml.
+        six_bits(x, |j, _| std::array::from_fn(|l| importance.of[16 * j + l]))
     }
 }
 

@@ -2,18 +2,11 @@
 
 use half::f16;
 
-use super::{Encode, half_scale, inverse};
+use super::search::{Steps, scale_and_min, signed_max, symmetric_scale};
+use super::{Encode, Importance, half_scale, inverse};
 use crate::blocks::{
     BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0, Q8_BLOCK, quantize_q8_0,
 };
-
-/// The first value of the largest magnitude, with its sign.
-fn signed_max(x: &[f32]) -> f32 {
-    x.iter().fold(
-        0.0,
-        |max: f32, v| if v.abs() > max.abs() { *v } else { max },
-    )
-}
 
 /// The smallest and the largest value.
 fn range(x: &[f32]) -> (f32, f32) {
@@ -49,6 +42,32 @@ fn with_min(x: &[f32], top: u8) -> Option<(f16, f16, [u8; Q8_BLOCK])> {
     Some((half_scale(d)?, half_scale(min)?, qs))
 }
 
+/// [`symmetric`] by a search, where errors do not count alike.
+fn symmetric_weighted(
+    x: &[f32],
+    importance: Importance<'_>,
+    half: i32,
+) -> Option<(f16, [u8; Q8_BLOCK])> {
+    let x = x.as_chunks::<Q8_BLOCK>().0.first()?;
+    let weights = importance.weights(x, 0, importance.mean_square);
+    let mut qs = [0; Q8_BLOCK];
+    let d = symmetric_scale(x, &weights, &mut qs, half);
+    Some((half_scale(d)?, qs))
+}
+
+/// [`with_min`] by a search, where errors do not count alike.
+fn with_min_weighted(
+    x: &[f32],
+    importance: Importance<'_>,
+    top: i32,
+) -> Option<(f16, f16, [u8; Q8_BLOCK])> {
+    let x = x.as_chunks::<Q8_BLOCK>().0.first()?;
+    let weights = importance.weights(x, 0, importance.mean_square);
+    let mut qs = [0; Q8_BLOCK];
+    let (d, min) = scale_and_min(x, &weights, &mut qs, &Steps::weighted(top));
+    Some((half_scale(d)?, half_scale(-min)?, qs))
+}
+
 fn low_bits(qs: &[u8; Q8_BLOCK]) -> [u8; 16] {
     std::array::from_fn(|j| qs[j] & 15 | (qs[j + 16] & 15) << 4)
 }
@@ -59,47 +78,83 @@ fn fifth_bits(qs: &[u8; Q8_BLOCK]) -> [u8; 4] {
         .to_le_bytes()
 }
 
-impl Encode for BlockQ4_0 {
-    fn encode(x: &[f32]) -> Option<Self> {
-        let (d, qs) = symmetric(x, 8.0)?;
-        Some(Self {
+impl BlockQ4_0 {
+    fn of((d, qs): (f16, [u8; Q8_BLOCK])) -> Self {
+        Self {
             d,
             qs: low_bits(&qs),
-        })
+        }
+    }
+}
+
+impl Encode for BlockQ4_0 {
+    fn encode(x: &[f32]) -> Option<Self> {
+        symmetric(x, 8.0).map(Self::of)
+    }
+
+    fn encode_weighted(x: &[f32], importance: Importance<'_>) -> Option<Self> {
+        symmetric_weighted(x, importance, 8).map(Self::of)
+    }
+}
+
+impl BlockQ4_1 {
+    fn of((d, m, qs): (f16, f16, [u8; Q8_BLOCK])) -> Self {
+        Self {
+            d,
+            m,
+            qs: low_bits(&qs),
+        }
     }
 }
 
 impl Encode for BlockQ4_1 {
     fn encode(x: &[f32]) -> Option<Self> {
-        let (d, m, qs) = with_min(x, 15)?;
-        Some(Self {
+        with_min(x, 15).map(Self::of)
+    }
+
+    fn encode_weighted(x: &[f32], importance: Importance<'_>) -> Option<Self> {
+        with_min_weighted(x, importance, 15).map(Self::of)
+    }
+}
+
+impl BlockQ5_0 {
+    fn of((d, qs): (f16, [u8; Q8_BLOCK])) -> Self {
+        Self {
             d,
-            m,
+            qh: fifth_bits(&qs),
             qs: low_bits(&qs),
-        })
+        }
     }
 }
 
 impl Encode for BlockQ5_0 {
     fn encode(x: &[f32]) -> Option<Self> {
-        let (d, qs) = symmetric(x, 16.0)?;
-        Some(Self {
+        symmetric(x, 16.0).map(Self::of)
+    }
+
+    fn encode_weighted(x: &[f32], importance: Importance<'_>) -> Option<Self> {
+        symmetric_weighted(x, importance, 16).map(Self::of)
+    }
+}
+
+impl BlockQ5_1 {
+    fn of((d, m, qs): (f16, f16, [u8; Q8_BLOCK])) -> Self {
+        Self {
             d,
+            m,
             qh: fifth_bits(&qs),
             qs: low_bits(&qs),
-        })
+        }
     }
 }
 
 impl Encode for BlockQ5_1 {
     fn encode(x: &[f32]) -> Option<Self> {
-        let (d, m, qs) = with_min(x, 31)?;
-        Some(Self {
-            d,
-            m,
-            qh: fifth_bits(&qs),
-            qs: low_bits(&qs),
-        })
+        with_min(x, 31).map(Self::of)
+    }
+
+    fn encode_weighted(x: &[f32], importance: Importance<'_>) -> Option<Self> {
+        with_min_weighted(x, importance, 31).map(Self::of)
     }
 }
 
