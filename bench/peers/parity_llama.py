@@ -3,7 +3,7 @@
     cargo build --release
     PY="$(bash bench/peers/llama.sh)"
     "$PY" bench/peers/parity_llama.py convert [--only mixtral]           # every folder of golden/, through llama.cpp
-    "$PY" bench/peers/parity_llama.py quantize F32.gguf [--dtype q4_k_m]  # a file quantised by both
+    "$PY" bench/peers/parity_llama.py quantize F32.gguf [--types Q4_K_M,Q2_K] [--imatrix]  # quantised by both
     "$PY" bench/peers/parity_llama.py real "$(bash recipes/data/smollm2.sh)" [more GGUF files]
 
 convert: `cadre convert -m FOLDER -o FILE --dtype f32` for every checkpoint folder of golden/; llama.cpp reads the file (f32
@@ -12,8 +12,12 @@ the folder (expected.json). A row is right when `cadre convert` refuses the fold
 largest difference is under 1e-4 of the largest logit, or when ON_PURPOSE names why llama.cpp differs there. Exit code 3
 when a row is not right, 1 when nothing could be compared.
 
-quantize: each file through `cadre convert --dtype q4_k_m` and through llama.cpp's llama_model_quantize, without an importance
-matrix; tensor by tensor, formats must be the same (exit code 3 otherwise), and the share of equal bytes is reported.
+quantize: each file through `cadre quantize TYPE` and through llama.cpp's llama_model_quantize, for every type or --types. With
+--imatrix, both get the same importance matrix of random numbers, written as llama-imatrix writes them. Tensor by tensor,
+formats must be the same; the share of equal bytes is reported, and the squared errors to the weights before, each counted by
+its column's importance: those of Cadre's tensors over those of llama.cpp's, format by format, at most 2 % more. And llama.cpp
+loads Cadre's file: its logits of a few tokens are set against those of `cadre logits`, and against llama.cpp's own on
+its own file. Exit code 3 when a format differs or an error is larger.
 
 real: for each file, logits of PROMPTS, 64 greedy tokens after each, and the perplexity of recipes/data/sample.jsonl (or of
 --text) in windows of 512, by `cadre logits`, `cadre run` and `cadre eval` and by llama.cpp: by its defaults, with f32 keys
@@ -152,46 +156,126 @@ def convert(args):
     return 1 if not verdicts else 0 if all(verdicts) else 3
 
 
-FILE_TYPES = {"q4_k_m": 15, "q5_k_m": 17}
+FILE_TYPES = {
+    "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14,
+    "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "Q2_K_S": 21, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "MXFP4_MOE": 38,
+}  # fmt: skip
+# What Cadre's errors may be over llama.cpp's.
+MORE_ERROR = 1.02
+TOKENS = [1, 17, 200, 3, 99, 42, 150, 7]
+
+
+def random_importance(path, out):
+    """An importance matrix with numbers for every matrix of a file, as llama-imatrix writes it; {name: [matrices, cols]}."""
+    rng = np.random.default_rng(7)
+    writer = gguf.GGUFWriter(out, arch="imatrix")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["random"])
+    writer.add_uint32("imatrix.chunk_count", 3)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    entries = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        shape = [int(n) for n in tensor.shape]
+        skipped = ("token_embd.weight", "output.weight")
+        if len(shape) < 2 or tensor.name in skipped or not tensor.name.endswith(".weight"):
+            continue
+        n_matrices, cols = int(np.prod(shape[2:])), shape[0]
+        counts = rng.integers(1, 1000, (n_matrices, 1)).astype(np.float32)
+        means = (rng.standard_normal((n_matrices, cols)) ** 2 * 10.0 ** rng.integers(-1, 2, (n_matrices, cols))).astype(np.float32)
+        sums = means * counts
+        writer.add_tensor(f"{tensor.name}.in_sum2", sums)
+        writer.add_tensor(f"{tensor.name}.counts", counts)
+        entries[tensor.name] = sums / counts
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return entries
+
+
+def theirs_quantized(path, out, kind, entries, threads):
+    """Quantises by llama.cpp."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = FILE_TYPES[kind]
+    params.nthread = threads
+    if entries:
+        rows = [(name.encode(), np.ascontiguousarray(values).ravel()) for name, values in entries.items()]
+        # A row without a name ends the list.
+        data = (llama_cpp.llama_model_imatrix_data * (len(rows) + 1))()
+        for slot, (name, values) in zip(data, rows):
+            slot.name, slot.size = name, values.size
+            slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        params.imatrix = ctypes.cast(data, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
+    done = llama_cpp.llama_model_quantize(str(path).encode(), str(out).encode(), ctypes.byref(params))
+    if done != 0:
+        raise ValueError(f"llama.cpp does not quantise {path}: {' '.join(SILENCE.errors).strip()}")
 
 
 def quantize(args):
     """Compares quantised files. Returns the exit code."""
     code = 0
+    kinds = args.types.split(",") if args.types else list(FILE_TYPES)
+    print("| file | type | format | tensors | with equal bytes | equal bytes | error over llama.cpp's | logits |\n"
+          "|---|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        ours, theirs = Path(scratch) / "ours.gguf", Path(scratch) / "theirs.gguf"
+        ours, theirs, matrix = (Path(scratch) / name for name in ("ours.gguf", "theirs.gguf", "imatrix.gguf"))
         for path in args.models:
-            ours.unlink(missing_ok=True)
-            cadre(args.cadre, "convert", "-m", path, "-o", ours, "--dtype", args.dtype)
-            params = llama_cpp.llama_model_quantize_default_params()
-            params.ftype = FILE_TYPES[args.dtype]
-            params.nthread = args.threads
-            done = llama_cpp.llama_model_quantize(str(path).encode(), str(theirs).encode(), ctypes.byref(params))
-            if done != 0:
-                raise ValueError(f"llama.cpp does not quantise {path}: {' '.join(SILENCE.errors).strip()}")
-            code = max(code, compare_quantized(path, ours, theirs))
+            entries = random_importance(path, matrix) if args.imatrix else {}
+            for kind in kinds:
+                if kind == "Q2_K_S" and not args.imatrix:
+                    continue
+                ours.unlink(missing_ok=True)
+                more = ["--imatrix", matrix] if args.imatrix else []
+                cadre(args.cadre, "quantize", kind, "-m", path, "-o", ours, *more)
+                theirs_quantized(path, theirs, kind, entries, args.threads)
+                code = max(code, compare_quantized(args, (path, kind), (ours, theirs), entries))
     return code
 
 
-def compare_quantized(path, ours, theirs):
+def logits_of_both(args, ours, theirs):
+    """How far `cadre logits` and llama.cpp on its own file are from llama.cpp on Cadre's file."""
+    listed = ",".join(map(str, TOKENS))
+    cadres = json.loads(cadre(args.cadre, "logits", "-m", ours, "--tokens", listed, "-o", "json"))["logits"]
+    models = [Model(file, threads=args.threads) for file in (ours, theirs)]
+    rows = [model.logits(TOKENS) for model in models]
+    for model in models:
+        model.close()
+    return f"{difference(cadres, rows[0])[0]:.1e}, {difference(rows[1], rows[0])[0]:.1e}"
+
+
+def compare_quantized(args, names, files, entries):
     """Prints what is the same in two files, format by format. Returns the exit code."""
     read = lambda file: {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}  # noqa: E731
-    ours, theirs = read(ours), read(theirs)
-    print(f"\n{path.name}\n\n| format | tensors | with equal bytes | equal bytes |\n|---|---|---|---|")
+    values = lambda tensor: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)  # noqa: E731
+    (path, kind), (ours, theirs), before = names, map(read, files), read(names[0])
     other = sorted(set(ours) ^ set(theirs))
     other += [name for name in ours if name in theirs and ours[name].tensor_type != theirs[name].tensor_type]
     for name in other:
         kinds = [file[name].tensor_type.name if name in file else "missing" for file in (ours, theirs)]
-        print(f"| WRONG: {name} | {kinds[0]}, llama.cpp {kinds[1]} | | |")
+        print(f"| {path.name} | {kind} | WRONG: {name} {kinds[0]}, llama.cpp {kinds[1]} | | | | | |")
     table = {}
     for name in sorted(set(ours) - set(other)):
         a, b = ours[name].data.view(np.uint8).ravel(), theirs[name].data.view(np.uint8).ravel()
-        row = table.setdefault(ours[name].tensor_type.name, [0, 0, 0, 0])
+        row = table.setdefault(ours[name].tensor_type.name, [0, 0, 0, 0, 0.0, 0.0])
         same = int((a == b).sum())
-        table[ours[name].tensor_type.name] = [row[0] + 1, row[1] + (same == a.size), row[2] + same, row[3] + a.size]
-    for kind, (n, whole, same, total) in table.items():
-        print(f"| {kind} | {n} | {whole} | {same / total:.4%} |", flush=True)
-    return 3 if other else 0
+        row[0] += 1
+        row[1] += same == a.size
+        row[2] += same
+        row[3] += a.size
+        if same < a.size:
+            exact = values(before[name])
+            weights = entries.get(name, np.ones(1))
+            if weights.ndim == 2 and exact.ndim == 3:
+                weights = weights[:, None, :]
+            row[4] += float((weights * (values(ours[name]) - exact) ** 2).sum())
+            row[5] += float((weights * (values(theirs[name]) - exact) ** 2).sum())
+    logits = logits_of_both(args, *files)
+    worst = 0.0
+    for format, (n, whole, same, total, mine, peers) in table.items():
+        ratio = mine / peers if peers > 0 else 1.0
+        worst = max(worst, ratio)
+        print(f"| {path.name} | {kind} | {format} | {n} | {whole} | {same / total:.4%} | {ratio:.4f} | {logits} |", flush=True)
+    return 3 if other or worst > MORE_ERROR else 0
 
 
 def agreement(ours, theirs):
@@ -291,7 +375,8 @@ def main():
     one.set_defaults(run=convert)
     three = commands.add_parser("quantize", help="files quantised by both")
     three.add_argument("models", type=Path, nargs="+")
-    three.add_argument("--dtype", choices=FILE_TYPES, default="q4_k_m")
+    three.add_argument("--types", help="types of llama-quantize, separated by commas; without it, all that Cadre writes")
+    three.add_argument("--imatrix", action="store_true", help="with an importance matrix of random numbers")
     three.add_argument("--threads", type=int, default=2)
     three.set_defaults(run=quantize)
     two = commands.add_parser("real", help="real models")

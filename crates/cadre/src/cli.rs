@@ -10,8 +10,8 @@ use crate::cache::spelled_out;
 #[cfg(feature = "train")]
 use crate::commands::train;
 use crate::commands::{
-    apply, bench, chat, completions, convert, doctor, eval, fit, inspect, logits, plan, pull, run,
-    serve, split, trace, upcycle,
+    apply, bench, chat, completions, convert, doctor, eval, fit, inspect, logits, plan, pull,
+    quantize, run, serve, split, trace, upcycle,
 };
 use crate::env::{self, Env};
 use crate::interrupt::Interrupt;
@@ -69,6 +69,8 @@ enum Command {
     Fit(fit::Args),
     /// Write a checkpoint as GGUF or as a Hugging Face folder, in another number format if asked.
     Convert(convert::Args),
+    /// Write a model as a quantised GGUF file, by the types of llama-quantize (Q4_K_M, Q8_0, MXFP4_MOE, ...).
+    Quantize(quantize::Args),
     /// Download a model from the Hugging Face hub and print its path.
     Pull(pull::Args),
     /// Show what this machine can do and what Cadre will choose.
@@ -114,6 +116,7 @@ pub(crate) fn run() -> Result<()> {
         Command::Inspect(args) => inspect::run(&app, &args),
         Command::Fit(args) => fit::run(&app, &args),
         Command::Convert(args) => convert::run(&app, &args),
+        Command::Quantize(args) => quantize::run(&app, &args),
         Command::Pull(args) => pull::run(&app, &args),
         Command::Doctor(args) => doctor::run(&app, &args),
         Command::Completions(args) => completions::run(&args),

@@ -295,6 +295,38 @@ impl Checkpoint {
         }
     }
 
+    /// Puts experts of another checkpoint, by decoder layer and expert, in the place of this one's: in memory, and without
+    /// a copy. The digest stays what it was if it has been asked for.
+    ///
+    /// # Errors
+    /// The other has no such expert, or one of another shape.
+    pub fn take_experts(
+        &mut self,
+        from: &Self,
+        experts: impl IntoIterator<Item = (usize, usize)>,
+    ) -> Result<()> {
+        for (layer, expert) in experts {
+            for part in ["gate_proj", "up_proj", "down_proj"] {
+                for ending in ["weight", "bias"] {
+                    let name = format!("model.layers.{layer}.mlp.experts.{expert}.{part}.{ending}");
+                    let Some(entry) = self.tensors.map.get_mut(&name) else {
+                        continue;
+                    };
+                    from.check_shape(&name, &entry.shape)?;
+                    if let Some(other) = from.entry(&name) {
+                        *entry = other.clone();
+                    }
+                }
+            }
+        }
+        for map in from.maps() {
+            if self.maps().all(|known| known.path() != map.path()) {
+                self.maps.push(map.clone());
+            }
+        }
+        Ok(())
+    }
+
     /// Number format and shape of a tensor, without touching its values.
     #[must_use]
     pub fn tensor_info(&self, name: &str) -> Option<(Dtype, &[usize])> {

@@ -20,6 +20,7 @@ mod error;
 mod generation;
 pub mod gguf;
 mod gguf_models;
+mod importance;
 mod keys;
 mod map;
 mod models;
@@ -45,9 +46,10 @@ pub use config::{
 };
 pub use convert::{
     Conversion, ConvertOptions, ConvertTo, Mixer, Mixture, NewExpert, NewExperts, NewFeedForwards,
-    TargetDtype,
+    QuantizeOptions, TargetDtype,
 };
 pub use error::{CheckpointError, Result};
+pub use importance::Importance;
 pub use on_disk::{FileRange, TensorOnDisk};
 pub use rope::{RopeConfig, RopeScaling};
 pub use safetensors_file::{StoredTensor, read_safetensors, safetensors_outline};

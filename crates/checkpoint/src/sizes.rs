@@ -146,7 +146,7 @@ fn file_sizes(checkpoint: &Checkpoint, wanted: TargetDtype) -> Sizes {
     for (name, shape) in tensor_specs(&form) {
         let stored = checkpoint.tensor_info(&name);
         let stored = stored.map_or(Dtype::F32, |(format, _)| format);
-        let format = for_gguf(wanted, &form, stored, (&name, &shape)).dtype;
+        let format = for_gguf((wanted, false), &form, stored, (&name, &shape)).dtype;
         sizes.add(Place::of(&name), stored_bytes(format, &shape));
     }
     sizes.finish()

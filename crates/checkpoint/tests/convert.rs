@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cadre_checkpoint::{
     Checkpoint, CheckpointError, Conversion, ConvertOptions, ConvertTo, Dtype, Holding, Mixture,
-    TargetDtype, held_sizes, tensor_specs,
+    QuantizeOptions, TargetDtype, held_sizes, tensor_specs,
 };
 
 fn golden() -> PathBuf {
@@ -17,6 +17,7 @@ fn options(target: ConvertTo, dtype: TargetDtype, allow_differences: bool) -> Co
         target,
         dtype,
         allow_differences,
+        quantize: QuantizeOptions::default(),
     }
 }
 
@@ -381,7 +382,7 @@ fn an_interrupted_conversion_goes_on_and_ends_the_same() {
 fn formats_that_do_not_fit_are_reported() {
     let source = Checkpoint::open(&golden().join("qwen3_moe/plain")).unwrap();
     let q4_k = options(GGUF, TargetDtype::Is(Dtype::Q4K), false);
-    let conversion = Conversion::plan(&source, "m", q4_k).unwrap();
+    let conversion = Conversion::plan(&source, "m", q4_k.clone()).unwrap();
     let notes = conversion.notes().join("\n");
     assert!(notes.contains("Q5_0") && notes.contains("block"), "{notes}");
     assert!(notes.contains("F16") && notes.contains("32"), "{notes}");

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cadre_checkpoint::{
-    Checkpoint, Conversion, ConvertOptions, ConvertTo, Dtype, TargetDtype, TensorData,
+    Checkpoint, Conversion, ConvertOptions, ConvertTo, Dtype, QuantizeOptions, TargetDtype,
+    TensorData,
 };
 use cadre_engine::{
     EngineError, KvFormat, KvFormats, LoadOptions, Logits, Model, NoObserver, Observer, Quant,
@@ -192,6 +193,7 @@ fn every_block_format_computes_a_sequence_the_same_alone_and_among_others() {
             },
             dtype: TargetDtype::Is(dtype),
             allow_differences: false,
+            quantize: QuantizeOptions::default(),
         };
         let path = target.path().join(format!("{name}.gguf"));
         let conversion = Conversion::plan(&checkpoint, name, options).unwrap();

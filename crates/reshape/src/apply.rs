@@ -21,7 +21,8 @@ pub struct Applying {
     pub pad: bool,
 }
 
-/// Plans to write `source` as `plan` says.
+/// Plans to write `source` as `plan` says. What it writes is of the kind of the source, but for plans of formats, which
+/// become GGUF files.
 ///
 /// # Errors
 /// The plan does not fit the model, or the model's files have no place for what it says; nothing has been written then.
@@ -44,6 +45,9 @@ pub(crate) fn apply_with<'a>(
         });
     }
     plan.check(&shape)?;
+    if plan.has_formats() {
+        return crate::bits::apply(source, plan, options);
+    }
     let experts = new_experts(plan, &shape, gains, options.pad);
     // An unfinished output of another plan may have the same headers.
     let settings = match plan.is_identity() && gains.is_empty() {

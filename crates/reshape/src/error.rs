@@ -86,6 +86,9 @@ pub enum ReshapeError {
         /// What is wrong and what was expected.
         problem: String,
     },
+    /// Measuring was asked to stop.
+    #[error("stopped before all was measured")]
+    Stopped,
     /// Fewer experts are wanted than the model can be left with.
     #[error(
         "layer {layer} would keep {kept} of {of} experts, but needs {least}: a token is sent to {top_k}, and groups of experts stay equal"

@@ -75,6 +75,7 @@ mod tests {
             from: vec![1, 3],
             weights: vec![0.75, 0.1],
             align: true,
+            format: None,
         };
         let layer = |layer, experts| PlanLayer {
             layer,

@@ -6,6 +6,7 @@
 //!
 //! - [`Usage`] is what a trace says about every expert; [`Method`] ranks experts by it, one file per method in `plans/`.
 //! - [`prune()`] and [`merge()`] are pure functions from usage to a [`Plan`](cadre_routing::plan::Plan).
+//! - [`bits`] chooses number formats by expert.
 //! - [`read_plan`] and [`plan_json`] are the plan as a file.
 //! - [`apply()`] plans the output: a folder stays a folder, a GGUF file a GGUF file, and what is kept is copied byte for byte.
 //! - [`bake()`] writes a steering into a checkpoint, as far as a checkpoint can say it.
@@ -17,6 +18,7 @@ mod align;
 mod apply;
 mod assignment;
 mod bake;
+pub mod bits;
 mod cluster;
 mod dense;
 mod error;

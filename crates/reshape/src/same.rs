@@ -200,7 +200,7 @@ fn allowed(dtype: Dtype) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cadre_checkpoint::{Conversion, ConvertOptions, ConvertTo, TargetDtype};
+    use cadre_checkpoint::{Conversion, ConvertOptions, ConvertTo, QuantizeOptions, TargetDtype};
     use cadre_testkit::TinyMoe;
 
     #[test]
@@ -227,6 +227,7 @@ mod tests {
                 target,
                 dtype: TargetDtype::Is(format),
                 allow_differences: true,
+                quantize: QuantizeOptions::default(),
             };
             let Ok(conversion) = Conversion::plan(&one, "one", options) else {
                 continue;

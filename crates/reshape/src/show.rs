@@ -1,5 +1,6 @@
 //! A plan as a picture for a terminal: which experts of every layer stay, go, or are merged.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use cadre_routing::plan::{Plan, PlanLayer};
@@ -59,9 +60,15 @@ pub fn text(plan: &Plan) -> String {
     for (name, value) in &plan.options {
         let _ = writeln!(text, "{name:10} {value}");
     }
+    let names = formats(plan);
+    let named = names.iter().zip('a'..='z');
+    let legend: String = named
+        .map(|(name, letter)| format!("  {letter} as {name}"))
+        .collect();
     let _ = writeln!(
         text,
-        "\nlayer  stay    of   # stays  . goes{}",
+        "\nlayer  stay    of   # stays{legend}{}{}",
+        if names.is_empty() { "  . goes" } else { "" },
         if plan.merges() {
             "  + is merged with others  - is merged into another"
         } else {
@@ -69,7 +76,7 @@ pub fn text(plan: &Plan) -> String {
         }
     );
     for layer in &plan.layers {
-        let marks = marks(layer);
+        let marks = marks(layer, &names);
         let (no, kept, of) = (layer.layer, layer.experts.len(), layer.of);
         let mut lines = marks.chunks(MAX_WIDTH);
         let first: String = lines.next().unwrap_or(&[]).iter().collect();
@@ -82,11 +89,22 @@ pub fn text(plan: &Plan) -> String {
     text
 }
 
-fn marks(layer: &PlanLayer) -> Vec<char> {
+/// The formats that a plan gives, by name.
+fn formats(plan: &Plan) -> Vec<&str> {
+    let all = plan.layers.iter().flat_map(|layer| &layer.experts);
+    let names: BTreeSet<&str> = all.filter_map(|one| one.format.as_deref()).collect();
+    names.into_iter().collect()
+}
+
+fn marks(layer: &PlanLayer, names: &[&str]) -> Vec<char> {
     let mut marks = vec!['.'; layer.of];
     for expert in &layer.experts {
         for (at, id) in expert.from.iter().enumerate() {
+            let format = expert.format.as_deref();
+            let named = names.iter().zip('a'..='z');
+            let letter = named.clone().find(|(name, _)| Some(**name) == format);
             let mark = match (at, expert.from.len()) {
+                (0, 1) if letter.is_some() => letter.map_or('#', |(_, letter)| letter),
                 (0, 1) => '#',
                 (0, _) => '+',
                 _ => '-',
@@ -134,5 +152,15 @@ mod tests {
         let summary = summary(&plan);
         assert_eq!((summary[0].kept, summary[0].merged), (2, 1));
         assert_eq!(summary[0].dropped, [0, 2, 3]);
+        let format = |id: u16, name: &str| PlanExpert {
+            format: Some(name.to_owned()),
+            ..PlanExpert::kept(id)
+        };
+        let mut formats = plan;
+        formats.layers[0].of = 3;
+        formats.layers[0].experts = vec![format(0, "q8_0"), PlanExpert::kept(1), format(2, "q4_0")];
+        let shown = text(&formats);
+        assert!(shown.contains("# stays  a as q4_0  b as q8_0\n"), "{shown}");
+        assert!(shown.contains("    3     3     3   b#a\n"), "{shown}");
     }
 }

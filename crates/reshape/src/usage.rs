@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use cadre_routing::plan::ModelShape;
 use cadre_trace::{Row, TraceMeta, TraceReader};
 
 use crate::cluster::Gram;
@@ -218,6 +219,42 @@ impl Usage {
             domains: counted.map(|(domain, _)| domain).collect(),
             layers: layers.into_values().collect(),
         })
+    }
+
+    /// Whether it is that of the model of this `shape`.
+    ///
+    /// # Errors
+    /// It was recorded from another model, or its layers are not those of the model.
+    pub fn check(&self, shape: &ModelShape) -> Result<()> {
+        let lacks = |problem: String| {
+            ReshapeError::TraceLacks {
+            origin: self.origin.clone(),
+            problem,
+            hint: "record one of this model with `cadre trace`; if both are the same model in other formats, pass the one that was \
+                   recorded as --same-model"
+                .to_owned(),
+        }
+        };
+        if self.meta.digest != shape.digest {
+            let short = |digest: &str| digest.get(..12).unwrap_or(digest).to_owned();
+            return Err(lacks(format!(
+                "was recorded from another model: {} {} there, {} {} here",
+                self.meta.architecture,
+                short(&self.meta.digest),
+                shape.architecture,
+                short(&shape.digest)
+            )));
+        }
+        let seen = self.layers.iter().map(|one| (one.layer, one.n_experts()));
+        let seen: Vec<(usize, usize)> = seen.collect();
+        if seen == shape.layers {
+            return Ok(());
+        }
+        Err(lacks(format!(
+            "has rows of {} layers with experts, expected {}",
+            seen.len(),
+            shape.layers.len()
+        )))
     }
 
     /// What a choice among the experts can rest on: which of them were picked fewer than `least` times.

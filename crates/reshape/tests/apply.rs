@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use cadre_checkpoint::{
-    Checkpoint, CheckpointError, Conversion, ConvertOptions, ConvertTo, Dtype, TargetDtype,
-    tensor_specs,
+    Checkpoint, CheckpointError, Conversion, ConvertOptions, ConvertTo, Dtype, QuantizeOptions,
+    TargetDtype, tensor_specs,
 };
 use cadre_engine::{LoadOptions, Logits, NoObserver, SessionOptions, load};
 use cadre_reshape::{Applying, apply, plan_json, shape_of};
@@ -231,6 +231,7 @@ fn a_gguf_file_with_all_experts_is_the_same_file() {
         target: GGUF,
         dtype: TargetDtype::Is(Dtype::Q8_0),
         allow_differences: false,
+        quantize: QuantizeOptions::default(),
     };
     let (a, b) = (folder.path().join("a.gguf"), folder.path().join("b.gguf"));
     let tiny = tiny.open().unwrap();
@@ -351,6 +352,7 @@ fn stopped_work_is_gone_on_with_and_another_plan_begins_anew() {
         target: GGUF,
         dtype: TargetDtype::Keep,
         allow_differences: false,
+        quantize: QuantizeOptions::default(),
     };
     let conversion = Conversion::plan(&tiny, "tiny", options).unwrap();
     conversion.write(&gguf, &mut |_| true).unwrap();

@@ -2,7 +2,8 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use cadre_checkpoint::{
-    Checkpoint, Conversion, ConvertOptions, ConvertTo, Dtype, TargetDtype, tensor_specs,
+    Checkpoint, Conversion, ConvertOptions, ConvertTo, Dtype, QuantizeOptions, TargetDtype,
+    tensor_specs,
 };
 use cadre_engine::{LoadOptions, Logits, NoObserver, SessionOptions, Steering, load};
 use cadre_reshape::{Applying, bake};
@@ -115,6 +116,7 @@ fn a_gguf_file_is_baked_in_its_own_formats() {
         },
         dtype: TargetDtype::parse("q8_0").unwrap(),
         allow_differences: false,
+        quantize: QuantizeOptions::default(),
     };
     let source = folder.open().unwrap();
     let conversion = Conversion::plan(&source, "q8_0", options).unwrap();

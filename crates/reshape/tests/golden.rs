@@ -4,7 +4,9 @@
 
 use std::collections::BTreeMap;
 
-use cadre_checkpoint::{Checkpoint, Conversion, ConvertOptions, ConvertTo, Dtype, TargetDtype};
+use cadre_checkpoint::{
+    Checkpoint, Conversion, ConvertOptions, ConvertTo, Dtype, QuantizeOptions, TargetDtype,
+};
 use cadre_engine::{LoadOptions, Logits, NoObserver, SessionOptions, load};
 use cadre_reshape::{Applying, apply, shape_of};
 use cadre_routing::plan::{PLAN_VERSION, Plan, PlanExpert, PlanLayer, PlannedModel};
@@ -92,6 +94,7 @@ fn cut_models_compute_what_the_whole_does_without_those_experts() {
             target: GGUF,
             dtype: TargetDtype::Is(Dtype::F32),
             allow_differences: false,
+            quantize: QuantizeOptions::default(),
         };
         let Ok(conversion) = Conversion::plan(&source, "whole", options) else {
             continue;

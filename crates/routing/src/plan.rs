@@ -63,6 +63,10 @@ pub struct PlanExpert {
     /// Whether the neurons of the others are brought into the order of the first before they are averaged.
     #[serde(default, skip_serializing_if = "is_false")]
     pub align: bool,
+    /// The number format that its matrices are to have, such as `q4_0`; absent: as they are stored. Where any expert has
+    /// one, all experts stay in their places: formats are a plan of their own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<String>,
 }
 
 fn is_false(flag: &bool) -> bool {
@@ -220,6 +224,9 @@ impl Plan {
             let problem = match wanted.next() {
                 Some((known, of)) if *known == no && *of == layer.of => {
                     layer.check(shape)?;
+                    if self.has_formats() {
+                        layer.check_places()?;
+                    }
                     continue;
                 }
                 Some((known, of)) if *known == no => {
@@ -246,10 +253,18 @@ impl Plan {
     /// Whether nothing changes: every expert is kept in its place.
     #[must_use]
     pub fn is_identity(&self) -> bool {
-        self.layers.iter().all(|layer| {
-            let mut entries = layer.experts.iter().enumerate();
-            layer.experts.len() == layer.of && entries.all(|(at, one)| one.from == [at as u16])
-        })
+        !self.has_formats()
+            && self.layers.iter().all(|layer| {
+                let mut entries = layer.experts.iter().enumerate();
+                layer.experts.len() == layer.of && entries.all(|(at, one)| one.from == [at as u16])
+            })
+    }
+
+    /// Whether any expert is given a number format.
+    #[must_use]
+    pub fn has_formats(&self) -> bool {
+        let mut all = self.layers.iter().flat_map(|layer| &layer.experts);
+        all.any(|expert| expert.format.is_some())
     }
 
     /// Experts of the output, all layers together.
@@ -308,6 +323,22 @@ impl PlanLayer {
             ));
         }
         self.check_groups(shape)
+    }
+
+    /// Every expert must be there, in its place.
+    fn check_places(&self) -> Result<(), PlanError> {
+        let mut entries = self.experts.iter().enumerate();
+        let moved = entries.position(|(at, one)| one.from != [at as u16]);
+        if moved.is_none() && self.experts.len() == self.of {
+            return Ok(());
+        }
+        Err(PlanError::Expert {
+            layer: self.layer,
+            at: moved.unwrap_or(self.experts.len()),
+            problem: "formats are given to experts that all stay in their places; apply one plan that drops, moves or \
+                      merges, and make one of formats for what comes of it"
+                .to_owned(),
+        })
     }
 
     fn check_expert(
@@ -512,6 +543,20 @@ mod tests {
         assert_eq!(merged.check(&shape()), Ok(()));
         assert_eq!(merged.layers[0].experts[0].shares(), [0.75, 0.25]);
         assert_eq!(merged.layers[0].experts[1].shares(), [1.0]);
+    }
+
+    #[test]
+    fn formats_are_a_plan_of_their_own() {
+        let mut formats = plan(&[ALL, ALL]);
+        formats.layers[1].experts[2].format = Some("q4_0".to_owned());
+        assert_eq!(formats.check(&shape()), Ok(()));
+        assert!(formats.has_formats() && !formats.is_identity());
+        let mut cut = plan(&[&[&[0], &[1], &[2]], ALL]);
+        cut.layers[0].experts[0].format = Some("q4_0".to_owned());
+        refused(&cut, &shape(), "layer 1, entry 3: formats are given");
+        let mut moved = plan(&[ALL, &[&[1], &[0], &[2], &[3]]]);
+        moved.layers[0].experts[0].format = Some("q4_0".to_owned());
+        refused(&moved, &shape(), "layer 3, entry 0: formats are given");
     }
 
     #[test]

@@ -71,21 +71,7 @@ impl QualityArgs {
 
     /// The text as tokens: read before anything is written, so that a wrong name costs nothing.
     pub(crate) fn documents(&self, checkpoint: &Checkpoint) -> Result<Vec<Document>> {
-        let tokenizer = checkpoint.tokenizer()?;
-        let mut documents = Vec::new();
-        for path in &self.data {
-            for one in data::read(path)? {
-                let tokens = tokenizer.encode(&one.text)?;
-                let domain = one.domain;
-                documents.push(Document { domain, tokens });
-            }
-        }
-        if documents.iter().all(|one| one.tokens.len() < 2) {
-            return Err(Failure::new("the data holds nothing to predict")
-                .hint("a document needs at least two tokens")
-                .into());
-        }
-        Ok(documents)
+        tokenized(&self.data, checkpoint)
     }
 
     /// Runs both models over `documents`.
@@ -96,11 +82,7 @@ impl QualityArgs {
         sources: &Sources,
         documents: &[Document],
     ) -> Result<Quality> {
-        let config = before.config();
-        let window = match self.ctx_size {
-            0 => config.max_position_embeddings.min(WINDOW),
-            n => n,
-        };
+        let window = window(self.ctx_size, before);
         let session = SessionOptions {
             n_ctx: Some(window),
             ..SessionOptions::default()
@@ -139,25 +121,10 @@ impl QualityArgs {
         checkpoint: &Checkpoint,
         session: &SessionOptions,
     ) -> Result<Arc<dyn Model>> {
-        let config = checkpoint.config();
-        let n_ctx = session.context(config.max_position_embeddings);
-        let beside = kv_bytes_per_token(config, session.kv).saturating_mul(n_ctx as u64)
-            + scratch_bytes(config, n_ctx, session.chunk);
-        let stream = match self.mem_budget.map(|budget| budget / 2) {
-            None => None,
-            Some(half) => match half.checked_sub(beside) {
-                Some(weights) => Some(StreamOptions::new(weights)),
-                None => {
-                    let text = format!(
-                        "half of the budget, {}, does not hold the buffers of a model ({})",
-                        bytes(half),
-                        bytes(beside)
-                    );
-                    let failure = Failure::new(text).hint("raise --mem-budget, or lower -c");
-                    return Err(failure.into());
-                }
-            },
-        };
+        let half = self.mem_budget.map(|budget| budget / 2);
+        let stream = half
+            .map(|half| streamed((half, "half of the budget"), checkpoint, session))
+            .transpose()?;
         let options = LoadOptions {
             n_threads: (self.threads > 0).then_some(self.threads),
             stream,
@@ -210,6 +177,55 @@ impl QualityArgs {
         }
         Ok(paths)
     }
+}
+
+/// Documents of files as tokens; there must be something to predict.
+pub(crate) fn tokenized(paths: &[PathBuf], checkpoint: &Checkpoint) -> Result<Vec<Document>> {
+    let tokenizer = checkpoint.tokenizer()?;
+    let mut documents = Vec::new();
+    for path in paths {
+        for one in data::read(path)? {
+            let tokens = tokenizer.encode(&one.text)?;
+            let domain = one.domain;
+            documents.push(Document { domain, tokens });
+        }
+    }
+    if documents.iter().all(|one| one.tokens.len() < 2) {
+        return Err(Failure::new("the data holds nothing to predict")
+            .hint("a document needs at least two tokens")
+            .into());
+    }
+    Ok(documents)
+}
+
+/// Tokens of a window: `asked`, or what the model allows up to a limit where that is 0.
+pub(crate) fn window(asked: usize, checkpoint: &Checkpoint) -> usize {
+    match asked {
+        0 => checkpoint.config().max_position_embeddings.min(WINDOW),
+        n => n,
+    }
+}
+
+/// How a model is read from the disk that may take `budget`, its buffers included. `part` says what the budget is one of.
+pub(crate) fn streamed(
+    (budget, part): (u64, &str),
+    checkpoint: &Checkpoint,
+    session: &SessionOptions,
+) -> Result<StreamOptions> {
+    let config = checkpoint.config();
+    let n_ctx = session.context(config.max_position_embeddings);
+    let beside = kv_bytes_per_token(config, session.kv).saturating_mul(n_ctx as u64)
+        + scratch_bytes(config, n_ctx, session.chunk);
+    let Some(weights) = budget.checked_sub(beside) else {
+        let text = format!(
+            "{part}, {}, does not hold the buffers of a model ({})",
+            bytes(budget),
+            bytes(beside)
+        );
+        let failure = Failure::new(text).hint("raise --mem-budget, or lower -c");
+        return Err(failure.into());
+    };
+    Ok(StreamOptions::new(weights))
 }
 
 impl Staged {

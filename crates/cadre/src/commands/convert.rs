@@ -3,7 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use cadre_checkpoint::{CheckpointError, Conversion, ConvertOptions, ConvertTo, TargetDtype};
+use cadre_checkpoint::{
+    Checkpoint, CheckpointError, Conversion, ConvertOptions, ConvertTo, QuantizeOptions,
+    TargetDtype,
+};
 
 use crate::cli::App;
 use crate::failure::Failure;
@@ -35,38 +38,65 @@ pub(crate) struct Args {
     allow_differences: bool,
 }
 
-/// Plans, shows what is special about it, and writes.
+/// Converts as the arguments say.
 pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let checkpoint = args.checkpoint.open(app)?;
     let options = ConvertOptions {
         target: target(&args.output, args.max_shard_size),
         dtype: args.dtype,
         allow_differences: args.allow_differences,
+        quantize: QuantizeOptions::default(),
     };
-    let conversion = Conversion::plan(&checkpoint, &name(&args.output), options)
-        .map_err(|error| hint(error, args.allow_differences))?;
+    planned(app, &checkpoint, &args.output, options)
+}
+
+/// Plans, shows what is special about it, and writes.
+pub(crate) fn planned(
+    app: &App,
+    checkpoint: &Checkpoint,
+    output: &Path,
+    options: ConvertOptions,
+) -> Result<()> {
+    let conversion = plan(checkpoint, output, options)?;
+    let paths = write(app, &conversion, output)?;
+    let mut out = Out::new();
+    for path in paths {
+        out.write(&format!("{}\n", path.display()))?;
+    }
+    out.write(&formats(&conversion))?;
+    out.finish()
+}
+
+/// Plans and says what is special about it.
+pub(crate) fn plan<'a>(
+    checkpoint: &'a Checkpoint,
+    output: &Path,
+    options: ConvertOptions,
+) -> Result<Conversion<'a>> {
+    let allowed = options.allow_differences;
+    let conversion = Conversion::plan(checkpoint, &name(output), options)
+        .map_err(|error| hint(error, allowed))?;
     for note in conversion.notes() {
         tracing::warn!("{note}");
     }
     for difference in conversion.differences() {
         tracing::warn!("computed otherwise from the output: {difference}");
     }
-    let paths = write(app, &conversion, &args.output)?;
-    let mut out = Out::new();
-    for path in paths {
-        out.write(&format!("{}\n", path.display()))?;
-    }
+    Ok(conversion)
+}
+
+/// How many tensors have which format, and the bytes of all, in a line.
+pub(crate) fn formats(conversion: &Conversion<'_>) -> String {
     let formats: Vec<String> = conversion
         .formats()
         .into_iter()
         .map(|(dtype, n)| format!("{n} {dtype}"))
         .collect();
-    out.write(&format!(
+    format!(
         "{} tensors: {}\n",
         conversion.n_tensors(),
         formats.join(", ")
-    ))?;
-    out.finish()
+    )
 }
 
 /// What the name of an output stands for: a file in .gguf, or a folder.

@@ -14,8 +14,8 @@ use clap::{Subcommand, ValueEnum};
 use serde::Serialize;
 
 use crate::cli::App;
-use crate::commands::plan_steer;
 use crate::commands::trace::write_file;
+use crate::commands::{plan_bits, plan_steer};
 use crate::failure::Failure;
 use crate::model::CheckpointArg;
 use crate::output::{Format, Out, bytes, note};
@@ -37,6 +37,8 @@ enum What {
     Prune(PruneArgs),
     /// Merge experts into the most used ones.
     Merge(MergeArgs),
+    /// Choose a number format for every expert: the fewest bits with which the text is still read well enough.
+    Bits(Box<plan_bits::Args>),
     /// Find the experts that tell two sets of prompts apart, and write a steering of them.
     Steer(Box<plan_steer::Args>),
     /// Show which experts a plan keeps.
@@ -185,6 +187,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
             let plan = merge(&shape, &usage, args.method, &options);
             args.common.write(app, plan)
         }
+        What::Bits(args) => plan_bits::run(app, args),
         What::Steer(args) => plan_steer::run(app, args),
         What::Show(args) => show(app, args),
     }

@@ -22,6 +22,7 @@ mod limits;
 mod lossy;
 mod nano;
 mod plan_steer;
+mod quantize;
 mod reshape;
 #[cfg(unix)]
 mod serve;

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use super::experts::{MixedPart, Mixer, Piece};
 use super::forms::{differences, folder_form};
 use super::recipe::Recipe;
-use super::{Conversion, ConvertOptions, ConvertTo, TargetDtype, in_layer, to_folder};
+use super::{
+    Conversion, ConvertOptions, ConvertTo, QuantizeOptions, TargetDtype, in_layer, to_folder,
+};
 use crate::Dtype;
 use crate::checkpoint::Checkpoint;
 use crate::config::{ModelConfig, MoeConfig};
@@ -94,9 +96,10 @@ pub(super) fn plan<'a>(
         target: ConvertTo::Folder { max_shard_bytes },
         dtype,
         allow_differences: false,
+        quantize: QuantizeOptions::default(),
     };
     let layout = form.model_type.clone();
-    let mut conversion = to_folder::plan_form(source, form, Some(new), options)?;
+    let mut conversion = to_folder::plan_form(source, form, Some(new), &options)?;
     conversion.layout = Some(layout);
     conversion.settings = settings;
     Ok(conversion)

@@ -131,10 +131,8 @@ fn write_shard(
             file.write_all(bytes).map_err(io)?;
             meter.add(bytes.len() as u64)
         };
-        let plan = &tensor.plan;
-        tensor
-            .recipe
-            .make(conversion.source, &plan.name, plan.dtype, &mut sink)?;
+        let recipe = &tensor.recipe;
+        recipe.make(conversion.source, &tensor.plan, None, &mut sink)?;
     }
     let file = file.into_inner().map_err(|error| io(error.into_error()))?;
     file.sync_all().map_err(io)

@@ -1,5 +1,6 @@
 //! Which number format every tensor gets, and the rules that change it, each with a reason to report.
 
+use super::ConvertOptions;
 use super::mixture::Mixture;
 use crate::Dtype;
 use crate::config::ModelConfig;
@@ -26,23 +27,49 @@ impl TargetDtype {
         if text.eq_ignore_ascii_case("keep") {
             return Ok(Self::Keep);
         }
-        let mut mixtures = Mixture::ALL.into_iter();
-        if let Some(mixture) = mixtures.find(|known| text.eq_ignore_ascii_case(known.name())) {
+        // A name that a format and a mixture share is that of the format.
+        if let Some(format) = Dtype::from_name(text).filter(|format| format.can_encode()) {
+            return Ok(Self::Is(format));
+        }
+        if let Some(mixture) = Mixture::from_name(text) {
             return Ok(Self::Mix(mixture));
         }
-        match Dtype::from_name(text).filter(|format| format.can_encode()) {
-            Some(format) => Ok(Self::Is(format)),
-            None => {
-                let writable = Dtype::all().filter(|format| format.can_encode());
-                let names = writable.map(|format| format.name().to_lowercase());
-                let mixtures = Mixture::ALL.map(|mixture| mixture.name().to_owned());
-                let names: Vec<String> = names.chain(mixtures).collect();
-                Err(format!(
-                    "`{text}` is no format that is written; known: keep, {}",
-                    names.join(", ")
-                ))
+        let formats = Dtype::all().filter(|format| format.can_encode());
+        let mut names: Vec<String> = formats.map(|format| format.name().to_lowercase()).collect();
+        for mixture in Mixture::all().map(Mixture::name) {
+            if !names.iter().any(|known| known == mixture) {
+                names.push(mixture.to_owned());
             }
         }
+        Err(format!(
+            "`{text}` is no format that is written; known: keep, {}",
+            names.join(", ")
+        ))
+    }
+
+    /// Parses the name of a type of llama-quantize, in any case: what its files of that name hold.
+    ///
+    /// # Errors
+    /// An unknown type, or one that is not written; the text lists those that are.
+    pub fn parse_quantize(text: &str) -> std::result::Result<Self, String> {
+        /// Types with one format for all matrices.
+        const UNIFORM: [Dtype; 4] = [Dtype::Q8_0, Dtype::F16, Dtype::Bf16, Dtype::F32];
+        if let Some(mixture) = Mixture::from_name(text) {
+            return Ok(Self::Mix(mixture));
+        }
+        let mut uniform = UNIFORM.iter();
+        if let Some(dtype) = uniform.find(|dtype| dtype.name().eq_ignore_ascii_case(text)) {
+            return Ok(Self::Is(*dtype));
+        }
+        let mixtures = Mixture::all().map(Mixture::name);
+        let names: Vec<String> = mixtures
+            .chain(UNIFORM.iter().map(|dtype| dtype.name()))
+            .map(str::to_ascii_uppercase)
+            .collect();
+        Err(format!(
+            "`{text}` is no type that is written; known: {}",
+            names.join(", ")
+        ))
     }
 
     /// Its usual name, in lower case.
@@ -77,9 +104,10 @@ pub(crate) fn stays_f32(name: &str, shape: &[usize]) -> bool {
 }
 
 /// The format of a tensor of a GGUF file. `form` is the model as GGUF holds it, `name` and `shape` are canonical (of
-/// one expert for experts), and `stored` is what the tensor has now.
+/// one expert for experts), `stored` is what the tensor has now, and the flag beside `wanted` says whether there is an
+/// importance matrix.
 pub(crate) fn for_gguf(
-    wanted: TargetDtype,
+    (wanted, has_importance): (TargetDtype, bool),
     form: &ModelConfig,
     stored: Dtype,
     (name, shape): (&str, &[usize]),
@@ -95,7 +123,16 @@ pub(crate) fn for_gguf(
     let asked = match wanted {
         TargetDtype::Keep => stored,
         TargetDtype::Is(dtype) => dtype,
-        TargetDtype::Mix(mixture) => mixture.format(form, name, cols),
+        TargetDtype::Mix(mixture) => mixture.format(form, (name, shape), has_importance),
+    };
+    fitting(asked, cols)
+}
+
+/// `asked`, or what stands in for it in rows of `cols` values.
+pub(super) fn fitting(asked: Dtype, cols: usize) -> Choice {
+    let plain = |dtype| Choice {
+        dtype,
+        reason: None,
     };
     if asked.gguf_id().is_none() {
         return Choice {
@@ -146,20 +183,27 @@ pub(super) fn for_folder(wanted: TargetDtype, stored: Dtype) -> Choice {
 }
 
 /// Refuses block formats for folders.
-pub(super) fn check_folder(origin: &str, wanted: TargetDtype) -> Result<()> {
+pub(super) fn check_folder(origin: &str, options: &ConvertOptions) -> Result<()> {
+    let wanted = options.dtype;
+    let quantize = &options.quantize;
+    let is_given = quantize.importance.is_some() || !quantize.formats.is_empty();
     let is_plain = match wanted {
         TargetDtype::Keep => true,
         TargetDtype::Is(dtype) => dtype.torch_name().is_some(),
         TargetDtype::Mix(_) => false,
     };
-    if is_plain {
+    if is_plain && !is_given {
         return Ok(());
     }
     Err(CheckpointError::Unsupported {
         file: origin.to_owned(),
         key: "dtype".to_owned(),
         value: wanted.name(),
-        reason: "a folder is written as keep, f32, f16 or bf16".to_owned(),
+        reason: match is_plain {
+            true => "a folder takes no importance matrix and no formats of single tensors; a GGUF file does",
+            false => "a folder is written as keep, f32, f16 or bf16",
+        }
+        .to_owned(),
     })
 }
 
@@ -174,7 +218,7 @@ mod tests {
             "max_position_embeddings": 64, "rope_theta": 10000.0}"#;
         let form = ModelConfig::parse("m", json, None).unwrap();
         let choose = |wanted, name, shape: &[usize]| {
-            let choice = for_gguf(wanted, &form, Dtype::Bf16, (name, shape));
+            let choice = for_gguf((wanted, false), &form, Dtype::Bf16, (name, shape));
             (choice.dtype, choice.reason.is_some())
         };
         let up = "model.layers.0.mlp.up_proj.weight";
@@ -209,7 +253,12 @@ mod tests {
         let mixed = TargetDtype::parse("Q4_K_M").unwrap();
         assert_eq!(mixed, TargetDtype::Mix(Mixture::Q4KM));
         assert_eq!(mixed.name(), "q4_k_m");
-        for bad in ["q9", "u8", "q2_k"] {
+        assert_eq!(TargetDtype::parse("q2_k"), Ok(TargetDtype::Is(Dtype::Q2K)));
+        let quantize = |name| TargetDtype::parse_quantize(name);
+        assert_eq!(quantize("Q2_K"), Ok(TargetDtype::Mix(Mixture::Q2K)));
+        assert_eq!(quantize("q8_0"), Ok(TargetDtype::Is(Dtype::Q8_0)));
+        assert!(quantize("keep").unwrap_err().contains("MXFP4_MOE"));
+        for bad in ["q9", "u8", "q8_k"] {
             let error = TargetDtype::parse(bad).unwrap_err();
             assert!(
                 error.contains("q8_0") && error.contains("q4_k_m"),

@@ -9,6 +9,7 @@ mod experts;
 mod folder;
 pub(crate) mod formats;
 pub(crate) mod forms;
+mod given;
 mod mixture;
 mod recipe;
 mod reshape;
@@ -17,17 +18,21 @@ mod to_folder;
 mod to_gguf;
 mod vocab;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use crate::Dtype;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::{GgufPlan, GgufWriter, TensorPlan, WriteOptions};
+use crate::importance::Importance;
 pub use dense::NewFeedForwards;
 pub use experts::{Mixer, NewExpert, NewExperts};
 pub use formats::TargetDtype;
 pub use mixture::Mixture;
-use recipe::Recipe;
+use recipe::{Recipe, Weights};
 
 /// What a conversion makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +50,7 @@ pub enum ConvertTo {
 }
 
 /// How to convert.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct ConvertOptions {
     /// What to make.
     pub target: ConvertTo,
@@ -53,6 +58,24 @@ pub struct ConvertOptions {
     pub dtype: TargetDtype,
     /// Write even what the target's programs compute otherwise than the source; [`Conversion::differences`] lists it.
     pub allow_differences: bool,
+    /// How matrices of GGUF files are quantised.
+    pub quantize: QuantizeOptions,
+}
+
+/// How the matrices of a GGUF file are quantised, beside their formats.
+#[derive(Debug, Clone, Default)]
+pub struct QuantizeOptions {
+    /// Which errors count more.
+    pub importance: Option<Arc<Importance>>,
+    /// Formats of single tensors, by their names in the output, where `*` stands for anything; the first that fits
+    /// counts. Each must fit one.
+    pub formats: Vec<(String, Dtype)>,
+    /// Formats of the matrices of single experts, by decoder layer and expert. A layer whose experts differ is written
+    /// with a tensor for each of them (`blk.3.ffn_up.7.weight`), because a stack has one format: Cadre reads such files,
+    /// llama.cpp does not.
+    pub experts: BTreeMap<(usize, usize), Dtype>,
+    /// Whether matrices that are in a block format already may not be put into another: both lose something.
+    pub only_plain: bool,
 }
 
 /// A tensor to be written.
@@ -97,8 +120,8 @@ impl<'a> Conversion<'a> {
     pub fn plan(source: &'a Checkpoint, name: &str, options: ConvertOptions) -> Result<Self> {
         source.expect_exactly(&crate::tensor_specs(source.config()))?;
         let mut conversion = match options.target {
-            ConvertTo::Gguf { .. } => to_gguf::plan(source, name, options)?,
-            ConvertTo::Folder { .. } => to_folder::plan(source, options)?,
+            ConvertTo::Gguf { .. } => to_gguf::plan(source, name, &options)?,
+            ConvertTo::Folder { .. } => to_folder::plan(source, &options)?,
         };
         conversion.note_ignored();
         if !options.allow_differences && !conversion.differences.is_empty() {
@@ -188,8 +211,8 @@ impl<'a> Conversion<'a> {
 
     /// Number format and number of tensors of it, the most bytes first.
     #[must_use]
-    pub fn formats(&self) -> Vec<(crate::Dtype, usize)> {
-        let mut list: Vec<(crate::Dtype, usize, u64)> = Vec::new();
+    pub fn formats(&self) -> Vec<(Dtype, usize)> {
+        let mut list: Vec<(Dtype, usize, u64)> = Vec::new();
         for tensor in &self.tensors {
             let dtype = tensor.plan.dtype;
             match list.iter_mut().find(|(known, ..)| *known == dtype) {
@@ -254,9 +277,23 @@ impl<'a> Conversion<'a> {
             };
             tensor
                 .recipe
-                .make(self.source, name, tensor.plan.dtype, &mut sink)?;
+                .make(self.source, &tensor.plan, self.weights(tensor)?, &mut sink)?;
         }
         writer.finish()
+    }
+
+    /// How much the errors of the columns of `tensor` count, where that is known.
+    fn weights(&self, tensor: &Planned) -> Result<Option<Weights<'_>>> {
+        let Some(importance) = &self.options.quantize.importance else {
+            return Ok(None);
+        };
+        let size = matrices(&tensor.plan.shape);
+        let of = importance.of(&tensor.plan.name, size)?;
+        Ok(of.map(|of| Weights {
+            of,
+            cols: size[1],
+            matrix: tensor.plan.shape.iter().product::<usize>() / size[0].max(1),
+        }))
     }
 
     /// What tensor data depends on beside the headers of the output.
@@ -290,6 +327,12 @@ impl Planned {
     }
 }
 
+/// Matrices that are stacked in a tensor of this shape, and the columns of each.
+fn matrices(shape: &[usize]) -> [usize; 2] {
+    let stacked = &shape[..shape.len().saturating_sub(2)];
+    [stacked.iter().product(), shape.last().copied().unwrap_or(1)]
+}
+
 /// Counts bytes and asks whether to go on.
 struct Meter<'a, 'b> {
     target: &'a Path,
@@ -318,8 +361,8 @@ impl<'a, 'b> Meter<'a, 'b> {
 }
 
 /// Notes how many tensors do not have the format that was asked for.
-fn note_formats(notes: &mut Vec<String>, changed: &[(crate::Dtype, &'static str, String)]) {
-    let mut groups: Vec<(crate::Dtype, &str, usize, &str)> = Vec::new();
+fn note_formats(notes: &mut Vec<String>, changed: &[(Dtype, &'static str, String)]) {
+    let mut groups: Vec<(Dtype, &str, usize, &str)> = Vec::new();
     for (dtype, reason, name) in changed {
         match groups
             .iter_mut()

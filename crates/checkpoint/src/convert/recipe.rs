@@ -4,6 +4,7 @@ use super::experts::Piece;
 use crate::Dtype;
 use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::{CheckpointError, Result};
+use crate::gguf::TensorPlan;
 
 /// Values that are converted at a time.
 const CHUNK: usize = 1 << 22;
@@ -101,18 +102,20 @@ impl Recipe {
         }
     }
 
-    /// Makes the tensor `written` in `dtype`.
+    /// Makes the tensor `written`, by `weights` where errors do not count alike.
     pub(super) fn make(
         &self,
         checkpoint: &Checkpoint,
-        written: &str,
-        dtype: Dtype,
+        written: &TensorPlan,
+        weights: Option<Weights<'_>>,
         sink: &mut Sink<'_>,
     ) -> Result<()> {
         let mut maker = Maker {
             checkpoint,
-            written,
-            dtype,
+            written: &written.name,
+            dtype: written.dtype,
+            weights,
+            n_encoded: 0,
             sink,
         };
         match self {
@@ -133,10 +136,23 @@ impl Recipe {
     }
 }
 
+/// How much the errors of the columns of a tensor count, for each of the matrices that it is made of.
+#[derive(Clone, Copy)]
+pub(super) struct Weights<'a> {
+    /// `[matrices, cols]`.
+    pub(super) of: &'a [f32],
+    pub(super) cols: usize,
+    /// Values of a matrix.
+    pub(super) matrix: usize,
+}
+
 struct Maker<'a, 'b> {
     checkpoint: &'a Checkpoint,
     written: &'a str,
     dtype: Dtype,
+    weights: Option<Weights<'a>>,
+    /// Values that have been encoded.
+    n_encoded: usize,
     sink: &'a mut Sink<'b>,
 }
 
@@ -296,7 +312,28 @@ impl Maker<'_, '_> {
             let problem = format!("it holds {value}, more than F16 can hold; BF16 can");
             return Err(self.refuse(self.written, &problem));
         }
-        match encode_in_parallel(self.dtype, values) {
+        let Some(weights) = self.weights else {
+            return self.encode_alike(values, None);
+        };
+        // Whole rows come, and a run of them may end one matrix and begin the next.
+        let mut rest = values;
+        while !rest.is_empty() {
+            let (matrix, within) = (
+                self.n_encoded / weights.matrix,
+                self.n_encoded % weights.matrix,
+            );
+            let (now, later) = rest.split_at(rest.len().min(weights.matrix - within));
+            let importance = weights.of.chunks_exact(weights.cols).nth(matrix);
+            self.encode_alike(now, importance)?;
+            self.n_encoded += now.len();
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Encodes rows of which all have the same `importance`, if any.
+    fn encode_alike(&mut self, values: &[f32], importance: Option<&[f32]>) -> Result<()> {
+        match encode_in_parallel(self.dtype, values, importance) {
             Some(bytes) => (self.sink)(&bytes),
             None => Err(self.refuse(
                 self.written,
@@ -330,23 +367,27 @@ fn scale(view: &TensorView<'_>, values: &mut [f32], source: impl Fn(usize) -> us
     }
 }
 
-/// Encodes pieces of whole blocks on all cores.
-fn encode_in_parallel(dtype: Dtype, values: &[f32]) -> Option<Vec<u8>> {
+/// Encodes pieces of whole blocks, or of whole rows where columns have an `importance`, on all cores.
+fn encode_in_parallel(dtype: Dtype, values: &[f32], importance: Option<&[f32]>) -> Option<Vec<u8>> {
     const FEW: usize = 1 << 16;
+    let importance = importance.filter(|_| dtype.is_quantized());
+    let encode = |values: &[f32], out: &mut [u8]| match importance {
+        Some(importance) => dtype.encode_weighted_into(values, importance, out),
+        None => dtype.encode_into(values, out),
+    };
+    let mut bytes = vec![0; dtype.n_bytes(values.len())?];
     if !dtype.is_quantized() || values.len() < FEW {
-        return dtype.encode(values);
+        return encode(values, &mut bytes).then_some(bytes);
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let piece = values
-        .len()
-        .div_ceil(threads)
-        .next_multiple_of(dtype.block_len());
-    let mut bytes = vec![0; dtype.n_bytes(values.len())?];
+    let unit = importance.map_or(dtype.block_len(), <[f32]>::len);
+    let piece = values.len().div_ceil(threads).next_multiple_of(unit);
     let outs = bytes.chunks_mut(dtype.n_bytes(piece)?);
+    let encode = &encode;
     let all = std::thread::scope(|scope| {
         let pieces = values.chunks(piece).zip(outs);
         let running: Vec<_> = pieces
-            .map(|(values, out)| scope.spawn(move || dtype.encode_into(values, out)))
+            .map(|(values, out)| scope.spawn(move || encode(values, out)))
             .collect();
         running
             .into_iter()
@@ -379,6 +420,13 @@ mod tests {
     fn pieces_are_the_whole() {
         let values: Vec<f32> = (0..1 << 17).map(|i| (i as f32).sin()).collect();
         let whole = Dtype::Q8_0.encode(&values);
-        assert_eq!(encode_in_parallel(Dtype::Q8_0, &values), whole);
+        assert_eq!(encode_in_parallel(Dtype::Q8_0, &values, None), whole);
+        // Rows of 96 are no power of two, so that pieces end elsewhere than the halves.
+        let values = &values[..96 * 1000];
+        let importance: Vec<f32> = (0..96).map(|i| i as f32).collect();
+        let mut whole = vec![0; Dtype::Q4_0.n_bytes(values.len()).unwrap()];
+        assert!(Dtype::Q4_0.encode_weighted_into(values, &importance, &mut whole));
+        let pieces = encode_in_parallel(Dtype::Q4_0, values, Some(&importance));
+        assert_eq!(pieces, Some(whole));
     }
 }

@@ -7,7 +7,7 @@ use super::experts::{MixedPart, NewExpert, NewExperts, Piece};
 use super::formats::TargetDtype;
 use super::recipe::Recipe;
 use super::reshape_meta::{self, MTP};
-use super::{Conversion, ConvertOptions, ConvertTo, Output, Planned, in_layer};
+use super::{Conversion, ConvertOptions, ConvertTo, Output, Planned, QuantizeOptions, in_layer};
 use crate::Dtype;
 use crate::checkpoint::Checkpoint;
 use crate::config::{Activation, ModelConfig, RouterConfig};
@@ -76,6 +76,7 @@ pub(super) fn plan<'a>(
             target,
             dtype: TargetDtype::Keep,
             allow_differences: true,
+            quantize: QuantizeOptions::default(),
         },
         tensors,
         notes,

@@ -16,7 +16,7 @@ use crate::gguf::TensorPlan;
 use crate::specs::tensor_specs;
 
 /// Plans to write `source` as a folder.
-pub(super) fn plan<'a>(source: &'a Checkpoint, options: ConvertOptions) -> Result<Conversion<'a>> {
+pub(super) fn plan<'a>(source: &'a Checkpoint, options: &ConvertOptions) -> Result<Conversion<'a>> {
     plan_form(source, folder_form(source.config()), None, options)
 }
 
@@ -25,9 +25,9 @@ pub(super) fn plan_form<'a>(
     source: &'a Checkpoint,
     form: ModelConfig,
     new: Option<&NewFeedForwards>,
-    options: ConvertOptions,
+    options: &ConvertOptions,
 ) -> Result<Conversion<'a>> {
-    formats::check_folder(source.origin(), options.dtype)?;
+    formats::check_folder(source.origin(), options)?;
     let mut planner = Planner {
         source,
         form: &form,
@@ -54,7 +54,7 @@ pub(super) fn plan_form<'a>(
     files.push(("config.json".to_owned(), config));
     Ok(Conversion {
         source,
-        options,
+        options: options.clone(),
         tensors,
         notes,
         differences,

@@ -4,6 +4,7 @@ use bytes::Bytes;
 
 use super::formats::{self, TargetDtype};
 use super::forms::{differences, gguf_form};
+use super::given::{self, Given};
 use super::recipe::{Order, Recipe, Rows};
 use super::{
     Conversion, ConvertOptions, Output, Planned, in_layer, note_formats, permuted_head, vocab,
@@ -20,8 +21,9 @@ use crate::specs::tensor_specs;
 pub(super) fn plan<'a>(
     source: &'a Checkpoint,
     name: &str,
-    options: ConvertOptions,
+    options: &ConvertOptions,
 ) -> Result<Conversion<'a>> {
+    let quantize = &options.quantize;
     let target = gguf_models::target(source.origin(), source.config())?;
     let form = gguf_form(source.origin(), target, source.config())?;
     let mut planner = Planner {
@@ -31,14 +33,19 @@ pub(super) fn plan<'a>(
         dtype: options.dtype,
         tensors: Vec::new(),
         changed: Vec::new(),
+        given: Given::new(source, quantize),
     };
     planner.all()?;
     let Planner {
-        tensors, changed, ..
+        tensors,
+        changed,
+        given,
+        ..
     } = planner;
+    let mut notes = Vec::new();
+    given.finish(options.dtype, &mut notes)?;
     let mut entries = gguf_models::entries(target, &form);
     let differences = check(source, target, &form, &entries, &tensors)?;
-    let mut notes = Vec::new();
     note_formats(&mut notes, &changed);
     if source.config().tie_word_embeddings && !form.tie_word_embeddings {
         notes.push(
@@ -48,14 +55,19 @@ pub(super) fn plan<'a>(
     }
     general(&mut entries, source, (name, options.dtype), &tensors);
     entries.extend(vocab::entries(source, &mut notes)?);
+    let mut settings = String::new();
+    if let Some(importance) = &quantize.importance {
+        entries.extend(given::entries(importance));
+        settings = format!("importance {}", importance.digest());
+    }
     Ok(Conversion {
         source,
-        options,
+        options: options.clone(),
         tensors,
         notes,
         differences,
         output: Output::Gguf { entries },
-        settings: String::new(),
+        settings,
         layout: None,
     })
 }
@@ -67,6 +79,7 @@ struct Planner<'a> {
     dtype: TargetDtype,
     tensors: Vec<Planned>,
     changed: Vec<(Dtype, &'static str, String)>,
+    given: Given<'a>,
 }
 
 impl Planner<'_> {
@@ -78,14 +91,14 @@ impl Planner<'_> {
                 &shape,
                 (name.to_owned(), shape.clone()),
                 Recipe::Values(values),
-            );
+            )?;
         }
         for (name, shape) in tensor_specs(self.form) {
             let gguf = match in_layer(&name) {
                 None => gguf_models::outside_gguf(&name).map(str::to_owned),
                 Some((layer, rest)) => {
                     if let Some(expert) = rest.strip_prefix("mlp.experts.") {
-                        self.stack(layer, expert, &shape);
+                        self.stack(layer, expert, &shape)?;
                         continue;
                     }
                     self.target.norms.gguf(layer, rest)
@@ -93,7 +106,7 @@ impl Planner<'_> {
             };
             let recipe = self.recipe(&name);
             let written = (self.known(gguf, &name)?, shape.clone());
-            self.add(&name, &shape, written, recipe);
+            self.add(&name, &shape, written, recipe)?;
         }
         Ok(())
     }
@@ -107,12 +120,23 @@ impl Planner<'_> {
         })
     }
 
-    /// One stack per projection, at its first expert: `0.gate_proj.weight`.
-    fn stack(&mut self, layer: usize, expert: &str, shape: &[usize]) {
-        let Some(part) = expert.strip_prefix("0.") else {
-            return;
-        };
+    /// One stack per projection, at its first expert: `0.gate_proj.weight`; or a tensor for each where formats differ.
+    fn stack(&mut self, layer: usize, expert: &str, shape: &[usize]) -> Result<()> {
         let n_experts = self.form.n_experts_in(layer);
+        let (id, part) = expert.split_once('.').unwrap_or_default();
+        let canonical = format!("model.layers.{layer}.mlp.experts.{expert}");
+        // Biases have one format, and no file has them one by one.
+        if part.ends_with(".weight") && self.given.differ(layer, n_experts) {
+            let mut name = format!("blk.{layer}.{part}");
+            for (gguf, canonical) in PROJECTIONS {
+                name = name.replace(canonical, &format!("{gguf}.{id}"));
+            }
+            let recipe = Recipe::whole(&canonical);
+            return self.add(&canonical, shape, (name, shape.to_vec()), recipe);
+        }
+        if id != "0" {
+            return Ok(());
+        }
         let rows = (0..n_experts).map(|expert| Rows {
             name: format!("model.layers.{layer}.mlp.experts.{expert}.{part}"),
             order: Order::All,
@@ -122,9 +146,8 @@ impl Planner<'_> {
         for (gguf, canonical) in PROJECTIONS {
             name = name.replace(canonical, &format!("{gguf}_exps"));
         }
-        let first = format!("model.layers.{layer}.mlp.experts.{expert}");
         let written = (name, [&[n_experts], shape].concat());
-        self.add(&first, shape, written, recipe);
+        self.add(&canonical, shape, written, recipe)
     }
 
     /// How a canonical tensor of the GGUF form is made of those of the source.
@@ -167,21 +190,36 @@ impl Planner<'_> {
 
     /// Plans the tensor `written` (name and shape), which is `name` of `one` shape here, or all experts of which that is
     /// the first.
-    fn add(&mut self, name: &str, one: &[usize], written: (String, Vec<usize>), recipe: Recipe) {
+    fn add(
+        &mut self,
+        name: &str,
+        one: &[usize],
+        written: (String, Vec<usize>),
+        recipe: Recipe,
+    ) -> Result<()> {
         let info = recipe
             .source()
             .and_then(|name| self.source.tensor_info(name));
         let stored = info.map_or(Dtype::F32, |(dtype, _)| dtype);
-        let choice = formats::for_gguf(self.dtype, self.form, stored, (name, one));
-        let (name, shape) = written;
+        let (gguf, shape) = written;
+        let choice = match self.given.format(&gguf, (name, one))? {
+            Some(choice) => choice,
+            None => {
+                let wanted = (self.dtype, self.given.has_importance());
+                formats::for_gguf(wanted, self.form, stored, (name, one))
+            }
+        };
         if let Some(reason) = choice.reason {
-            self.changed.push((choice.dtype, reason, name.clone()));
+            self.changed.push((choice.dtype, reason, gguf.clone()));
         }
-        let dtype = choice.dtype;
-        self.tensors.push(Planned {
-            plan: TensorPlan { name, dtype, shape },
-            recipe,
-        });
+        let plan = TensorPlan {
+            name: gguf,
+            dtype: choice.dtype,
+            shape,
+        };
+        self.given.check(&plan, stored)?;
+        self.tensors.push(Planned { plan, recipe });
+        Ok(())
     }
 }
 

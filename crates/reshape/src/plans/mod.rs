@@ -161,7 +161,7 @@ pub fn prune(
     method: Method,
     options: &PruneOptions,
 ) -> Result<Plan> {
-    check(shape, usage)?;
+    usage.check(shape)?;
     let how = (&options.amount, options.scope);
     let kept = match method {
         Method::Uncurl => uncurl::kept(shape, usage, options)?,
@@ -192,7 +192,7 @@ pub fn merge(
     method: MergeMethod,
     options: &MergeOptions,
 ) -> Result<Plan> {
-    check(shape, usage)?;
+    usage.check(shape)?;
     let how = (&options.amount, options.scope);
     let dominant = keep(shape, &frequency::scores(usage), how)?;
     let align = options.align.unwrap_or(method == MergeMethod::MSmoe);
@@ -253,6 +253,7 @@ fn joined(
             },
             align: align && is_merged,
             from,
+            format: None,
         }
     });
     Ok(made.collect())
@@ -267,39 +268,6 @@ fn similarity(usage: &Usage, at: usize, kind: Similarity) -> Result<Vec<f64>> {
         hint: "pass one that was recorded with `cadre trace --logits`".to_owned(),
     })?;
     Ok(gram.similarity(kind == Similarity::Pearson))
-}
-
-/// The usage must be that of the model.
-fn check(shape: &ModelShape, usage: &Usage) -> Result<()> {
-    let lacks = |problem: String| {
-        ReshapeError::TraceLacks {
-        origin: usage.origin.clone(),
-        problem,
-        hint: "record one of this model with `cadre trace`; if both are the same model in other formats, pass the one that was \
-               recorded as --same-model"
-            .to_owned(),
-    }
-    };
-    if usage.meta.digest != shape.digest {
-        let short = |digest: &str| digest.get(..12).unwrap_or(digest).to_owned();
-        return Err(lacks(format!(
-            "was recorded from another model: {} {} there, {} {} here",
-            usage.meta.architecture,
-            short(&usage.meta.digest),
-            shape.architecture,
-            short(&shape.digest)
-        )));
-    }
-    let seen = usage.layers.iter().map(|one| (one.layer, one.n_experts()));
-    let seen: Vec<(usize, usize)> = seen.collect();
-    if seen == shape.layers {
-        return Ok(());
-    }
-    Err(lacks(format!(
-        "has rows of {} layers with experts, expected {}",
-        seen.len(),
-        shape.layers.len()
-    )))
 }
 
 /// Options to be written into a plan.
