@@ -126,6 +126,14 @@ fn of_plan(path: &Path, checkpoint: &Checkpoint) -> Result<Steering> {
         let hint = "write the model with `cadre apply`";
         return Err(Failure::new(text).hint(hint).into());
     }
+    if plan.factor.is_some() {
+        let text = format!(
+            "{} factors matrices, which needs new weights",
+            path.display()
+        );
+        let hint = "write the model with `cadre apply`";
+        return Err(Failure::new(text).hint(hint).into());
+    }
     if plan.has_formats() {
         let text = format!(
             "{} changes number formats, which needs new weights",

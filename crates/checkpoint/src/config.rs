@@ -9,7 +9,7 @@ use crate::rope::RopeConfig;
 use crate::{Dtype, generation};
 
 pub use crate::decoupled_router::DecoupledRouter;
-pub use crate::moe_config::{MoeConfig, ResidualMlp, RouterConfig, Score, SharedExpert};
+pub use crate::moe_config::{Factors, MoeConfig, ResidualMlp, RouterConfig, Score, SharedExpert};
 
 /// What a model is made of. Every spelling of every format arrives here as one.
 #[derive(Debug, Clone, PartialEq)]
@@ -234,10 +234,17 @@ impl ModelConfig {
         at.map_or(0, |at| self.moe.n_experts_at(at))
     }
 
+    /// Experts of layer `layer` (from 0) whose weights are stored: those that there are, or fewer where some share them.
+    #[must_use]
+    pub fn n_stored_in(&self, layer: usize) -> usize {
+        let at = self.moe.layers.binary_search(&layer);
+        at.map_or(0, |at| self.moe.n_stored_at(at))
+    }
+
     /// The most experts that one token uses in layer `layer` (from 0); 0 where it has a dense feed-forward.
     #[must_use]
     pub fn picks_in(&self, layer: usize) -> usize {
-        self.moe.top_k.min(self.n_experts_in(layer))
+        self.moe.top_k.min(self.n_stored_in(layer))
     }
 
     /// Whether any layer has a dense feed-forward.

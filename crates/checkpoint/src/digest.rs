@@ -77,6 +77,9 @@ fn config_line(config: &ModelConfig) -> String {
         (!matches!(config.moe.router, TopK { .. })).then(|| format!("{:?}", config.moe.router)),
         (config.activation != crate::Activation::Silu).then(|| format!("{:?}", config.activation)),
         (config.scales != crate::Scales::default()).then(|| format!("{:?}", config.scales)),
+        config.moe.factors.map(|factors| format!("{factors:?}")),
+        (!config.moe.shared_weights.is_empty())
+            .then(|| format!("shared {:?}", config.moe.shared_weights)),
         (config.moe.n_null > 0).then(|| format!("null {}", config.moe.n_null)),
         config.moe.residual.map(|residual| format!("{residual:?}")),
         (config.moe.recurrent_router).map(|width| format!("recurrent {width}")),

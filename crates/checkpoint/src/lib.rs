@@ -41,8 +41,9 @@ pub use cadre_kernels::Format as Dtype;
 pub use chat_side::ChatSide;
 pub use checkpoint::{Checkpoint, EmbeddedFiles, TensorView};
 pub use config::{
-    Activation, AttentionConfig, AttentionExperts, DecoupledRouter, MlaConfig, ModelConfig,
-    MoeConfig, NormKind, QkNorm, ResidualMlp, RouterConfig, Scales, Score, SharedExpert,
+    Activation, AttentionConfig, AttentionExperts, DecoupledRouter, Factors, MlaConfig,
+    ModelConfig, MoeConfig, NormKind, QkNorm, ResidualMlp, RouterConfig, Scales, Score,
+    SharedExpert,
 };
 pub use convert::{
     Conversion, ConvertOptions, ConvertTo, Mixer, Mixture, NewExpert, NewExperts, NewFeedForwards,

@@ -16,6 +16,11 @@ pub struct MoeConfig {
     /// Experts of each of `layers` where layers differ, empty where all have `n_experts`. See
     /// [`crate::ModelConfig::n_experts_in`].
     pub uneven: Vec<usize>,
+    /// For each of `layers` and each of its experts the one whose weights it has, counted among those that are stored;
+    /// empty where every expert has its own. See [`crate::ModelConfig::n_stored_in`].
+    pub shared_weights: Vec<Vec<u16>>,
+    /// How the matrices of experts are stored, where they are not stored whole.
+    pub factors: Option<Factors>,
     /// Null experts of each layer, behind the others: the router scores them, and they add nothing.
     pub n_null: usize,
     /// The most experts that one token is sent to, null ones counted.
@@ -45,6 +50,8 @@ impl Default for MoeConfig {
             layers: Vec::new(),
             n_experts: 0,
             uneven: Vec::new(),
+            shared_weights: Vec::new(),
+            factors: None,
             n_null: 0,
             top_k: 0,
             intermediate_size: 0,
@@ -66,6 +73,29 @@ pub struct SharedExpert {
     pub intermediate_size: usize,
     /// Whether its output is multiplied by the sigmoid of a learned projection.
     pub gated: bool,
+}
+
+/// Every matrix of an expert, `[out, in]`, as `outer [out, rank] x inner [rank, in]` plus a few rows: MC-SMoE (arXiv
+/// 2310.01334). The rows are stored behind those of `inner`, and which rows they are beside them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Factors {
+    /// Width of the products.
+    pub rank: usize,
+    /// Rows of gate and up matrices.
+    pub up_rows: usize,
+    /// Rows of down matrices.
+    pub down_rows: usize,
+}
+
+impl Factors {
+    /// Rows of the matrix of this part, `gate_proj`, `up_proj` or `down_proj`.
+    #[must_use]
+    pub fn rows(&self, part: &str) -> usize {
+        match part {
+            "down_proj" => self.down_rows,
+            _ => self.up_rows,
+        }
+    }
 }
 
 /// The feed-forward beside the experts of PR-MoE (DeepSpeed-MoE, arXiv 2201.05596).
@@ -206,6 +236,13 @@ impl MoeConfig {
         self.uneven.get(at).copied().unwrap_or(self.n_experts)
     }
 
+    /// Experts of `layers[at]` whose weights are stored; fewer than there are where some share them.
+    #[must_use]
+    pub fn n_stored_at(&self, at: usize) -> usize {
+        let map = self.shared_weights.get(at);
+        map.map_or_else(|| self.n_experts_at(at), |map| n_stored(map))
+    }
+
     /// Experts of each of `layers`, null ones not counted.
     pub fn counts(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.layers.len()).map(|at| self.n_experts_at(at))
@@ -256,6 +293,11 @@ impl MoeConfig {
             !self.uneven.is_empty(),
             format!("different numbers of experts per layer ({counts:?})"),
         );
+        say(self.factors.is_some(), "experts in factors".to_owned());
+        say(
+            !self.shared_weights.is_empty(),
+            "experts that share weights".to_owned(),
+        );
         say(
             self.n_null > 0,
             format!("null experts ({} per layer)", self.n_null),
@@ -305,6 +347,8 @@ impl MoeConfig {
             return Err(("(layers with experts)", problem));
         }
         self.check_counts()?;
+        self.check_shared()?;
+        self.check_factors()?;
         if let Some(router) = &self.decoupled_router {
             router.check(self)?;
         }
@@ -338,6 +382,52 @@ impl MoeConfig {
         Ok(())
     }
 
+    fn check_factors(&self) -> Result<(), (&'static str, String)> {
+        let Some(factors) = self.factors else {
+            return Ok(());
+        };
+        let key = "(factors of experts)";
+        if factors.rank == 0 || factors.rank > self.intermediate_size {
+            let problem = format!(
+                "have rank {}, expected 1 to {}",
+                factors.rank, self.intermediate_size
+            );
+            return Err((key, problem));
+        }
+        if factors.up_rows > self.intermediate_size {
+            let problem = format!(
+                "have {} rows of {}",
+                factors.up_rows, self.intermediate_size
+            );
+            return Err((key, problem));
+        }
+        match self.expert_bias {
+            true => Err((key, "go with no biases of experts".to_owned())),
+            false => Ok(()),
+        }
+    }
+
+    fn check_shared(&self) -> Result<(), (&'static str, String)> {
+        let key = "(experts that share weights)";
+        let maps = &self.shared_weights;
+        if !maps.is_empty() && maps.len() != self.layers.len() {
+            let problem = format!("has {} lists for {} layers", maps.len(), self.layers.len());
+            return Err((key, problem));
+        }
+        for ((map, layer), n) in maps.iter().zip(&self.layers).zip(self.counts()) {
+            let n_stored = n_stored(map);
+            let mut used = vec![false; n_stored];
+            map.iter().for_each(|id| used[usize::from(*id)] = true);
+            if map.len() != n || n_stored > n || !used.iter().all(|used| *used) {
+                let problem = format!(
+                    "is {map:?} for layer {layer}, expected for each of its {n} experts a number from 0, none left out"
+                );
+                return Err((key, problem));
+            }
+        }
+        Ok(())
+    }
+
     fn check_groups(&self) -> Result<(), (&'static str, String)> {
         let RouterConfig::GroupLimited {
             n_groups,
@@ -364,6 +454,11 @@ impl MoeConfig {
         }
         Ok(())
     }
+}
+
+/// Experts whose weights are stored, by the list of who has whose.
+fn n_stored(map: &[u16]) -> usize {
+    map.iter().max().map_or(0, |most| usize::from(*most) + 1)
 }
 
 #[cfg(test)]
@@ -425,6 +520,21 @@ mod tests {
         moe.uneven = Vec::new();
         moe.layers = vec![2, 2];
         assert!(said(&moe).1.contains("ascending"));
+    }
+
+    #[test]
+    fn shared_weights_leave_none_out() {
+        let mut moe = uneven();
+        moe.shared_weights = vec![vec![0, 1, 0, 1], vec![0; 4], vec![3, 2, 1, 0, 0, 1, 2, 3]];
+        assert!(moe.check(4).is_ok());
+        let stored: Vec<usize> = (0..3).map(|at| moe.n_stored_at(at)).collect();
+        assert_eq!(stored, [2, 1, 4]);
+        for bad in [vec![0, 2, 0, 2], vec![0, 1, 0], vec![0, 1, 2, 9]] {
+            moe.shared_weights[0] = bad;
+            assert!(moe.check(4).unwrap_err().1.contains("for layer 0"));
+        }
+        moe.shared_weights.pop();
+        assert!(moe.check(4).unwrap_err().1.contains("2 lists for 3"));
     }
 
     #[test]

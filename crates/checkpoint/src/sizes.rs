@@ -391,13 +391,16 @@ impl<'a> Counter<'a> {
 
     /// Adds the picked experts, once all tensors are counted.
     fn finish(mut self) -> Sizes {
-        let n_experts = self.config.moe.n_experts_in_all() as u64;
+        let layers = 0..self.config.moe.layers.len();
+        let n_experts = layers
+            .map(|at| self.config.moe.n_stored_at(at))
+            .sum::<usize>() as u64;
         if n_experts == 0 {
             return self.sizes;
         }
         self.sizes.one_expert = self.sizes.experts / n_experts;
         for (layer, experts) in self.experts.iter().enumerate() {
-            let all = (self.config.n_experts_in(layer) as u64).max(1);
+            let all = (self.config.n_stored_in(layer) as u64).max(1);
             let picked = experts / all * self.config.picks_in(layer) as u64;
             self.sizes.active += picked;
             self.sizes.read_per_token += picked;

@@ -3,7 +3,7 @@
 //! Canonical names are those of the per-expert Hugging Face layout that most MoE checkpoints use; `crate::names`
 //! translates the others. Linear weights are `[out, in]`.
 
-use crate::config::{ModelConfig, QkNorm, RouterConfig};
+use crate::config::{Factors, ModelConfig, QkNorm, RouterConfig};
 
 /// Names and shapes of exactly the tensors of a model, layer by layer.
 #[must_use]
@@ -84,7 +84,10 @@ impl Specs<'_> {
             self.norm("post_feedforward_layernorm");
         }
         if self.config.is_moe_layer(layer) {
-            self.moe(self.config.n_experts_in(layer));
+            self.moe(
+                self.config.n_experts_in(layer),
+                self.config.n_stored_in(layer),
+            );
         } else {
             self.feed_forward("mlp", self.config.intermediate_size, self.config.mlp_bias);
         }
@@ -160,11 +163,38 @@ impl Specs<'_> {
         self.prefix.truncate(n_outside);
     }
 
-    fn moe(&mut self, n_experts: usize) {
+    /// An expert in factors.
+    fn factored(&mut self, prefix: &str, factors: Factors) {
+        let (hidden, width) = (self.config.hidden_size, self.config.moe.intermediate_size);
+        for part in ["gate_proj", "up_proj", "down_proj"] {
+            let (n_out, n_in) = match part {
+                "down_proj" => (hidden, width),
+                _ => (width, hidden),
+            };
+            let n_rows = factors.rows(part);
+            self.push(
+                &format!("{prefix}.{part}.inner.weight"),
+                &[factors.rank + n_rows, n_in],
+            );
+            self.push(
+                &format!("{prefix}.{part}.outer.weight"),
+                &[n_out, factors.rank],
+            );
+            if n_rows > 0 {
+                self.push(&format!("{prefix}.{part}.rows"), &[n_rows]);
+            }
+        }
+    }
+
+    fn moe(&mut self, n_experts: usize, n_stored: usize) {
         let moe = &self.config.moe;
         let hidden = self.config.hidden_size;
-        for expert in 0..n_experts {
+        for expert in 0..n_stored {
             let prefix = format!("mlp.experts.{expert}");
+            if let Some(factors) = moe.factors {
+                self.factored(&prefix, factors);
+                continue;
+            }
             self.feed_forward(&prefix, moe.intermediate_size, moe.expert_bias);
         }
         if moe.has_gate() {

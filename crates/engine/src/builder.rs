@@ -2,12 +2,12 @@
 
 use std::sync::{Arc, OnceLock};
 
-use cadre_checkpoint::{ModelConfig, NormKind, QkNorm};
+use cadre_checkpoint::{Factors, ModelConfig, NormKind, QkNorm};
 use cadre_kernels::Matrix;
 
 use crate::blocks::{
-    Attention, Experts, FeedForward, GruCell, LatentAttention, LossyRules, Moe, Norm,
-    QueryProjection, Residual, Shared,
+    Attention, Experts, Factored, FactoredExpert, FeedForward, GruCell, LatentAttention,
+    LossyRules, Moe, Norm, QueryProjection, Residual, Shared,
 };
 use crate::error::{EngineError, Result};
 use crate::lossy::Weighing;
@@ -222,9 +222,17 @@ impl<'a> Builder<'a> {
             policy: self.policy(layer)?,
             lossy: self.lossy_rules(),
             experts: self.experts(layer, &prefix)?,
+            weights_of: self.weights_of(layer),
             shared: self.shared(&prefix)?,
             residual: self.residual(&prefix)?,
         })
+    }
+
+    /// Who has whose weights, where experts of `layer` share them.
+    fn weights_of(&self, layer: usize) -> Option<Vec<u16>> {
+        let moe = &self.config.moe;
+        let at = moe.layers.binary_search(&layer).ok()?;
+        moe.shared_weights.get(at).cloned()
     }
 
     fn lossy_rules(&self) -> Option<Box<LossyRules>> {
@@ -235,7 +243,7 @@ impl<'a> Builder<'a> {
 
     fn experts(&self, layer: usize, prefix: &str) -> Result<Experts> {
         let moe = &self.config.moe;
-        let n_experts = self.config.n_experts_in(layer);
+        let n_experts = self.config.n_stored_in(layer);
         if let Some(store) = &self.weights.store {
             let before = self
                 .config
@@ -252,6 +260,11 @@ impl<'a> Builder<'a> {
                 },
             });
         }
+        if let Some(factors) = moe.factors {
+            let experts = (0..n_experts)
+                .map(|expert| self.factored(&format!("{prefix}.experts.{expert}"), factors));
+            return Ok(Experts::Factored(experts.collect::<Result<_>>()?));
+        }
         // Checking and quantising is most of the work of loading, and experts are most of the weights.
         let mut slots: Vec<Option<Result<FeedForward>>> = (0..n_experts).map(|_| None).collect();
         let pool = self.weights.compute.pool();
@@ -261,6 +274,45 @@ impl<'a> Builder<'a> {
         });
         let experts: Result<Vec<FeedForward>> = slots.into_iter().flatten().collect();
         Ok(Experts::Resident(experts?))
+    }
+
+    /// An expert in factors.
+    fn factored(&self, prefix: &str, factors: Factors) -> Result<FactoredExpert> {
+        let (d, width) = (self.config.hidden_size, self.config.moe.intermediate_size);
+        let part = |part: &str, [n_out, n_in]: [usize; 2]| -> Result<Factored> {
+            let (rank, n_rows) = (factors.rank, factors.rows(part));
+            let name = |what: &str| format!("{prefix}.{part}.{what}");
+            let rows = match n_rows {
+                0 => Vec::new(),
+                n => self.weights.vector(&name("rows"), n)?,
+            };
+            let is_row = |row: &f32| *row >= 0.0 && row.fract() == 0.0 && (*row as usize) < n_out;
+            if let Some(at) = rows.iter().position(|row| !is_row(row)) {
+                return Err(EngineError::Configuration {
+                    model_type: self.config.model_type.clone(),
+                    problem: format!(
+                        "tensor `{}` holds {} at {at}, expected rows below {n_out}",
+                        name("rows"),
+                        rows[at]
+                    ),
+                });
+            }
+            let inner = self
+                .weights
+                .linear(&name("inner"), [rank + n_rows, n_in], false)?;
+            let outer = self.weights.linear(&name("outer"), [n_out, rank], false)?;
+            Ok(Factored {
+                inner: inner.weight,
+                outer: outer.weight,
+                rows: rows.into_iter().map(|row| row as u32).collect(),
+            })
+        };
+        Ok(FactoredExpert {
+            gate_proj: part("gate_proj", [width, d])?,
+            up_proj: part("up_proj", [width, d])?,
+            down_proj: part("down_proj", [d, width])?,
+            activation: self.config.activation,
+        })
     }
 
     fn shared(&self, prefix: &str) -> Result<Option<Shared>> {

@@ -313,10 +313,16 @@ fn info(b: &Builder<'_>) -> ModelInfo {
         .sum();
     let moe = &config.moe;
     let mut per_expert = 3 * (config.hidden_size * moe.intermediate_size) as u64;
+    if let Some(factors) = moe.factors {
+        let (d, f) = (config.hidden_size, moe.intermediate_size);
+        let thin = 3 * factors.rank * (d + f);
+        let rows = 2 * factors.up_rows * (d + 1) + factors.down_rows * (f + 1);
+        per_expert = (thin + rows) as u64;
+    }
     if moe.expert_bias {
         per_expert += (2 * moe.intermediate_size + config.hidden_size) as u64;
     }
-    let unused = |layer: &usize| config.n_experts_in(*layer) - config.picks_in(*layer);
+    let unused = |layer: &usize| config.n_stored_in(*layer) - config.picks_in(*layer);
     let n_unused = moe.layers.iter().map(unused).sum::<usize>() as u64;
     let heads = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim;
     let unused_heads = config.attention.experts.map_or(0, |experts| {

@@ -82,6 +82,10 @@ impl Lossy {
             let expected = format!("none, for the router `{}`", moe.router.name());
             return refuse("lossy routing", self.to_string(), expected);
         }
+        if !moe.shared_weights.is_empty() {
+            let expected = "none, for a model whose experts share weights".to_owned();
+            return refuse("lossy routing", self.to_string(), expected);
+        }
         if !is_streamed {
             let expected = "no rule about experts in memory, for a model whose experts all are";
             return refuse("lossy routing", self.to_string(), expected.to_owned());

@@ -115,6 +115,14 @@ pub(crate) fn open(
             }),
         };
     }
+    if moe.factors.is_some() {
+        return Err(EngineError::BadOption {
+            name: "memory budget",
+            value: stream.budget.to_string(),
+            expected: "none, for experts in factors, which are read whole: `cadre apply --compat` writes them multiplied"
+                .to_owned(),
+        });
+    }
     if options.quant != Quant::AsStored {
         return Err(EngineError::BadOption {
             name: "quantisation while loading",
@@ -217,7 +225,7 @@ impl StoredExperts {
         let mut experts = Vec::new();
         for layer in config.moe_layers() {
             let mut of_layer = Vec::new();
-            for expert in 0..config.n_experts_in(layer) {
+            for expert in 0..config.n_stored_in(layer) {
                 let prefix = format!("model.layers.{layer}.mlp.experts.{expert}");
                 let found = StoredExpert::find(checkpoint, config, (&prefix, compute), files)?;
                 of_layer.push(found);

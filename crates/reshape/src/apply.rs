@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use cadre_checkpoint::{Checkpoint, Conversion, ConvertTo, Mixer, NewExpert, NewExperts};
-use cadre_routing::plan::{Groups, ModelShape, Plan, PlanExpert};
+use cadre_checkpoint::{Checkpoint, Conversion, ConvertTo, Factors, Mixer, NewExpert, NewExperts};
+use cadre_routing::plan::{Groups, ModelShape, Plan, PlanExpert, PlanLayer};
 
 use crate::bake::Gains;
 use crate::error::{ReshapeError, Result};
 use crate::file::plan_json;
-use crate::mix::Averages;
+use crate::mix::{Averages, sizes};
 use crate::shape::shape_of;
 
 /// How a plan is applied.
@@ -17,7 +17,8 @@ use crate::shape::shape_of;
 pub struct Applying {
     /// What is written: of the kind that the source is.
     pub target: ConvertTo,
-    /// Fills layers up with experts that are never picked, so that all have the same number, as other programs need.
+    /// Writes what other programs can load: layers are filled up with experts that are never picked, so that all have the
+    /// same number, and experts that share weights are written once for each.
     pub pad: bool,
 }
 
@@ -48,7 +49,33 @@ pub(crate) fn apply_with<'a>(
     if plan.has_formats() {
         return crate::bits::apply(source, plan, options);
     }
-    let experts = new_experts(plan, &shape, gains, options.pad);
+    let mixed = plan
+        .layers
+        .iter()
+        .any(|layer| layer.keep_rows != plan.layers[0].keep_rows);
+    if mixed {
+        return Err(ReshapeError::Option {
+            name: "the plan",
+            problem: "keeps the rows of some routers and not of others: set `keep_rows` for all layers or for none".to_owned(),
+        });
+    }
+    let config = source.config();
+    let sizes = [config.hidden_size, config.moe.intermediate_size];
+    if let Some(factor) = plan.factor
+        && factor.rank > sizes[0].min(sizes[1])
+    {
+        return Err(ReshapeError::Option {
+            name: "rank",
+            problem: format!(
+                "is {}, expected at most {}: the matrices of experts are {} by {}",
+                factor.rank,
+                sizes[0].min(sizes[1]),
+                sizes[1],
+                sizes[0]
+            ),
+        });
+    }
+    let experts = new_experts(plan, (&shape, sizes), gains, options.pad);
     // An unfinished output of another plan may have the same headers.
     let settings = match plan.is_identity() && gains.is_empty() {
         true => String::new(),
@@ -79,8 +106,12 @@ pub struct LayerSources {
 pub fn sources(plan: &Plan, shape: &ModelShape, pad: bool) -> Sources {
     let most = most(plan);
     let layers = plan.layers.iter().map(|layer| {
-        let made: Vec<Vec<u16>> = layer.experts.iter().map(|one| one.from.clone()).collect();
-        let experts = match pad {
+        let made: Vec<Vec<u16>> = match layer.keep_rows {
+            // Routing is among the same experts as before.
+            true => (0..layer.of as u16).map(|id| vec![id]).collect(),
+            false => layer.experts.iter().map(|one| one.from.clone()).collect(),
+        };
+        let experts = match pad && !layer.keep_rows {
             true => filled(&made, most, shape.groups, &Vec::new()),
             false => made,
         };
@@ -92,15 +123,27 @@ pub fn sources(plan: &Plan, shape: &ModelShape, pad: bool) -> Sources {
 
 /// Experts of the layer that keeps most.
 fn most(plan: &Plan) -> usize {
-    let counts = plan.layers.iter().map(|layer| layer.experts.len());
+    let counts = plan.layers.iter().map(|layer| match layer.keep_rows {
+        true => layer.of,
+        false => layer.experts.len(),
+    });
     counts.max().unwrap_or(0)
 }
 
-/// The plan in the words of the checkpoint's writer. Plans that merge have no gains.
-fn new_experts(plan: &Plan, shape: &ModelShape, gains: &Gains, pad: bool) -> NewExperts {
+/// The plan in the words of the checkpoint's writer. Plans that merge or factor have no gains.
+fn new_experts(
+    plan: &Plan,
+    (shape, [hidden, width]): (&ModelShape, [usize; 2]),
+    gains: &Gains,
+    pad: bool,
+) -> NewExperts {
     let most = most(plan);
     let layers = plan.layers.iter().map(|layer| {
-        let expert = |one| match new_expert(one) {
+        let whole = plan.factor.is_none();
+        if pad && layer.keep_rows {
+            return copies(layer, whole);
+        }
+        let expert = |one| match new_expert(one, whole) {
             NewExpert::Kept(id) if gains.has(layer.layer, id) => NewExpert::Mixed(id),
             other => other,
         };
@@ -111,21 +154,56 @@ fn new_experts(plan: &Plan, shape: &ModelShape, gains: &Gains, pad: bool) -> New
         }
     });
     let layers: Vec<Vec<NewExpert>> = layers.collect();
-    let mixer: Option<Arc<dyn Mixer>> = match (plan.merges(), gains.is_empty()) {
-        (true, _) => Some(Arc::new(Averages::new(plan.clone()))),
+    let shares = !pad && !plan.is_identity() && plan.layers.iter().any(|layer| layer.keep_rows);
+    let rows = plan.layers.iter().filter(|_| shares).map(|layer| {
+        let entries = layer.entries().into_iter().flatten();
+        entries.map(|at| at as u16).collect()
+    });
+    let rows = rows.collect();
+    let mixes = plan.merges() || plan.factor.is_some();
+    let mixer: Option<Arc<dyn Mixer>> = match (mixes, gains.is_empty()) {
+        (true, _) => Some(Arc::new(Averages::new(plan.clone(), pad))),
         (false, true) => None,
         (false, false) => {
             let numbers = plan.layers.iter().map(|layer| layer.layer);
             Some(Arc::new(gains.of_places(numbers.zip(&layers))))
         }
     };
-    NewExperts { layers, mixer }
+    let factors = plan.factor.filter(|_| !pad).map(|factor| {
+        let (rank, up_rows) = sizes(&factor, width);
+        let (_, down_rows) = sizes(&factor, hidden);
+        Factors {
+            rank,
+            up_rows,
+            down_rows,
+        }
+    });
+    NewExperts {
+        layers,
+        rows,
+        factors,
+        mixer,
+    }
 }
 
-fn new_expert(expert: &PlanExpert) -> NewExpert {
+/// Every expert of a layer whose router keeps its rows, merged or not, under its own row.
+fn copies(layer: &PlanLayer, whole: bool) -> Vec<NewExpert> {
+    let entries = layer.entries().into_iter().enumerate();
+    let copy = |(id, at): (usize, Option<usize>)| {
+        let entry = layer.experts.get(at?)?;
+        Some(match entry.from.len() {
+            1 if whole => NewExpert::Kept(id),
+            _ => NewExpert::Mixed(id),
+        })
+    };
+    entries.filter_map(copy).collect()
+}
+
+/// `whole` unless matrices are factored, which makes new ones of all.
+fn new_expert(expert: &PlanExpert, whole: bool) -> NewExpert {
     let first = usize::from(expert.from[0]);
     match expert.from.len() {
-        1 => NewExpert::Kept(first),
+        1 if whole => NewExpert::Kept(first),
         _ => NewExpert::Mixed(first),
     }
 }

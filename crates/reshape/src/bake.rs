@@ -106,6 +106,7 @@ fn kept(shape: &ModelShape, mask: &Experts) -> Result<Plan> {
         PlanLayer {
             layer: *layer,
             of: *of,
+            keep_rows: false,
             experts: stay.map(PlanExpert::kept).collect(),
         }
     });
@@ -117,6 +118,7 @@ fn kept(shape: &ModelShape, mask: &Experts) -> Result<Plan> {
         },
         method: "steer".to_owned(),
         options: BTreeMap::new(),
+        factor: None,
         layers: layers.collect(),
     })
 }

@@ -43,13 +43,25 @@ pub fn plan_json(plan: &Plan) -> String {
     if !plan.options.is_empty() {
         let _ = writeln!(text, "  \"options\": {},", json!(plan.options));
     }
+    if let Some(factor) = plan.factor {
+        let _ = writeln!(
+            text,
+            "  \"factor\": {},",
+            serde_json::to_string(&factor).unwrap_or_default()
+        );
+    }
     text += "  \"layers\": [";
     for (at, layer) in plan.layers.iter().enumerate() {
         let comma = if at > 0 { "," } else { "" };
         let (no, of) = (layer.layer, layer.of);
+        let rows = if layer.keep_rows {
+            "\"keep_rows\": true, "
+        } else {
+            ""
+        };
         let _ = write!(
             text,
-            "{comma}\n    {{\"layer\": {no}, \"of\": {of}, \"experts\": ["
+            "{comma}\n    {{\"layer\": {no}, \"of\": {of}, {rows}\"experts\": ["
         );
         for (at, expert) in layer.experts.iter().enumerate() {
             let comma = if at > 0 { "," } else { "" };
@@ -75,11 +87,13 @@ mod tests {
             from: vec![1, 3],
             weights: vec![0.75, 0.1],
             align: true,
+            ties: None,
             format: None,
         };
         let layer = |layer, experts| PlanLayer {
             layer,
             of: 4,
+            keep_rows: layer == 2,
             experts,
         };
         let plan = Plan {
@@ -90,6 +104,7 @@ mod tests {
             },
             method: "m-smoe".to_owned(),
             options: [("keep".to_owned(), "0.5".to_owned())].into(),
+            factor: None,
             layers: vec![
                 layer(0, vec![PlanExpert::kept(2), merged]),
                 layer(2, vec![PlanExpert::kept(0)]),

@@ -22,6 +22,7 @@ pub mod bits;
 mod cluster;
 mod dense;
 mod error;
+mod factor;
 mod file;
 mod imatrix;
 mod mix;

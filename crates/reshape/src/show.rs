@@ -75,6 +75,16 @@ pub fn text(plan: &Plan) -> String {
             ""
         }
     );
+    if let Some(factor) = plan.factor {
+        let _ = writeln!(
+            text,
+            "matrices of experts are products of rank {} and {} of the rows of the rest",
+            factor.rank, factor.rest
+        );
+    }
+    if plan.layers.iter().any(|layer| layer.keep_rows) {
+        text += "routers keep the rows of all experts\n";
+    }
     for layer in &plan.layers {
         let marks = marks(layer, &names);
         let (no, kept, of) = (layer.layer, layer.experts.len(), layer.of);
@@ -128,6 +138,7 @@ mod tests {
         let layer = PlanLayer {
             layer: 3,
             of: 6,
+            keep_rows: false,
             experts: vec![
                 PlanExpert::kept(4),
                 PlanExpert {
@@ -144,6 +155,7 @@ mod tests {
             },
             method: "m-smoe".to_owned(),
             options: [("keep".to_owned(), "0.34".to_owned())].into(),
+            factor: None,
             layers: vec![layer],
         };
         let shown = text(&plan);

@@ -30,6 +30,7 @@ fn plan_of(shape: &ModelShape, kept: impl Fn(usize, usize) -> Vec<u16>) -> Plan 
     let layers = layers.map(|(at, (layer, of))| PlanLayer {
         layer: *layer,
         of: *of,
+        keep_rows: false,
         experts: kept(at, *of).into_iter().map(PlanExpert::kept).collect(),
     });
     Plan {
@@ -40,6 +41,7 @@ fn plan_of(shape: &ModelShape, kept: impl Fn(usize, usize) -> Vec<u16>) -> Plan 
         },
         method: "test".to_owned(),
         options: BTreeMap::new(),
+        factor: None,
         layers: layers.collect(),
     }
 }

@@ -12,7 +12,7 @@ use cadre_reshape::{
     Amount, Applying, MergeMethod, MergeOptions, Method, PruneOptions, Scope, Similarity, Usage,
     UsageOptions, apply, merge, prune, shape_of,
 };
-use cadre_routing::plan::Plan;
+use cadre_routing::plan::{Plan, PlanFactor};
 use cadre_trace::{Columns, Step, TraceMeta, TraceWriter};
 
 const SEEDS: u64 = 5;
@@ -212,6 +212,7 @@ fn usage_on_the_task_beats_chance_and_usage_on_another_task() {
                     amount: Amount::Share(part),
                     scope: Scope::Layer,
                     similarity: Similarity::Cosine,
+                    keep_rows: false,
                     align: None,
                 };
                 let plan = merge(&shape, usage, method, &options).unwrap();
@@ -223,4 +224,132 @@ fn usage_on_the_task_beats_chance_and_usage_on_another_task() {
             assert!(by_mass < others, "{by_mass} {others}");
         }
     }
+}
+
+/// The domains of the sample: five tasks.
+const TASKS: [&str; 5] = ["code", "dialogue", "german", "math", "prose"];
+
+#[test]
+fn merged_experts_that_keep_their_rows_beat_those_that_do_not() {
+    let checkpoint = Checkpoint::open(&root().join("models/nano")).unwrap();
+    let shape = shape_of(&checkpoint);
+    let model = load(&checkpoint, &options()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    // What each way of merging loses against merging by usage with aligned neurons and all rows, nats per token.
+    let mut behind: [Vec<f64>; 5] = Default::default();
+    let names = [
+        "unaligned",
+        "unweighted",
+        "ties",
+        "one row",
+        "pruned by mass",
+    ];
+    for domain in TASKS {
+        let [record, judge] = halves(&checkpoint, domain);
+        let path = folder.path().join(format!("{domain}.parquet"));
+        let usage = usage(&checkpoint, &*model, &record, &path);
+        let merged = |method, keep_rows, align| {
+            let options = MergeOptions {
+                amount: Amount::Share(0.5),
+                scope: Scope::Layer,
+                similarity: Similarity::Cosine,
+                keep_rows,
+                align: Some(align),
+            };
+            let plan = merge(&shape, &usage, method, &options).unwrap();
+            cost(&checkpoint, &plan, &judge)
+        };
+        let options = PruneOptions {
+            amount: Amount::Share(0.5),
+            scope: Scope::Layer,
+            seed: 0,
+            similarity: Similarity::Cosine,
+        };
+        let pruned = prune(&shape, &usage, Method::RouterMass, &options).unwrap();
+        let best = merged(MergeMethod::MSmoe, true, true);
+        let others = [
+            merged(MergeMethod::MSmoe, true, false),
+            merged(MergeMethod::Mean, true, true),
+            merged(MergeMethod::Ties, true, true),
+            merged(MergeMethod::MSmoe, false, true),
+            cost(&checkpoint, &pruned, &judge),
+        ];
+        println!(
+            "{domain}: whole {:.3}, best {best:.3}, {names:?} {others:.3?}",
+            nll(&checkpoint, &judge)
+        );
+        for (list, other) in behind.iter_mut().zip(others) {
+            list.push(other - best);
+        }
+    }
+    for (name, list) in names.iter().zip(&behind) {
+        let (mean, deviation) = moments(list);
+        println!("{name}: {mean:+.4} +- {deviation:.4} nats behind");
+    }
+    // Over the five tasks, by more than the error of the mean.
+    let error = |list: &[f64]| moments(list).1 / (list.len() as f64).sqrt();
+    for (name, list) in names.iter().zip(&behind).take(4) {
+        let (mean, _) = moments(list);
+        assert!(mean > error(list), "{name}: {list:?}");
+    }
+}
+
+#[test]
+fn merging_and_factoring_save_four_fifths_of_the_experts() {
+    let checkpoint = Checkpoint::open(&root().join("models/nano")).unwrap();
+    let shape = shape_of(&checkpoint);
+    let model = load(&checkpoint, &options()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let [record, judge] = halves(&checkpoint, "german");
+    let usage = usage(
+        &checkpoint,
+        &*model,
+        &record,
+        &folder.path().join("t.parquet"),
+    );
+    let (keep, rank, rest) = (0.5, 16, 0.1);
+    let options = MergeOptions {
+        amount: Amount::Share(keep),
+        scope: Scope::Layer,
+        similarity: Similarity::Cosine,
+        keep_rows: true,
+        align: None,
+    };
+    let merged = merge(&shape, &usage, MergeMethod::MSmoe, &options).unwrap();
+    let factored = Plan {
+        factor: Some(PlanFactor { rank, rest }),
+        ..merged.clone()
+    };
+    let rows = Plan {
+        // About as many numbers, nearly all of them in rows.
+        factor: Some(PlanFactor {
+            rank: 1,
+            rest: 0.33,
+        }),
+        ..merged.clone()
+    };
+    let whole = nll(&checkpoint, &judge);
+    let costs = [&merged, &factored, &rows].map(|plan| cost(&checkpoint, plan, &judge));
+    println!("whole {whole:.3}, merged, with factors, with rows alone: {costs:.3?}");
+    let made = folder.path().join("made");
+    let applying = Applying {
+        target: ConvertTo::Folder {
+            max_shard_bytes: 1 << 30,
+        },
+        pad: false,
+    };
+    let paths = apply(&checkpoint, &factored, applying).unwrap();
+    let paths = paths.write(&made, &mut |_| true).unwrap();
+    let experts = |checkpoint: &Checkpoint| -> u64 {
+        let infos = checkpoint.tensor_infos();
+        let of = infos.filter(|(name, ..)| name.contains(".mlp.experts."));
+        of.map(|(_, dtype, shape)| dtype.n_bytes(shape.iter().product()).unwrap() as u64)
+            .sum()
+    };
+    let saved =
+        1.0 - experts(&Checkpoint::open(&paths[0]).unwrap()) as f64 / experts(&checkpoint) as f64;
+    println!("{:.1} % of the bytes of experts are saved", 100.0 * saved);
+    assert!(saved >= 0.8, "{saved}");
+    assert!(costs[0] > whole && costs[1] > costs[0], "{costs:?}");
+    assert!(costs[1] < costs[2], "{costs:?}");
 }

@@ -29,6 +29,7 @@ fn plan(checkpoint: &Checkpoint, keep: &[Vec<u16>]) -> Plan {
     let layers = layers.map(|((layer, of), ids)| PlanLayer {
         layer: *layer,
         of: *of,
+        keep_rows: false,
         experts: ids.iter().copied().map(PlanExpert::kept).collect(),
     });
     Plan {
@@ -39,6 +40,7 @@ fn plan(checkpoint: &Checkpoint, keep: &[Vec<u16>]) -> Plan {
         },
         method: "golden".to_owned(),
         options: BTreeMap::new(),
+        factor: None,
         layers: layers.collect(),
     }
 }

@@ -25,8 +25,21 @@ pub struct Plan {
     /// With which options; informative.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub options: BTreeMap<String, String>,
+    /// How the matrices of all experts of the output are compressed; absent: not at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub factor: Option<PlanFactor>,
     /// The layers that have experts, ascending.
     pub layers: Vec<PlanLayer>,
+}
+
+/// Every matrix becomes a product of two thin ones plus some of the rows of what the product misses.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanFactor {
+    /// Width of the products.
+    pub rank: usize,
+    /// The part of the rows that is kept of what the products miss, from 0 to 1.
+    pub rest: f32,
 }
 
 /// Which model a plan is for.
@@ -47,6 +60,10 @@ pub struct PlanLayer {
     pub layer: usize,
     /// Experts that it has, null ones not counted.
     pub of: usize,
+    /// Whether the router keeps the rows of all experts: each then stands for the expert of the output that its own is a
+    /// part of, and none may be left out. Otherwise every expert of the output has the row of the first that it is made of.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub keep_rows: bool,
     /// Those that it is to have, in their new order.
     pub experts: Vec<PlanExpert>,
 }
@@ -63,6 +80,10 @@ pub struct PlanExpert {
     /// Whether the neurons of the others are brought into the order of the first before they are averaged.
     #[serde(default, skip_serializing_if = "is_false")]
     pub align: bool,
+    /// Whether experts are merged by TIES instead of averaged: of each one's differences to their mean this part of the
+    /// values, the largest, is kept, and where these disagree about the sign the weaker side is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ties: Option<f32>,
     /// The number format that its matrices are to have, such as `q4_0`; absent: as they are stored. Where any expert has
     /// one, all experts stay in their places: formats are a plan of their own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -218,6 +239,15 @@ impl Plan {
                 found: name(&shape.architecture, &shape.digest),
             });
         }
+        if let Some(PlanFactor { rank, rest }) = self.factor
+            && (rank == 0 || !(0.0..=1.0).contains(&rest) || self.has_formats())
+        {
+            let problem = format!(
+                "is factored with rank {rank} and a rest of {rest}: expected a rank from 1, a rest from 0 to 1, and no formats"
+            );
+            let layer = self.layers.first().map_or(0, |layer| layer.layer);
+            return Err(PlanError::Layer { layer, problem });
+        }
         let mut wanted = shape.layers.iter();
         for layer in &self.layers {
             let no = layer.layer;
@@ -253,7 +283,8 @@ impl Plan {
     /// Whether nothing changes: every expert is kept in its place.
     #[must_use]
     pub fn is_identity(&self) -> bool {
-        !self.has_formats()
+        self.factor.is_none()
+            && !self.has_formats()
             && self.layers.iter().all(|layer| {
                 let mut entries = layer.experts.iter().enumerate();
                 layer.experts.len() == layer.of && entries.all(|(at, one)| one.from == [at as u16])
@@ -288,6 +319,20 @@ impl Plan {
 }
 
 impl PlanLayer {
+    /// For every expert the entry that it is a part of; `None` for those that go.
+    #[must_use]
+    pub fn entries(&self) -> Vec<Option<usize>> {
+        let mut entries = vec![None; self.of];
+        for (at, expert) in self.experts.iter().enumerate() {
+            for id in &expert.from {
+                if let Some(entry) = entries.get_mut(usize::from(*id)) {
+                    *entry = Some(at);
+                }
+            }
+        }
+        entries
+    }
+
     /// The experts that no entry is made of, ascending.
     #[must_use]
     pub fn dropped(&self) -> Vec<u16> {
@@ -315,6 +360,15 @@ impl PlanLayer {
         let (n, n_null) = (self.experts.len(), shape.n_null);
         if n == 0 {
             return refuse("drops all experts".to_owned());
+        }
+        if self.keep_rows {
+            // As many can be picked as before.
+            return match owner.iter().position(Option::is_none) {
+                None => Ok(()),
+                Some(id) => refuse(format!(
+                    "keeps the rows of all experts, but expert {id} is in no entry; without `keep_rows` it goes"
+                )),
+            };
         }
         if n + n_null < shape.top_k {
             return refuse(format!(
@@ -381,6 +435,11 @@ impl PlanLayer {
         }
         if !weights.is_empty() && weights.iter().sum::<f32>() <= 0.0 {
             return refuse("has weights that are all 0".to_owned());
+        }
+        if let Some(part) = expert.ties.filter(|part| !(*part > 0.0 && *part <= 1.0)) {
+            return refuse(format!(
+                "has `ties` {part}, expected a part above 0 and up to 1"
+            ));
         }
         Ok(())
     }
@@ -456,6 +515,7 @@ mod tests {
             PlanLayer {
                 layer,
                 of: 4,
+                keep_rows: false,
                 experts: experts.collect(),
             }
         });
@@ -467,6 +527,7 @@ mod tests {
             },
             method: "by hand".to_owned(),
             options: BTreeMap::new(),
+            factor: None,
             layers: layers.collect(),
         }
     }
@@ -543,6 +604,36 @@ mod tests {
         assert_eq!(merged.check(&shape()), Ok(()));
         assert_eq!(merged.layers[0].experts[0].shares(), [0.75, 0.25]);
         assert_eq!(merged.layers[0].experts[1].shares(), [1.0]);
+    }
+
+    #[test]
+    fn factors_are_checked() {
+        let with = |rank, rest| Plan {
+            factor: Some(PlanFactor { rank, rest }),
+            ..plan(&[ALL, ALL])
+        };
+        assert_eq!(with(4, 0.1).check(&shape()), Ok(()));
+        assert!(!with(4, 0.1).is_identity());
+        refused(&with(0, 0.1), &shape(), "rank 0");
+        refused(&with(4, 1.5), &shape(), "a rest of 1.5");
+    }
+
+    #[test]
+    fn rows_that_stay_need_an_expert_each() {
+        let mut rows = plan(&[&[&[0, 1, 2, 3]], ALL]);
+        refused(&rows, &shape(), "keeps 1 of 4 experts");
+        rows.layers[0].keep_rows = true;
+        assert_eq!(rows.check(&shape()), Ok(()));
+        assert_eq!(rows.layers[0].entries(), [Some(0); 4]);
+        rows.layers[0].experts[0].from.pop();
+        refused(
+            &rows,
+            &shape(),
+            "layer 1: keeps the rows of all experts, but expert 3",
+        );
+        let mut ties = plan(&[&[&[0, 1], &[2, 3]], ALL]);
+        ties.layers[0].experts[1].ties = Some(1.5);
+        refused(&ties, &shape(), "entry 1: has `ties` 1.5");
     }
 
     #[test]

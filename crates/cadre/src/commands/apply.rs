@@ -36,8 +36,9 @@ pub(crate) struct Args {
     /// interrupted, the same command goes on.
     #[arg(short, long, value_name = "PATH")]
     output: PathBuf,
-    /// Where layers keep different numbers of experts, fill them up with ones that are never picked, so that transformers
-    /// and llama.cpp can load the result; possible where routers have a bias.
+    /// Write what transformers and llama.cpp can load: where layers keep different numbers of experts, fill them up with ones
+    /// that are never picked, which is possible where routers have a bias; where experts share weights, write them once for
+    /// each, and where they are in factors, multiply these, which saves nothing.
     #[arg(long)]
     compat: bool,
     /// Largest file of a folder or part of a GGUF file, such as 5GB or 500MB. Folders: 5GB. GGUF: no limit.
@@ -135,6 +136,16 @@ impl Work<'_> {
         if !made.config().moe.uneven.is_empty() {
             tracing::warn!(
                 "layers have different numbers of experts: Cadre runs this, transformers and llama.cpp do not"
+            );
+        }
+        if made.config().moe.factors.is_some() {
+            tracing::warn!(
+                "experts are in factors: Cadre runs this, transformers and llama.cpp do not (see --compat)"
+            );
+        }
+        if !made.config().moe.shared_weights.is_empty() {
+            tracing::warn!(
+                "experts share weights: Cadre runs this, transformers and llama.cpp do not (see --compat)"
             );
         }
         out.write(&format!(

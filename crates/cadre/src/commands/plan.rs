@@ -9,7 +9,7 @@ use cadre_reshape::{
     Similarity, Sizes, Usage, UsageOptions, merge, plan_json, plan_summary, plan_text, prune,
     read_plan, same_model, shape_of, shape_of_trace,
 };
-use cadre_routing::plan::{ModelShape, Plan};
+use cadre_routing::plan::{ModelShape, Plan, PlanFactor};
 use clap::{Subcommand, ValueEnum};
 use serde::Serialize;
 
@@ -37,6 +37,8 @@ enum What {
     Prune(PruneArgs),
     /// Merge experts into the most used ones.
     Merge(MergeArgs),
+    /// Merge experts, and write the matrices of all as products of thin ones plus a few rows.
+    Factor(FactorArgs),
     /// Choose a number format for every expert: the fewest bits with which the text is still read well enough.
     Bits(Box<plan_bits::Args>),
     /// Find the experts that tell two sets of prompts apart, and write a steering of them.
@@ -66,16 +68,33 @@ struct PruneArgs {
 struct MergeArgs {
     #[command(flatten)]
     common: CommonArgs,
-    /// How experts are averaged: m-smoe (by how often they are picked, neurons aligned), mean (all the same, as they are).
-    /// The trace must have been recorded with --logits.
+    /// How experts are averaged: m-smoe (by how often they are picked, neurons aligned), mean (all the same, as they are),
+    /// ties (what most differences from the mean agree in). The trace must have been recorded with --logits.
     #[arg(long, value_name = "METHOD", default_value = "m-smoe", value_parser = MergeMethod::parse)]
     method: MergeMethod,
     /// What makes experts alike: cosine or pearson, of their router logits.
     #[arg(long, value_name = "WHAT", default_value = "cosine", value_parser = Similarity::parse)]
     similarity: Similarity,
+    /// Which rows of the routers stay: all (every expert is picked as before, and those that were merged share weights:
+    /// Cadre runs this, other programs only after `cadre apply --compat`, which writes shared weights once for each), or one
+    /// for each merged expert, that of the most used one.
+    #[arg(long, value_name = "ROWS", default_value = "all")]
+    rows: RowsArg,
     /// Bring the neurons of merged experts into the order of the first, or do not; without it, as the method does.
     #[arg(long, value_name = "BOOL")]
     align: Option<bool>,
+}
+
+#[derive(Debug, clap::Args)]
+struct FactorArgs {
+    #[command(flatten)]
+    merge: MergeArgs,
+    /// Width of the products. A matrix of OUT x IN takes RANK x (OUT + IN) numbers.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    rank: usize,
+    /// The part of the rows of a matrix that is kept of what its product misses, from 0 to 1.
+    #[arg(long, value_name = "PART", default_value_t = 0.1)]
+    rest: f32,
 }
 
 #[derive(Debug, clap::Args)]
@@ -124,6 +143,14 @@ struct CommonArgs {
     /// File to write the plan to.
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum RowsArg {
+    /// Those of all experts.
+    All,
+    /// One for each merged expert.
+    One,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -177,19 +204,38 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
             args.common.write(app, plan)
         }
         What::Merge(args) => {
-            let (shape, usage, amount) = args.common.read(app, true)?;
-            let options = MergeOptions {
-                amount,
-                scope: args.common.scope(),
-                similarity: args.similarity,
-                align: args.align,
-            };
-            let plan = merge(&shape, &usage, args.method, &options);
+            let plan = args.plan(app)?;
             args.common.write(app, plan)
+        }
+        What::Factor(args) => {
+            let plan = args.merge.plan(app)?.map(|plan| Plan {
+                method: format!("{} and factors", plan.method),
+                factor: Some(PlanFactor {
+                    rank: args.rank,
+                    rest: args.rest,
+                }),
+                ..plan
+            });
+            args.merge.common.write(app, plan)
         }
         What::Bits(args) => plan_bits::run(app, args),
         What::Steer(args) => plan_steer::run(app, args),
         What::Show(args) => show(app, args),
+    }
+}
+
+impl MergeArgs {
+    /// The merge that is asked for.
+    fn plan(&self, app: &App) -> Result<cadre_reshape::Result<Plan>> {
+        let (shape, usage, amount) = self.common.read(app, true)?;
+        let options = MergeOptions {
+            amount,
+            scope: self.common.scope(),
+            similarity: self.similarity,
+            keep_rows: matches!(self.rows, RowsArg::All),
+            align: self.align,
+        };
+        Ok(merge(&shape, &usage, self.method, &options))
     }
 }
 

@@ -11,6 +11,7 @@ mod commands;
 mod common;
 mod dense;
 mod eval;
+mod factor;
 mod fit;
 mod hub;
 mod hub_server;

@@ -170,7 +170,7 @@ fn budgets_give_models_of_that_size() {
 fn merged_experts_apply_and_groups_of_one_are_untouched() {
     let bench = Bench::new(tiny());
     let (trace, plan) = (bench.path("trace.parquet"), bench.path("plan.json"));
-    for (method, align) in [("m-smoe", true), ("mean", false)] {
+    for (method, align) in [("m-smoe", true), ("mean", false), ("ties", false)] {
         let args = [
             "plan",
             "merge",
@@ -178,6 +178,8 @@ fn merged_experts_apply_and_groups_of_one_are_untouched() {
             arg(&trace),
             "--keep",
             "0.5",
+            "--rows",
+            "one",
             "--method",
             method,
             "-o",
@@ -201,6 +203,7 @@ fn merged_experts_apply_and_groups_of_one_are_untouched() {
             .unwrap();
         assert_eq!(merged["align"].as_bool().unwrap_or(false), align);
         assert_eq!(merged["weights"].is_array(), align);
+        assert_eq!(merged["ties"].is_number(), method == "ties");
         let output = bench.path(method);
         stdout(&bench.apply_args(&plan, &output));
         stdout(&["run", "-m", arg(&output), "-p", "the cat", "-n", "4"]);
@@ -219,6 +222,93 @@ fn merged_experts_apply_and_groups_of_one_are_untouched() {
     stdout(&bench.apply_args(&plan, &output));
     let read = |folder: &Path| fs::read(folder.join("config.json")).unwrap();
     assert_eq!(read(&output), read(bench.model.path()));
+}
+
+#[test]
+fn routers_keep_their_rows_and_merged_experts_share_weights() {
+    let bench = Bench::new(tiny());
+    let gguf = bench.path("model.gguf");
+    stdout(&["convert", "-m", arg(bench.model.path()), "-o", arg(&gguf)]);
+    for (source, extension) in [(bench.model.path(), ""), (&*gguf, ".gguf")] {
+        let path = |name: &str| bench.path(&format!("{name}{extension}"));
+        let (data, trace, plan) = (bench.path("data.jsonl"), path("t.parquet"), path("p.json"));
+        let model = ["-m", arg(source)];
+        let record = ["trace", "--data", arg(&data), "-o", arg(&trace), "--logits"];
+        stdout(&[&record[..], &model].concat());
+        let merge = [
+            "plan",
+            "merge",
+            "--trace",
+            arg(&trace),
+            "--keep",
+            "0.25",
+            "-o",
+            arg(&plan),
+        ];
+        let picture = stdout(&merge);
+        assert!(
+            picture.contains("routers keep the rows of all experts"),
+            "{picture}"
+        );
+        let apply = |output: &Path, more: &[&str]| {
+            let args = ["apply", "--plan", arg(&plan), "-o", arg(output)];
+            stdout(&[&args[..], &model, more].concat());
+        };
+        let (shared, copies) = (path("shared"), path("copies"));
+        apply(&shared, &["--data", arg(&data)]);
+        apply(&copies, &["--compat"]);
+        let logits = |model: &Path, more: &[&str]| {
+            let args = [
+                "logits",
+                "-m",
+                arg(model),
+                "--tokens",
+                "5,17,200,3,99,7,8",
+                "-o",
+                "json",
+                "--routing",
+            ];
+            json(&[&args[..], more].concat())
+        };
+        // The same picks as of all experts, by the same weights, whether they are there once or once for each.
+        let own = logits(&shared, &[]);
+        assert_eq!(own, logits(&copies, &[]));
+        assert_eq!(own, logits(&shared, &["--mem-budget", "900KiB"]));
+        let before = logits(source, &[]);
+        assert_eq!(own["routing"][0], before["routing"][0]);
+        assert_ne!(own["logits"], before["logits"]);
+        let inspected = json(&["inspect", "-m", arg(&shared), "-o", "json"]);
+        assert_eq!(inspected["n_experts"], 8, "{inspected}");
+        let bytes = |model: &Path| {
+            json(&["inspect", "-m", arg(model), "-o", "json"])["bytes"]["total"].clone()
+        };
+        assert!(
+            bytes(&shared).as_u64() < bytes(&copies).as_u64(),
+            "{inspected}"
+        );
+        // Two picks of one merged expert are one.
+        stdout(&["run", "-m", arg(&shared), "-p", "the cat", "-n", "4"]);
+        let refused = failure(&[
+            "convert",
+            "-m",
+            arg(&shared),
+            "-o",
+            arg(&path("other.gguf")),
+        ])
+        .1;
+        assert!(refused.contains("experts that share weights"), "{refused}");
+        let again = failure(&[
+            "apply",
+            "-m",
+            arg(&shared),
+            "--plan",
+            arg(&plan),
+            "-o",
+            arg(&path("x")),
+        ])
+        .1;
+        assert!(again.contains("another model"), "{again}");
+    }
 }
 
 #[test]

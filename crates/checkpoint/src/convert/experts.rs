@@ -7,6 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::checkpoint::Checkpoint;
+use crate::config::Factors;
 use crate::error::Result;
 
 /// Bytes that are copied at a time.
@@ -17,6 +18,12 @@ pub(super) const COPIED: usize = 4 << 20;
 pub struct NewExperts {
     /// For every layer with experts, ascending: its experts in their new order.
     pub layers: Vec<Vec<NewExpert>>,
+    /// For every layer with experts, where routers keep all of their rows: for each row the place in its list of the expert
+    /// that it stands for. Empty: every new expert has a row of its own.
+    pub rows: Vec<Vec<u16>>,
+    /// How the matrices of experts are written, where not whole; all of them are then [`NewExpert::Mixed`], and the mixer
+    /// is asked for `gate_proj.inner`, `gate_proj.outer` and `gate_proj.rows`.
+    pub factors: Option<Factors>,
     /// Who makes [`NewExpert::Mixed`]; needed only where there are some.
     pub mixer: Option<Arc<dyn Mixer>>,
 }

@@ -10,7 +10,7 @@ use super::reshape_meta::{self, MTP};
 use super::{Conversion, ConvertOptions, ConvertTo, Output, Planned, QuantizeOptions, in_layer};
 use crate::Dtype;
 use crate::checkpoint::Checkpoint;
-use crate::config::{Activation, ModelConfig, RouterConfig};
+use crate::config::{Activation, Factors, ModelConfig, RouterConfig};
 use crate::decoupled_router::HEAD;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::TensorPlan;
@@ -18,6 +18,9 @@ use crate::gguf_models::{lone_expert, stacked};
 use crate::names::{Fused, FusedPart, Meaning, meaning};
 use crate::shards::Shards;
 use crate::tensors::Raw;
+
+/// The matrices of an expert.
+const PARTS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
 /// Added to the logit of an expert that is never to be picked; all formats of routers hold it.
 const NEVER: f32 = -30_000.0;
@@ -144,9 +147,27 @@ fn new_config(source: &Checkpoint, experts: &NewExperts) -> Result<ModelConfig> 
             return Err(refuse(source, problem));
         }
     }
+    if old.moe.factors.is_some() {
+        let problem = "they are in factors: apply this plan to the model that they were made of";
+        return Err(refuse(source, problem.to_owned()));
+    }
+    if experts.factors.is_some() && source.is_gguf() {
+        let problem = "GGUF has no place for factors: apply this plan to a folder, or with --compat, which multiplies them";
+        return Err(refuse(source, problem.to_owned()));
+    }
+    if !old.moe.shared_weights.is_empty() {
+        let problem =
+            "they share weights already: apply this plan to the model that they were made of";
+        return Err(refuse(source, problem.to_owned()));
+    }
     let mut new = old.clone();
-    new.moe
-        .set_counts(experts.layers.iter().map(Vec::len).collect());
+    new.moe.factors = experts.factors;
+    if experts.rows.is_empty() {
+        new.moe
+            .set_counts(experts.layers.iter().map(Vec::len).collect());
+    } else {
+        new.moe.shared_weights.clone_from(&experts.rows);
+    }
     if new.moe.router.may_pick_all() {
         new.moe.top_k = new.moe.n_experts;
     }
@@ -306,6 +327,9 @@ impl<'a> Planner<'a> {
         expert: usize,
         (part, is_mixable): (&str, bool),
     ) -> Result<()> {
+        if let Some(factors) = self.experts.factors {
+            return self.factored(raw, place, expert, factors);
+        }
         for (at, new) in place.new.iter().enumerate() {
             let piece = match new {
                 NewExpert::Kept(id) if *id == expert => Piece::Stored(raw.bytes.clone()),
@@ -322,6 +346,59 @@ impl<'a> Planner<'a> {
             };
             let name = renamed(&raw.name, expert, at);
             self.add(name, raw.dtype, raw.shape.clone(), vec![piece]);
+        }
+        Ok(())
+    }
+
+    /// A matrix of one expert, in factors.
+    fn factored(
+        &mut self,
+        raw: &Raw,
+        place: Place<'_>,
+        expert: usize,
+        factors: Factors,
+    ) -> Result<()> {
+        let part = PARTS
+            .iter()
+            .find(|part| raw.name.ends_with(&format!(".{part}.weight")));
+        let Some(part) = part.filter(|_| raw.dtype.torch_name().is_some()) else {
+            let problem = format!(
+                "tensor `{}` ({}) cannot be written in factors: convert the model first, to a folder in bf16",
+                raw.name, raw.dtype
+            );
+            return Err(refuse(self.source, problem));
+        };
+        let &[n_out, n_in] = raw.shape.as_slice() else {
+            return Err(refuse(
+                self.source,
+                format!("tensor `{}` is no matrix", raw.name),
+            ));
+        };
+        let (rank, n_rows) = (factors.rank, factors.rows(part));
+        let written = [
+            ("inner", ".weight", raw.dtype, vec![rank + n_rows, n_in]),
+            ("outer", ".weight", raw.dtype, vec![n_out, rank]),
+            ("rows", "", Dtype::F32, vec![n_rows]),
+        ];
+        for (at, new) in place.new.iter().enumerate() {
+            if !matches!(new, NewExpert::Mixed(id) if *id == expert) {
+                continue;
+            }
+            let name = renamed(&raw.name, expert, at);
+            let stem = name.strip_suffix(".weight").unwrap_or(&name).to_owned();
+            for (what, ending, dtype, shape) in &written {
+                if shape[0] == 0 {
+                    continue;
+                }
+                let wanted = format!("{part}.{what}");
+                let piece = self.mixed(raw, place.layer, at, Some(&wanted))?;
+                self.add(
+                    format!("{stem}.{what}{ending}"),
+                    *dtype,
+                    shape.clone(),
+                    vec![piece],
+                );
+            }
         }
         Ok(())
     }
@@ -388,6 +465,14 @@ impl<'a> Planner<'a> {
     /// All experts of a layer in one tensor, along its first dimension.
     fn stack(&mut self, stack: &Stack<'_>, place: Place<'_>) -> Result<()> {
         let raw = stack.raw;
+        if self.experts.factors.is_some() {
+            let problem = format!(
+                "tensor `{}` holds several experts, which cannot be written in factors: convert the model first, to a \
+                 folder in bf16",
+                raw.name
+            );
+            return Err(refuse(self.source, problem));
+        }
         let size = self.piece_bytes(raw, place, place.n_old)?;
         let mut pieces = Vec::with_capacity(place.new.len());
         for (at, new) in place.new.iter().enumerate() {
@@ -421,6 +506,10 @@ impl<'a> Planner<'a> {
 
     /// The rows of a router, or its biases. Those of null experts follow the others and stay.
     fn rows(&mut self, raw: &Raw, place: Place<'_>, is_bias: bool) -> Result<()> {
+        if !self.experts.rows.is_empty() {
+            self.copy(raw);
+            return Ok(());
+        }
         let n_null = self.source.config().moe.n_null;
         let n_rows = place.n_old + n_null;
         let n_rows = match raw.shape.first() {
@@ -447,6 +536,10 @@ impl<'a> Planner<'a> {
     /// picks for all layers those of each.
     fn router_head(&mut self, raw: &Raw, per_layer: bool) -> Result<()> {
         let (moe, lists) = (&self.source.config().moe, &self.experts.layers);
+        if !self.experts.rows.is_empty() {
+            self.copy(raw);
+            return Ok(());
+        }
         if !per_layer && lists.iter().any(|list| *list != lists[0]) {
             return Err(refuse(
                 self.source,

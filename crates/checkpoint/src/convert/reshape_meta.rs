@@ -9,7 +9,7 @@ use crate::config::ModelConfig;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::{Array, Gguf, GgufTensor, Value};
 use crate::gguf_models;
-use crate::models::{LAYER_EXPERTS, N_EXPERTS};
+use crate::models::{EXPERT_MAP, FACTORS, LAYER_EXPERTS, N_EXPERTS, expert_map_json, factors_json};
 
 use super::experts::Piece;
 use super::recipe::Recipe;
@@ -71,6 +71,13 @@ fn config_json(
 }
 
 fn set_counts(json: &mut Map<String, Json>, new: &ModelConfig, drops_mtp: bool) {
+    json.remove(EXPERT_MAP);
+    if let Some(factors) = factors_json(new) {
+        json.insert(FACTORS.to_owned(), factors);
+    }
+    if let Some(maps) = expert_map_json(new) {
+        json.insert(EXPERT_MAP.to_owned(), maps);
+    }
     if let Some(ours) = json.get_mut("cadre_moe").and_then(Json::as_object_mut) {
         let counts: Vec<usize> = new.moe.counts().collect();
         ours.insert("n_experts".to_owned(), json!(counts));
@@ -128,6 +135,11 @@ pub(super) fn entries(
             value.clone()
         };
         entries.push((known.clone(), value));
+    }
+    if !new.moe.shared_weights.is_empty() {
+        let ids = new.moe.shared_weights.iter().flatten();
+        let ids: Vec<i32> = ids.map(|id| i32::from(*id)).collect();
+        entries.push((key(gguf_models::EXPERT_MAP), Array::from(&ids[..]).into()));
     }
     let planned = tensors.iter().map(|tensor| GgufTensor {
         name: tensor.plan.name.clone(),

@@ -1,5 +1,6 @@
 //! The keys that all architectures of GGUF share.
 
+use super::EXPERT_MAP;
 use super::meta::Meta;
 use super::rope;
 use crate::config::{
@@ -136,7 +137,29 @@ pub(super) fn moe(
     if let Some(counts) = counts.get(layers).filter(|counts| !counts.is_empty()) {
         moe.set_counts(counts.to_vec());
     }
+    moe.shared_weights = expert_map(meta, &moe)?;
     Ok(moe)
+}
+
+/// For every expert of every layer that has some, one after the other, the one whose weights it has; llama.cpp knows
+/// nothing of it, and refuses the stacks.
+fn expert_map(meta: &Meta<'_>, moe: &MoeConfig) -> Result<Vec<Vec<u16>>> {
+    let Some(ids) = meta.i32s_opt(EXPERT_MAP)? else {
+        return Ok(Vec::new());
+    };
+    let all: Option<Vec<u16>> = ids.iter().map(|id| u16::try_from(*id).ok()).collect();
+    let mut rest = match all {
+        Some(ids) if ids.len() == moe.n_experts_in_all() => ids,
+        _ => {
+            let problem = format!(
+                "has {} numbers, expected one from 0 for each of {} experts",
+                ids.len(),
+                moe.n_experts_in_all()
+            );
+            return Err(meta.problem(EXPERT_MAP, problem));
+        }
+    };
+    Ok(moe.counts().map(|n| rest.drain(..n).collect()).collect())
 }
 
 /// Whether any layer has experts.

@@ -111,6 +111,11 @@ impl<'a> Meta<'a> {
         self.gguf.flags_per_layer(&self.key(name), n)
     }
 
+    /// A list of numbers.
+    pub(super) fn i32s_opt(&self, name: &str) -> Result<Option<Vec<i32>>> {
+        self.gguf.i32s_opt(&self.key(name))
+    }
+
     pub(super) fn is_array(&self, name: &str) -> bool {
         let value = self.gguf.value(&self.key(name));
         value.is_some_and(|value| value.kind() == crate::gguf::ValueType::Array)

@@ -24,6 +24,9 @@ use crate::config::ModelConfig;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::Gguf;
 use meta::Meta;
+/// Key of the list that says which experts share weights; ours, see [`crate::MoeConfig::shared_weights`].
+pub(crate) const EXPERT_MAP: &str = "expert_map";
+
 pub(crate) use names::{NormNames, outside_gguf};
 pub(crate) use rope::TENSORS as ROPE_TENSORS;
 pub(crate) use tensors::{PROJECTIONS, canonical_tensors, lone_expert, stacked};

@@ -147,7 +147,7 @@ impl Filing<'_> {
         tensor: &GgufTensor,
     ) -> Result<()> {
         let dims = if ending == "weight" { 3 } else { 2 };
-        let n_experts = self.config.n_experts_in(layer);
+        let n_experts = self.config.n_stored_in(layer);
         let shape = &tensor.shape;
         let is_whole = shape.len() == dims && shape[0] == n_experts;
         if !is_whole || !shape[1].is_multiple_of(parts.len()) {

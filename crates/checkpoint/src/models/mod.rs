@@ -21,7 +21,7 @@ mod qwen3_moe;
 use serde_json::{Map, Value, json};
 
 use crate::Dtype;
-use crate::config::ModelConfig;
+use crate::config::{Factors, ModelConfig};
 use crate::error::{CheckpointError, Result};
 use crate::keys::Keys;
 pub(crate) use common::N_EXPERTS;
@@ -29,6 +29,13 @@ pub(crate) use common::N_EXPERTS;
 /// Experts of every decoder layer, 0 for dense ones, where layers differ: a key of ours in any `config.json`. Programs that
 /// do not know it find tensors of other shapes than they expect.
 pub(crate) const LAYER_EXPERTS: &str = "cadre_layer_experts";
+
+/// For every decoder layer and each of its experts the one whose weights it has, as they are stored; nothing for dense
+/// layers. Ours: other programs refuse such models for the experts that they miss.
+pub(crate) const EXPERT_MAP: &str = "cadre_expert_map";
+
+/// How the matrices of experts are factored; see [`Factors`].
+pub(crate) const FACTORS: &str = "cadre_factors";
 
 /// One architecture.
 pub(crate) struct Architecture {
@@ -83,6 +90,8 @@ pub(crate) fn read(keys: Keys) -> Result<ModelConfig> {
     let mut config = (architecture.from_json)(&keys)?;
     config.model_type = architecture.model_type.to_owned();
     layer_experts(&keys, &mut config)?;
+    expert_map(&keys, &mut config)?;
+    factors(&keys, &mut config)?;
     Ok(config)
 }
 
@@ -124,6 +133,90 @@ fn layer_experts(keys: &Keys, config: &mut ModelConfig) -> Result<()> {
     Ok(())
 }
 
+/// Reads [`EXPERT_MAP`]; whether its numbers make sense is checked with the rest of the configuration.
+fn expert_map(keys: &Keys, config: &mut ModelConfig) -> Result<()> {
+    let Some(value) = keys.get(EXPERT_MAP) else {
+        return Ok(());
+    };
+    let problem = |problem: String| Err(keys.problem(EXPERT_MAP, problem));
+    let Ok(maps) = serde_json::from_value::<Vec<Vec<u16>>>(value.clone()) else {
+        return problem("is no list with a list of numbers for every layer".to_owned());
+    };
+    if maps.len() != config.n_layers {
+        return problem(format!(
+            "has {} lists for {} layers",
+            maps.len(),
+            config.n_layers
+        ));
+    }
+    let of_dense = (0..)
+        .zip(&maps)
+        .find(|(layer, map)| !config.is_moe_layer(*layer) && !map.is_empty());
+    if let Some((layer, _)) = of_dense {
+        return problem(format!(
+            "has numbers for layer {layer}, which has no experts"
+        ));
+    }
+    let layers = config.moe.layers.iter();
+    config.moe.shared_weights = layers.map(|layer| maps[*layer].clone()).collect();
+    Ok(())
+}
+
+/// Reads [`FACTORS`].
+fn factors(keys: &Keys, config: &mut ModelConfig) -> Result<()> {
+    let Some(value) = keys.get(FACTORS) else {
+        return Ok(());
+    };
+    let problem = |problem: String| keys.problem(FACTORS, problem);
+    let map = value.as_object().filter(|map| map.len() == 3);
+    let number = |key: &str| {
+        let value = map.and_then(|map| map.get(key)?.as_u64());
+        let value = value.and_then(|n| usize::try_from(n).ok());
+        value.ok_or_else(|| {
+            problem(format!(
+                "is {value:?}, expected rank, up_rows and down_rows"
+            ))
+        })
+    };
+    let read = Factors {
+        rank: number("rank")?,
+        up_rows: number("up_rows")?,
+        down_rows: number("down_rows")?,
+    };
+    let hidden = config.hidden_size;
+    if read.rank > hidden || read.down_rows > hidden {
+        return Err(problem(format!(
+            "is {value}, which is more than the {hidden} values of a row"
+        )));
+    }
+    config.moe.factors = Some(read);
+    Ok(())
+}
+
+/// The value of [`FACTORS`] for a model whose experts are in factors.
+pub(crate) fn factors_json(config: &ModelConfig) -> Option<Value> {
+    let Factors {
+        rank,
+        up_rows,
+        down_rows,
+    } = config.moe.factors?;
+    Some(json!({"rank": rank, "up_rows": up_rows, "down_rows": down_rows}))
+}
+
+/// The value of [`EXPERT_MAP`] for a model whose experts share weights.
+pub(crate) fn expert_map_json(config: &ModelConfig) -> Option<Value> {
+    let moe = &config.moe;
+    let of_layer = |layer| match moe.layers.binary_search(&layer) {
+        Ok(at) => moe.shared_weights[at].clone(),
+        Err(_) => Vec::new(),
+    };
+    let maps: Vec<Vec<u16>> = match moe.shared_weights.is_empty() {
+        true => return None,
+        false => (0..config.n_layers).map(of_layer).collect(),
+    };
+    Some(json!(maps))
+}
+
 /// The architecture of a configuration that is already in memory.
 pub(crate) fn get(model_type: &str) -> Result<&'static Architecture> {
     find(model_type).ok_or_else(|| CheckpointError::Unsupported {
@@ -154,6 +247,12 @@ impl Architecture {
         }
         let mut map = common::to_json(config, self.class, dtype)?;
         (self.to_json)(config, &mut map);
+        if let Some(maps) = expert_map_json(config) {
+            map.insert(EXPERT_MAP.to_owned(), maps);
+        }
+        if let Some(factors) = factors_json(config) {
+            map.insert(FACTORS.to_owned(), factors);
+        }
         Ok(Value::Object(map))
     }
 }

@@ -10,6 +10,7 @@ use cadre_store::Look;
 
 use super::experts::Turn;
 use super::lossy::LossyScratch;
+use super::moe::weights;
 use super::pick::SteerScratch;
 use super::{Experts, Moe, MoeScratch, Norm, Router, RouterScratch, Step};
 use crate::batch::{Sequence, Span};
@@ -179,16 +180,16 @@ impl AheadScratch {
             mark(&mut self.lossy.is_cached);
             rules.edit(&self.logits, &mut self.routing, &mut self.lossy);
         }
-        self.rank(n_experts);
+        self.rank(moe.weights_of.as_deref(), n_experts);
         true
     }
 
-    /// The experts of the routing, the most picked first.
-    fn rank(&mut self, n_experts: usize) {
+    /// The experts whose weights the routing wants, the most wanted first.
+    fn rank(&mut self, weights_of: Option<&[u16]>, n_experts: usize) {
         self.counts.clear();
         self.counts.resize(n_experts, 0);
         for expert in self.routing.experts() {
-            if let Some(count) = self.counts.get_mut(usize::from(*expert)) {
+            if let Some(count) = self.counts.get_mut(weights(weights_of, *expert)) {
                 *count += 1;
             }
         }

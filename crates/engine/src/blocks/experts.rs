@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cadre_kernels::{Compute, Grouped, MatmulScratch, Matrix};
 use cadre_store::Pass;
 
-use super::{FeedForward, FeedForwardScratch};
+use super::{FactoredExpert, FeedForward, FeedForwardScratch};
 use crate::error::EngineError;
 use crate::streaming::{ExpertStore, StoredExperts};
 
@@ -15,6 +15,8 @@ use crate::streaming::{ExpertStore, StoredExperts};
 pub(crate) enum Experts {
     /// All in memory, of one shape.
     Resident(Vec<FeedForward>),
+    /// All in memory, in factors.
+    Factored(Vec<FactoredExpert>),
     /// Some in memory.
     Streamed {
         /// Shared by all layers.
@@ -41,6 +43,10 @@ pub(crate) enum Turn<'a> {
         experts: &'a [FeedForward],
         order: &'a [u16],
     },
+    Factored {
+        experts: &'a [FactoredExpert],
+        order: &'a [u16],
+    },
     Streamed(Pass<'a, StoredExperts>),
 }
 
@@ -48,6 +54,7 @@ impl Experts {
     pub(crate) fn n_experts(&self) -> usize {
         match self {
             Self::Resident(experts) => experts.len(),
+            Self::Factored(experts) => experts.len(),
             Self::Streamed { n_experts, .. } => *n_experts,
         }
     }
@@ -56,17 +63,17 @@ impl Experts {
     pub(crate) fn mark_cached(&self, is_cached: &mut Vec<bool>) {
         is_cached.resize(self.n_experts(), true);
         match self {
-            Self::Resident(_) => is_cached.fill(true),
+            Self::Resident(_) | Self::Factored(_) => is_cached.fill(true),
             Self::Streamed { store, layer, .. } => store.mark_cached(*layer, is_cached),
         }
     }
 
     /// Adds its matrices to `all`; those on disk are not there.
     pub(crate) fn matrices<'a>(&'a self, all: &mut Vec<&'a Matrix>) {
-        if let Self::Resident(experts) = self {
-            for expert in experts {
-                expert.matrices(all);
-            }
+        match self {
+            Self::Resident(experts) => experts.iter().for_each(|expert| expert.matrices(all)),
+            Self::Factored(experts) => experts.iter().for_each(|expert| expert.matrices(all)),
+            Self::Streamed { .. } => {}
         }
     }
 
@@ -82,6 +89,10 @@ impl Experts {
                 experts,
                 order: active,
             },
+            Self::Factored(experts) => Turn::Factored {
+                experts,
+                order: active,
+            },
             Self::Streamed { store, layer, .. } => {
                 let wanted = active.iter().map(|id| (*id, counts[usize::from(*id)]));
                 Turn::Streamed(store.begin(*layer, wanted, n_tokens))
@@ -94,7 +105,7 @@ impl Turn<'_> {
     /// Experts in the order in which they are computed; rows are to be laid out in it.
     pub(crate) fn order(&self) -> &[u16] {
         match self {
-            Self::Resident { order, .. } => order,
+            Self::Resident { order, .. } | Self::Factored { order, .. } => order,
             Self::Streamed(pass) => pass.order(),
         }
     }
@@ -108,6 +119,12 @@ impl Turn<'_> {
         (x_td, y_pd): (&[f32], &mut [f32]),
         (offsets, ffn, matmul): (&mut Vec<usize>, &mut FeedForwardScratch, &mut MatmulScratch),
     ) -> Result<(), EngineError> {
+        if let Self::Factored { experts, order } = self {
+            let expert = |g: usize| &experts[usize::from(order[g])];
+            let scratch = (&mut ffn.factored, matmul);
+            FactoredExpert::forward_groups(compute, rows, &expert, (x_td, y_pd), scratch);
+            return Ok(());
+        }
         let d = y_pd.len() / rows.token_of_row.len().max(1);
         let mut batches = Batches {
             compute,
@@ -126,6 +143,7 @@ impl Turn<'_> {
                 let expert = |g: usize| &experts[usize::from(order[g])];
                 batches.forward(0..order.len(), &expert);
             }
+            Self::Factored { .. } => {}
             Self::Streamed(pass) => {
                 while let Some(batch) = pass.next_batch()? {
                     let experts: Vec<&FeedForward> =

@@ -3,7 +3,7 @@
 use cadre_checkpoint::Activation;
 use cadre_kernels::{Compute, Grouped, MatmulScratch, Matrix};
 
-use super::{Linear, add_rows};
+use super::{FactoredScratch, Linear, add_rows};
 
 /// The three matrices of a feed-forward.
 #[derive(Debug)]
@@ -21,6 +21,8 @@ pub(crate) struct FeedForwardScratch {
     inner: Vec<f32>,
     /// Inputs in the forms that weights are multiplied by, where they are to outlive a call.
     inputs: MatmulScratch,
+    /// Of experts in factors.
+    pub(super) factored: FactoredScratch,
 }
 
 impl FeedForwardScratch {
@@ -29,6 +31,7 @@ impl FeedForwardScratch {
         Self {
             inner: vec![0.0; n_values],
             inputs: MatmulScratch::default(),
+            factored: FactoredScratch::default(),
         }
     }
 
@@ -136,7 +139,7 @@ fn group_of(offsets: &[usize], row: usize) -> usize {
 }
 
 /// `gate = activation(gate, up)`, in place.
-fn activate(compute: &Compute, activation: Activation, gate: &mut [f32], up: &[f32]) {
+pub(super) fn activate(compute: &Compute, activation: Activation, gate: &mut [f32], up: &[f32]) {
     match activation {
         Activation::Silu => compute.kernels().silu_mul(gate, up),
         Activation::GeluTanh => {

@@ -24,6 +24,8 @@ pub(crate) struct Moe {
     /// What changes the policy's picks, if anything.
     pub(crate) lossy: Option<Box<LossyRules>>,
     pub(crate) experts: Experts,
+    /// For every expert that the router picks from the one of `experts` whose weights it has; `None` where each has its own.
+    pub(crate) weights_of: Option<Vec<u16>>,
     pub(crate) shared: Option<Shared>,
     pub(crate) residual: Option<Residual>,
 }
@@ -166,11 +168,14 @@ impl Moe {
             rules.edit(logits, routing, &mut scratch.lossy);
         }
 
-        groups.count(routing, self.experts.n_experts());
+        let weights_of = self.weights_of.as_deref();
+        groups.count((routing, weights_of), self.experts.n_experts());
         let mut turn = self
             .experts
             .begin(&groups.active, &groups.counts, step.n_rows());
-        groups.rows.lay_out(routing, turn.order(), &groups.counts);
+        groups
+            .rows
+            .lay_out((routing, weights_of), turn.order(), &groups.counts);
         if let Some(ahead) = ahead {
             ahead.look(step, &mut turn, (&mut scratch.ahead, router, matmul));
         }
@@ -307,6 +312,26 @@ struct Rows {
     next: Vec<u32>,
 }
 
+/// Who has whose weights, where experts share them.
+type WeightsOf<'a> = Option<&'a [u16]>;
+
+/// The expert whose weights `expert` has. Null experts have none, and stay behind all others.
+pub(super) fn weights(weights_of: WeightsOf<'_>, expert: u16) -> usize {
+    let expert = usize::from(expert);
+    match weights_of {
+        None => expert,
+        Some(map) => map.get(expert).map_or(usize::MAX, |id| usize::from(*id)),
+    }
+}
+
+/// The pick of a token before its `at`-th that has the same weights, if any.
+fn earlier(weights_of: WeightsOf<'_>, experts: &[u16], at: usize) -> Option<usize> {
+    let map = weights_of?;
+    let own = map.get(usize::from(experts[at]))?;
+    let mut before = experts[..at].iter();
+    before.position(|other| map.get(usize::from(*other)) == Some(own))
+}
+
 /// Marks the pair of a null expert, which has no weights and adds nothing.
 const NO_ROW: u32 = u32::MAX;
 
@@ -324,13 +349,19 @@ impl Groups {
         }
     }
 
-    /// Counts the pairs of each expert. Ids from `n_experts` on are null experts.
-    fn count(&mut self, routing: &Routing, n_experts: usize) {
+    /// Counts the rows of each expert: its pairs, of which those of one token that share its weights are one row. Ids from
+    /// `n_experts` on are null experts.
+    fn count(&mut self, (routing, weights_of): (&Routing, WeightsOf<'_>), n_experts: usize) {
         self.counts.clear();
         self.counts.resize(n_experts, 0);
-        for expert in routing.experts() {
-            if let Some(count) = self.counts.get_mut(usize::from(*expert)) {
-                *count += 1;
+        for (experts, _) in routing.iter() {
+            for (at, expert) in experts.iter().enumerate() {
+                let own = weights(weights_of, *expert);
+                if let Some(count) = self.counts.get_mut(own)
+                    && earlier(weights_of, experts, at).is_none()
+                {
+                    *count += 1;
+                }
             }
         }
         self.active.clear();
@@ -352,7 +383,12 @@ impl Rows {
     }
 
     /// Counting sort of the pairs, experts in `order`.
-    fn lay_out(&mut self, routing: &Routing, order: &[u16], counts: &[u32]) {
+    fn lay_out(
+        &mut self,
+        (routing, weights_of): (&Routing, WeightsOf<'_>),
+        order: &[u16],
+        counts: &[u32],
+    ) {
         self.next.clear();
         self.next.resize(counts.len(), 0);
         self.offsets.clear();
@@ -368,9 +404,12 @@ impl Rows {
         self.token_of_row.clear();
         self.token_of_row.resize(n_rows as usize, 0);
         for (t, (experts, _)) in (0u32..).zip(routing.iter()) {
-            for expert in experts {
+            let first = self.row_of_pair.len();
+            for (at, expert) in experts.iter().enumerate() {
                 let mut row = NO_ROW;
-                if let Some(next) = self.next.get_mut(usize::from(*expert)) {
+                if let Some(before) = earlier(weights_of, experts, at) {
+                    row = self.row_of_pair[first + before];
+                } else if let Some(next) = self.next.get_mut(weights(weights_of, *expert)) {
                     row = *next;
                     *next += 1;
                     self.token_of_row[row as usize] = t;
@@ -476,6 +515,7 @@ mod tests {
             policy: Box::new(policy),
             lossy: None,
             experts: Experts::Resident(experts),
+            weights_of: None,
             shared: None,
             residual: None,
         }
@@ -653,10 +693,10 @@ mod tests {
         routing.push_token(&[], &[]);
         routing.push_token(&[0, 2], &[0.25, 0.75]);
         let mut groups = Groups::default();
-        groups.count(&routing, 3);
+        groups.count((&routing, None), 3);
         assert_eq!(groups.active, [0, 2]);
         let Groups { rows, counts, .. } = &mut groups;
-        rows.lay_out(&routing, &[0, 2], counts);
+        rows.lay_out((&routing, None), &[0, 2], counts);
         assert_eq!(rows.offsets, [0, 1, 3]);
         assert_eq!(rows.row_of_pair, [1, NO_ROW, 0, 2]);
         assert_eq!(rows.token_of_row, [2, 0, 2]);
@@ -666,8 +706,35 @@ mod tests {
         combine(&compute, &routing, rows, &[1.0, 10.0, 100.0], &mut out);
         assert_eq!(out, [5.0, 0.0, 75.25]);
 
+        // Experts 0 and 2 share the weights of the first stored one, 1 has its own, and 3 is null.
+        let map: WeightsOf<'_> = Some(&[0, 1, 0]);
+        let mut routing = Routing::new();
+        routing.push_token(&[2, 0, 3], &[0.5, 0.25, 0.0]);
+        routing.push_token(&[1, 2], &[0.5, 1.0]);
+        let mut shared = Groups::default();
+        shared.count((&routing, map), 2);
+        assert_eq!(
+            (&shared.active[..], &shared.counts[..]),
+            (&[0, 1][..], &[2, 1][..])
+        );
+        let Groups {
+            rows: own,
+            counts: n,
+            ..
+        } = &mut shared;
+        own.lay_out((&routing, map), &[0, 1], n);
+        assert_eq!(own.row_of_pair, [0, 0, NO_ROW, 2, 1]);
+        assert_eq!(own.token_of_row, [0, 1, 1]);
+        let mut sums = [9.0; 2];
+        combine(&compute, &routing, own, &[4.0, 10.0, 100.0], &mut sums);
+        assert_eq!(sums, [3.0, 60.0]);
+
         // Another order of the experts moves rows and changes no sum.
-        rows.lay_out(&routing, &[2, 0], counts);
+        let mut routing = Routing::new();
+        routing.push_token(&[2, 7], &[0.5, 0.0]);
+        routing.push_token(&[], &[]);
+        routing.push_token(&[0, 2], &[0.25, 0.75]);
+        rows.lay_out((&routing, None), &[2, 0], counts);
         assert_eq!(rows.row_of_pair, [0, NO_ROW, 2, 1]);
         combine(&compute, &routing, rows, &[10.0, 100.0, 1.0], &mut out);
         assert_eq!(out, [5.0, 0.0, 75.25]);

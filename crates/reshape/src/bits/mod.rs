@@ -264,6 +264,7 @@ pub fn plan(
     let layers = layers.map(|((layer, of), formats)| PlanLayer {
         layer: *layer,
         of: *of,
+        keep_rows: false,
         experts: (0..)
             .zip(formats)
             .map(|(id, index)| PlanExpert {
@@ -280,6 +281,7 @@ pub fn plan(
         },
         method: "bits".to_owned(),
         options,
+        factor: None,
         layers: layers.collect(),
     }
 }

@@ -36,7 +36,14 @@ pub enum MergeMethod {
     MSmoe,
     /// All the same, neurons as they are; the baseline.
     Mean,
+    /// What most of them agree in beside their mean, neurons as they are (TIES-Merging, Yadav et al., 2023, arXiv
+    /// 2306.01708): another baseline. Experts have no common ancestor that differences could be taken to; their mean stands
+    /// in for it.
+    Ties,
 }
+
+/// The part of differences that TIES keeps, as in its paper.
+const TIES_PART: f32 = 0.2;
 
 /// What makes two experts alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +76,9 @@ pub struct MergeOptions {
     pub scope: Scope,
     /// Which experts are joined.
     pub similarity: Similarity,
+    /// Whether routers keep all of their rows, each for the expert that its own was merged into (M-SMoE); otherwise each
+    /// merged expert has the row of the most used one.
+    pub keep_rows: bool,
     /// Whether neurons are aligned before experts are averaged; absent: as the method does.
     pub align: Option<bool>,
 }
@@ -83,8 +93,11 @@ const METHODS: &[(Method, &str)] = &[
 ];
 
 /// Every method of merging and its name.
-const MERGES: &[(MergeMethod, &str)] =
-    &[(MergeMethod::MSmoe, "m-smoe"), (MergeMethod::Mean, "mean")];
+const MERGES: &[(MergeMethod, &str)] = &[
+    (MergeMethod::MSmoe, "m-smoe"),
+    (MergeMethod::Mean, "mean"),
+    (MergeMethod::Ties, "ties"),
+];
 
 fn parse<T: Copy>(known: &[(T, &'static str)], text: &str) -> Result<T, String> {
     let found = known.iter().find(|(_, name)| *name == text);
@@ -178,7 +191,7 @@ pub fn prune(
         let experts = ids.into_iter().map(PlanExpert::kept);
         experts.collect()
     });
-    made(shape, method.name(), notes, layers.collect())
+    made(shape, (method.name(), false), notes, layers.collect())
 }
 
 /// A plan that merges experts: the most used stay, and every other joins the one that its router logits are most like,
@@ -208,7 +221,8 @@ pub fn merge(
     }
     let mut notes = described(usage, &options.amount, options.scope);
     notes.insert("align".to_owned(), align.to_string());
-    made(shape, method.name(), notes, layers)
+    notes.insert("keep-rows".to_owned(), options.keep_rows.to_string());
+    made(shape, (method.name(), options.keep_rows), notes, layers)
 }
 
 /// The experts of a layer, each with those that join it.
@@ -252,6 +266,7 @@ fn joined(
                 _ => Vec::new(),
             },
             align: align && is_merged,
+            ties: (method == MergeMethod::Ties && is_merged).then_some(TIES_PART),
             from,
             format: None,
         }
@@ -295,7 +310,7 @@ fn described(usage: &Usage, amount: &Amount, scope: Scope) -> BTreeMap<String, S
 /// The plan, checked by the rules for plans of others.
 fn made(
     shape: &ModelShape,
-    method: &str,
+    (method, keep_rows): (&str, bool),
     options: BTreeMap<String, String>,
     layers: Vec<Vec<PlanExpert>>,
 ) -> Result<Plan> {
@@ -303,6 +318,7 @@ fn made(
     let layers = layers.map(|(experts, (layer, of))| PlanLayer {
         layer: *layer,
         of: *of,
+        keep_rows,
         experts,
     });
     let plan = Plan {
@@ -313,6 +329,7 @@ fn made(
         },
         method: method.to_owned(),
         options,
+        factor: None,
         layers: layers.collect(),
     };
     plan.check(shape)?;

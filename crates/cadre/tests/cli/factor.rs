@@ -1,0 +1,188 @@
+//! `cadre plan factor`: merged experts as products of thin matrices plus a few rows, run as they are and multiplied.
+
+use std::fs;
+use std::path::PathBuf;
+
+use cadre_testkit::{TinyMoe, assert_close};
+use serde_json::Value;
+
+use crate::common::{arg, failure, json, stdout};
+
+const DATA: &str = "{\"domain\": \"code\", \"text\": \"let x = 12 + 30; let y = x * 2; fn main() { print(x); }\"}\n";
+
+fn values(report: &Value) -> Vec<f32> {
+    let rows = report["logits"].as_array().unwrap().iter();
+    rows.flat_map(|row| row.as_array().unwrap())
+        .map(|v| v.as_f64().unwrap() as f32)
+        .collect()
+}
+
+#[test]
+fn factors_run_as_what_they_multiply_to() {
+    let (model, scratch) = (
+        TinyMoe::default().build().unwrap(),
+        tempfile::tempdir().unwrap(),
+    );
+    let path = |name: &str| -> PathBuf { scratch.path().join(name) };
+    let source = arg(model.path());
+    fs::write(path("data.jsonl"), DATA).unwrap();
+    let (data, trace, plan) = (path("data.jsonl"), path("t.parquet"), path("p.json"));
+    stdout(&[
+        "trace",
+        "-m",
+        source,
+        "--data",
+        arg(&data),
+        "-o",
+        arg(&trace),
+        "--logits",
+    ]);
+    let make = |command: &str, more: &[&str]| {
+        let args = [
+            "plan",
+            command,
+            "--trace",
+            arg(&trace),
+            "--keep",
+            "0.5",
+            "-o",
+            arg(&plan),
+        ];
+        stdout(&[&args[..], more].concat())
+    };
+    let apply = |output: &str, more: &[&str]| {
+        let output = path(output);
+        let args = [
+            "apply",
+            "-m",
+            source,
+            "--plan",
+            arg(&plan),
+            "-o",
+            arg(&output),
+        ];
+        stdout(&[&args[..], more].concat());
+        output
+    };
+    let logits = |model: &PathBuf, more: &[&str]| {
+        let args = [
+            "logits",
+            "-m",
+            arg(model),
+            "--tokens",
+            "5,17,200,3,99,7,8",
+            "-o",
+            "json",
+        ];
+        values(&json(&[&args[..], more].concat()))
+    };
+    make("merge", &[]);
+    let merged = logits(&apply("merged", &[]), &[]);
+    // Width 16: products of that rank lose nothing.
+    make("factor", &["--rank", "16", "--rest", "0"]);
+    let whole = logits(&apply("whole", &[]), &[]);
+    assert_close("rank 16", &whole, &merged, 2e-4);
+
+    let said = make("factor", &["--rank", "4", "--rest", "0.1"]);
+    assert!(
+        said.contains("products of rank 4 and 0.1 of the rows"),
+        "{said}"
+    );
+    let text = fs::read_to_string(&plan).unwrap();
+    assert!(
+        text.contains("\"factor\": {\"rank\":4,\"rest\":0.1}"),
+        "{text}"
+    );
+    let (thin, folded) = (
+        apply("thin", &["--data", arg(&data)]),
+        apply("folded", &["--compat"]),
+    );
+    let (thin_logits, folded_logits) = (logits(&thin, &[]), logits(&folded, &[]));
+    assert_close("multiplied", &thin_logits, &folded_logits, 2e-4);
+    let off = |a: &[f32]| {
+        a.iter()
+            .zip(&merged)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max)
+    };
+    assert!(off(&thin_logits) > 1e-3, "a rank of 4 loses something");
+    // The same bits however many threads and tokens there are at once.
+    assert_eq!(thin_logits, logits(&thin, &["-t", "1"]));
+    stdout(&["run", "-m", arg(&thin), "-p", "the cat", "-n", "4"]);
+
+    let size = |folder: &PathBuf| {
+        fs::metadata(folder.join("model.safetensors"))
+            .unwrap()
+            .len()
+    };
+    assert!(size(&thin) < size(&path("merged")) && size(&path("merged")) < size(&folded));
+    let config: Value =
+        serde_json::from_str(&fs::read_to_string(thin.join("config.json")).unwrap()).unwrap();
+    assert_eq!(config["cadre_factors"]["rank"], 4, "{config}");
+    assert_eq!(config["cadre_factors"]["up_rows"], 2);
+    assert_eq!(config["cadre_factors"]["down_rows"], 4);
+
+    let refused = |args: &[&str], words: &str| {
+        let (_, errors) = failure(args);
+        assert!(errors.contains(words), "{args:?}: {errors}");
+    };
+    let thin = arg(&thin);
+    refused(
+        &[
+            "logits",
+            "-m",
+            thin,
+            "--tokens",
+            "1",
+            "--mem-budget",
+            "4MiB",
+        ],
+        "read whole",
+    );
+    let gguf = path("x.gguf");
+    refused(
+        &["convert", "-m", thin, "-o", arg(&gguf)],
+        "experts in factors",
+    );
+    refused(
+        &["run", "-m", source, "--plan", arg(&plan), "-p", "x"],
+        "needs new weights",
+    );
+    stdout(&["convert", "-m", source, "-o", arg(&gguf)]);
+    let (of_gguf, own) = (path("g.parquet"), path("g.json"));
+    stdout(&[
+        "trace",
+        "-m",
+        arg(&gguf),
+        "--data",
+        arg(&data),
+        "-o",
+        arg(&of_gguf),
+        "--logits",
+    ]);
+    let factor = [
+        "plan",
+        "factor",
+        "--trace",
+        arg(&of_gguf),
+        "--keep",
+        "0.5",
+        "-o",
+        arg(&own),
+    ];
+    stdout(&[&factor[..], &["--rank", "4"]].concat());
+    let out = path("y.gguf");
+    let of_gguf = [
+        "apply",
+        "-m",
+        arg(&gguf),
+        "--plan",
+        arg(&own),
+        "-o",
+        arg(&out),
+    ];
+    refused(&of_gguf, "GGUF has no place for factors");
+    stdout(&[&of_gguf[..], &["--compat"]].concat());
+    stdout(&[&factor[..], &["--rank", "99"]].concat());
+    refused(&of_gguf, "rank is 99, expected at most 16");
+}
