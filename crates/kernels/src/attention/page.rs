@@ -227,28 +227,27 @@ impl Plane {
         }
     }
 
+    /// The panels of a head's block; what is read after them is not known here.
     fn panels(&self, block: usize, n_steps: usize) -> Panels {
         let scales = block * self.block_scales;
-        let block = block * self.block..(block + 1) * self.block;
-        match &self.data {
-            Data::F32(values) => Panels {
-                data: values[block].as_ptr().cast(),
-                scales: std::ptr::null(),
-                n_steps,
-            },
-            Data::F16(bits) => Panels {
-                data: bits[block].as_ptr().cast(),
-                scales: std::ptr::null(),
-                n_steps,
-            },
+        let range = block * self.block..(block + 1) * self.block;
+        let (data, scales): (*const u8, _) = match &self.data {
+            Data::F32(values) => (values[range].as_ptr().cast(), std::ptr::null()),
+            Data::F16(bits) => (bits[range].as_ptr().cast(), std::ptr::null()),
             Data::Q8 {
                 quants,
                 scales: all,
-            } => Panels {
-                data: quants[block].as_ptr().cast(),
-                scales: all[scales..][..self.block_scales].as_ptr(),
-                n_steps,
-            },
+            } => (
+                quants[range].as_ptr().cast(),
+                all[scales..][..self.block_scales].as_ptr(),
+            ),
+        };
+        Panels {
+            data,
+            scales,
+            n_steps,
+            next: data,
+            n_panels: self.block / (n_steps * PANEL).max(1),
         }
     }
 

@@ -130,12 +130,24 @@ impl KvLayer {
 
     /// Panels of keys of the page that `position` is in: four of `key_dim` steps.
     pub(super) fn key_panels(&self, head: usize, position: usize) -> Panels {
-        self.stored(position).key_panels(head)
+        self.panels(position, |page| page.key_panels(head))
     }
 
     /// Panels of values of the same page: one of 64 steps per 16 dimensions.
     pub(super) fn value_panels(&self, head: usize, position: usize) -> Panels {
-        self.stored(position).value_panels(head)
+        self.panels(position, |page| page.value_panels(head))
+    }
+
+    /// Panels of a page, which know those of the page that follows: that is what is read next.
+    fn panels(&self, position: usize, of: impl Fn(&KvPage) -> Panels) -> Panels {
+        let panels = of(self.stored(position));
+        match self.page(position / KV_PAGE + 1) {
+            None => panels,
+            Some(page) => Panels {
+                next: of(page).data,
+                ..panels
+            },
+        }
     }
 
     fn stored(&self, position: usize) -> &KvPage {

@@ -342,10 +342,13 @@ impl Tile<'_> {
             let n = sizes.value_dim;
             args.a = memory.on_values[rows.start * n..rows.end * n].as_ptr();
             (args.a_stride, args.steps, args.add) = (n, 0..n, true);
+            let data = memory.turned[..KEY_BLOCK * n].as_ptr().cast();
             args.b = Panels {
-                data: memory.turned[..KEY_BLOCK * n].as_ptr().cast(),
+                data,
                 scales: std::ptr::null(),
                 n_steps: n,
+                next: data,
+                n_panels: KEY_BLOCK / PANEL,
             };
             // SAFETY: as above, with the four panels that `turn` wrote.
             unsafe { (self.table.product_f32)(&args) };

@@ -35,6 +35,18 @@ pub(crate) struct Panels {
     pub(crate) scales: *const u16,
     /// Steps of a whole panel.
     pub(crate) n_steps: usize,
+    /// Where the panels of the block begin that is read after this one, for hints.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "hints are given on x86 only")
+    )]
+    pub(crate) next: *const u8,
+    /// Panels of the block.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "hints are given on x86 only")
+    )]
+    pub(crate) n_panels: usize,
 }
 
 /// `c[r, panel, lane] (+)= sum over steps of a[r, step] * panel[step, lane]`.
@@ -156,12 +168,16 @@ impl Panels {
         }
     }
 
-    /// Address of a step of a panel that may be beyond the data, for hints.
+    /// Address of a step of a panel, for hints: of panels beyond this block's, in the block that is read next.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn ahead(&self, panel: usize, step: usize, size: usize) -> *const i8 {
+        let (data, panel) = match panel.checked_sub(self.n_panels) {
+            None => (self.data, panel),
+            Some(beyond) => (self.next, beyond),
+        };
         let at = (panel * self.n_steps + step) * PANEL * size;
-        self.data.wrapping_add(at).cast()
+        data.wrapping_add(at).cast()
     }
 
     /// Address of the 16 scales of a step of a panel of keys.
@@ -279,6 +295,8 @@ mod tests {
                 data: self.data.as_ptr(),
                 scales: self.scales.as_ptr(),
                 n_steps: self.n_steps,
+                next: self.data.as_ptr(),
+                n_panels: usize::MAX,
             }
         }
     }
