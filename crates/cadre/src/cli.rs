@@ -7,12 +7,12 @@ use clap::{ArgAction, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::cache::spelled_out;
-#[cfg(feature = "train")]
-use crate::commands::train;
 use crate::commands::{
     apply, bench, chat, completions, convert, doctor, eval, fit, inspect, logits, plan, pull,
     quantize, run, serve, split, trace, upcycle,
 };
+#[cfg(feature = "train")]
+use crate::commands::{train, tune};
 use crate::env::{self, Env};
 use crate::interrupt::Interrupt;
 use crate::output::ColorChoice;
@@ -57,6 +57,9 @@ enum Command {
     /// Train a model from a recipe, draw its curves, or measure training speed.
     #[cfg(feature = "train")]
     Train(train::Args),
+    /// Tune a model after surgery, on the text that it is for.
+    #[cfg(feature = "train")]
+    Tune(tune::Args),
     /// Print raw logits of token ids, for checking against other engines.
     Logits(logits::Args),
     /// Measure how fast a model reads prompts and generates.
@@ -105,6 +108,8 @@ pub(crate) fn run() -> Result<()> {
         Command::Serve(args) => serve::run(&app, &args),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(&app, &args),
+        #[cfg(feature = "train")]
+        Command::Tune(args) => tune::run(&app, &args),
         Command::Trace(args) => trace::run(&app, &args),
         Command::Plan(args) => plan::run(&app, &args),
         Command::Apply(args) => apply::run(&app, &args),

@@ -24,6 +24,7 @@ pub mod optimizer;
 pub mod params;
 pub mod plot;
 pub mod recipe;
+pub mod recover;
 pub mod routers;
 mod run;
 mod snapshot;

@@ -104,6 +104,18 @@ pub struct Score {
     pub perplexity: f64,
 }
 
+/// The evaluations in the log at `path`, in their order.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn evaluations(path: &Path) -> Result<Vec<EvalRecord>> {
+    let text = std::fs::read_to_string(path).map_err(|e| TrainError::io("read", path, e))?;
+    let lines = text.lines();
+    Ok(lines
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect())
+}
+
 /// The log file, open for appending.
 #[derive(Debug)]
 pub(crate) struct Log {
@@ -142,6 +154,13 @@ impl Log {
             .lines()
             .filter_map(|line| serde_json::from_str(line).ok());
         Ok((log, steps.collect()))
+    }
+
+    /// Whether held-out text was scored after `step` steps.
+    pub(crate) fn has_evaluation(&self, step: u64) -> Result<bool> {
+        Ok(evaluations(&self.path)?
+            .iter()
+            .any(|record| record.step == step))
     }
 
     pub(crate) fn write(&mut self, record: &impl Serialize) -> Result<()> {

@@ -144,6 +144,28 @@ pub struct Output {
     /// Steps between evaluations on held-out text; 0 only at the end.
     #[serde(default)]
     pub eval_every: u64,
+    /// Whether all held-out text is scored before the first step too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub eval_first: bool,
+}
+
+impl Train {
+    /// So many steps of `batch_size` sequences of `seq_len` tokens, everything else as where a recipe says nothing.
+    pub(crate) fn plain(steps: u64, batch_size: usize, seq_len: usize, lr: f64) -> Self {
+        Self {
+            steps,
+            batch_size,
+            seq_len,
+            accumulate: one_batch(),
+            lr,
+            min_lr_ratio: tenth(),
+            warmup_steps: 0,
+            grad_clip: one(),
+            precision: Precision::default(),
+            recompute: Recompute::default(),
+            device: Place::default(),
+        }
+    }
 }
 
 fn one() -> f64 {

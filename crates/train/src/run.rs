@@ -53,7 +53,7 @@ struct Totals {
 impl<'a> Run<'a> {
     /// The first step of `recipe` is next. What is cut from a dense model is cut by what `corpus` makes it do.
     pub(crate) fn new(recipe: &'a Recipe, corpus: Option<&Corpus>) -> Result<Self> {
-        let architecture = recipe.architecture()?;
+        let mut architecture = recipe.architecture()?;
         let asked = recipe.train.precision;
         if asked.here() != asked {
             tracing::warn!(
@@ -73,6 +73,11 @@ impl<'a> Run<'a> {
         if let Some(folder) = recipe.start.as_ref().and_then(|s| s.from.as_ref()) {
             let opened = start::load(folder, &architecture, &model, &device)?;
             (model, biases) = (opened.model, opened.biases);
+            // What stops a text is a matter of the tokenizer, which is the checkpoint's.
+            let theirs = opened.architecture.config;
+            architecture.config.eos_token_ids = theirs.eos_token_ids;
+            architecture.config.bos_token_id = theirs.bos_token_id;
+            architecture.config.pad_token_id = theirs.pad_token_id;
         }
         if biases.is_empty() && recipe.balance_bias.is_some() {
             biases = balance_bias::zeros(&architecture);

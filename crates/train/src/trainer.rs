@@ -86,6 +86,12 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
         },
         other => other,
     };
+    if recipe.output.eval_first && run.steps() == 0 && !log.has_evaluation(0)? {
+        progress.stage("held-out text");
+        let record = run.evaluate(&corpus, usize::MAX).map_err(kept)?;
+        log.write(&record)?;
+        progress.evaluated(&record);
+    }
     while run.steps() < recipe.train.steps {
         if progress.stop() {
             run.save(&snapshots)?;

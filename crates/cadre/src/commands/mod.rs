@@ -26,4 +26,6 @@ mod trace_replay;
 pub(crate) mod train;
 #[cfg(feature = "train")]
 mod train_compare;
+#[cfg(feature = "train")]
+pub(crate) mod tune;
 pub(crate) mod upcycle;

@@ -96,23 +96,40 @@ fn train(app: &App, args: &TrainArgs) -> Result<()> {
             Failure::usage("several recipes are only for --plot; train them one by one").into(),
         );
     };
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(args.threads)
-        .build_global()
-        .context("cannot start the threads")?;
-    cadre_kernels::keep_freed_memory();
+    start_threads(args.threads)?;
     if args.bench {
         return bench(recipe, args);
     }
     if args.fresh {
         trainer::forget(recipe)?;
     }
+    let (model, eval) = watched(app, recipe)?;
+    let model = model.as_ref().map(PathBuf::as_path);
+    finished(model, &eval, args.output)
+}
+
+/// Starts the threads of the process; 0 takes one per core.
+pub(crate) fn start_threads(n: usize) -> Result<()> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(n)
+        .build_global()
+        .context("cannot start the threads")?;
+    cadre_kernels::keep_freed_memory();
+    Ok(())
+}
+
+/// Trains with a bar. What comes of it: the folder of the model, or why there is none, and its quality. Ctrl-C is an error
+/// that has been explained.
+pub(crate) fn watched(
+    app: &App,
+    recipe: &Recipe,
+) -> Result<(Result<PathBuf, TrainError>, EvalRecord)> {
     let _guard = app.interrupt.guard();
     let mut watch = Watch::new(app, recipe);
     let outcome = trainer::train(recipe, &mut watch)?;
     watch.bar.finish_and_clear();
     match outcome {
-        Outcome::Finished { model, eval } => finished(model.as_deref(), &eval, args.output),
+        Outcome::Finished { model, eval } => Ok((model, eval)),
         Outcome::Stopped { step } => {
             watch.say(&format!(
                 "stopped after step {step}; the same command goes on from there"

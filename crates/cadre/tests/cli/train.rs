@@ -285,3 +285,99 @@ fn bad_recipes_are_named() {
     assert!(!bench.path("run").exists(), "nothing was begun");
     assert_eq!(output(&["train"]).status.code(), Some(2));
 }
+
+#[test]
+fn a_pruned_model_recovers() {
+    let bench = Bench::new();
+    let recipe = bench.recipe("whole", 40);
+    stdout(&["train", arg(&recipe)]);
+    let (whole, data) = (bench.path("whole/model"), bench.path("cats.jsonl"));
+    let (trace, plan, half) = (
+        bench.path("t.parquet"),
+        bench.path("plan.json"),
+        bench.path("half"),
+    );
+    stdout(&[
+        "trace",
+        "-m",
+        arg(&whole),
+        "--data",
+        arg(&data),
+        "-o",
+        arg(&trace),
+    ]);
+    let args = [
+        "plan",
+        "prune",
+        "--trace",
+        arg(&trace),
+        "--keep",
+        "0.5",
+        "--method",
+        "random",
+    ];
+    stdout(&[&args[..], &["-o", arg(&plan)]].concat());
+    stdout(&[
+        "apply",
+        "-m",
+        arg(&whole),
+        "--plan",
+        arg(&plan),
+        "-o",
+        arg(&half),
+    ]);
+    let run = bench.path("tuned");
+    let mut tune = vec![
+        "tune",
+        "--recover",
+        "-m",
+        arg(&half),
+        "--teacher",
+        arg(&whole),
+    ];
+    tune.extend([
+        "--data",
+        arg(&data),
+        "--heldout",
+        arg(&data),
+        "-o",
+        arg(&run),
+    ]);
+    tune.extend([
+        "--steps",
+        "20",
+        "--batch-size",
+        "2",
+        "--seq-len",
+        "32",
+        "--lr",
+        "1e-3",
+    ]);
+    let said = json(&[&tune[..], &["--format", "json"]].concat());
+    let nll = |when: &str| said[when]["cats"]["nll"].as_f64().unwrap();
+    assert!(nll("after") < nll("before"), "{said}");
+    stdout(&["run", "-m", arg(&run.join("model")), "-p", "the", "-n", "4"]);
+    // It is done: the same command tells the same again.
+    let text = stdout(&tune);
+    assert!(
+        text.contains("nll before") && text.contains(&format!("{:.4}", nll("before"))),
+        "{text}"
+    );
+    let (code, errors) = failure(&[&tune[..], &["--heldout", arg(&data)]].concat());
+    assert!(
+        code == 2 && errors.contains("every text needs both"),
+        "{errors}"
+    );
+    let (code, _) = failure(&[
+        "tune",
+        "-m",
+        arg(&half),
+        "--data",
+        "x",
+        "--heldout",
+        "x",
+        "-o",
+        "y",
+    ]);
+    assert_eq!(code, 2, "--recover says what is meant");
+}

@@ -1,6 +1,6 @@
 //! `[model]` of a recipe: sizes, and what the model is made of.
 
-use crate::architecture::Residual;
+use crate::architecture::{Architecture, Residual};
 use crate::layers::{attention_experts, decoupled};
 use crate::routers::RouterOptions;
 use cadre_checkpoint::{
@@ -158,6 +158,59 @@ impl Model {
             }
         }
         Ok(())
+    }
+
+    /// The sizes of a checkpoint and its rule of routing, so that a run can go on from it.
+    ///
+    /// # Errors
+    /// What recipes say in other words: routers before the layers, and attention cut into experts.
+    pub fn of(config: &ModelConfig) -> Result<(Self, Option<RouterOptions>), String> {
+        let moe = &config.moe;
+        if moe.decoupled_router.is_some() || config.attention.experts.is_some() {
+            return Err(
+                "it has a router before its layers, or experts of attention: write a recipe with `[start] from` that says which"
+                    .to_owned(),
+            );
+        }
+        let architecture = Architecture::of(config).map_err(|error| error.to_string())?;
+        let is_dense = moe.layers.is_empty();
+        let counts: Vec<usize> = moe.counts().collect();
+        let (residual, residual_width) = match architecture.parts.residual {
+            Some((kind, width)) => (Some(kind), Some(width)),
+            None => (None, None),
+        };
+        let model = Self {
+            vocab_size: config.vocab_size,
+            hidden_size: config.hidden_size,
+            n_layers: config.n_layers,
+            n_heads: config.n_heads,
+            n_kv_heads: config.n_kv_heads,
+            head_dim: config.head_dim,
+            n_experts: match moe.uneven.is_empty() {
+                true => Experts::Same(if is_dense { 0 } else { moe.n_experts }),
+                false => Experts::PerLayer(counts),
+            },
+            top_k: architecture.config.moe.top_k,
+            moe_intermediate_size: moe.intermediate_size,
+            shared_intermediate_size: architecture.parts.shared,
+            residual,
+            residual_intermediate_size: residual_width,
+            recurrent_router: moe.recurrent_router,
+            recurrent_restarts: false,
+            decoupled_router: None,
+            attention_experts: None,
+            intermediate_size: config.intermediate_size,
+            mlp_only_layers: (0..config.n_layers)
+                .filter(|layer| !is_dense && !config.is_moe_layer(*layer))
+                .collect(),
+            norm_topk_prob: moe.norm_topk_prob(),
+            tie_word_embeddings: config.tie_word_embeddings,
+            max_position_embeddings: config.max_position_embeddings,
+            rope_theta: config.rope.theta,
+            initializer_range: two_hundredths(),
+        };
+        let is_plain = is_dense || architecture.router.name == "top_k";
+        Ok((model, (!is_plain).then_some(architecture.router)))
     }
 
     /// The model's configuration, with the sizes that `router` decides. A dense model is a Qwen3-MoE model whose layers are
