@@ -274,7 +274,7 @@ impl Trial {
             return;
         }
         // The first pass of a turn may find what the other way has read, or wait for it.
-        if self.n_passes % TURN > 0 {
+        if !self.n_passes.is_multiple_of(TURN) {
             self.times[usize::from(self.is_on)].push(now - last);
         }
         self.n_passes += 1;
@@ -283,7 +283,7 @@ impl Trial {
             // Without, with, with, without: what changes steadily is the same to both.
             0..TURNS => matches!(turn % 4, 1 | 2),
             _ => {
-                let [without, with] = self.times.each_mut().map(typical);
+                let [without, with] = self.times.each_mut().map(|times| typical(times));
                 self.times.iter_mut().for_each(Vec::clear);
                 (self.n_passes, self.kept) = (0, KEPT);
                 with.as_secs_f64() < GAIN * without.as_secs_f64()
@@ -293,7 +293,7 @@ impl Trial {
 }
 
 /// The mean of the shorter three quarters: a pass may have waited for somebody who typed.
-fn typical(times: &mut Vec<Duration>) -> Duration {
+fn typical(times: &mut [Duration]) -> Duration {
     times.sort_unstable();
     let n = (times.len() * 3).div_ceil(4).max(1);
     times.iter().take(n).sum::<Duration>() / n as u32
