@@ -2,7 +2,7 @@
 
 mod measure;
 mod plan;
-pub(crate) mod record;
+mod record;
 
 pub(crate) use measure::{Runner, Setting};
 pub(crate) use plan::{Lists, Test};

@@ -13,7 +13,7 @@ use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use crate::bench::record::status_bytes;
+use crate::bench::status_bytes;
 use crate::cli::App;
 use crate::commands::train_compare;
 use crate::failure::Failure;
