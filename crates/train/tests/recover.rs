@@ -25,6 +25,8 @@ fn whole_and_half(folder: &Path) -> [PathBuf; 2] {
     let checkpoint = Checkpoint::open(&whole).unwrap();
     let experts = NewExperts {
         layers: vec![vec![NewExpert::Kept(0), NewExpert::Kept(1)]; 2],
+        rows: Vec::new(),
+        factors: None,
         mixer: None,
     };
     let target = ConvertTo::Folder {
