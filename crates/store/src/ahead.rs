@@ -178,6 +178,12 @@ impl Ahead {
         self.kind != AheadKind::Off && (n_tokens > FEW || helps)
     }
 
+    /// The layer after `layer`, and how many experts it has.
+    pub(crate) fn next(&self, layer: u16) -> (u16, u16) {
+        let next = (usize::from(layer) + 1) % self.n_layers.max(1);
+        (next as u16, self.n_experts_of[next])
+    }
+
     /// What to find out for a pass of `n_tokens` whose picks in `layer` are `n_picked` experts.
     pub(crate) fn look(&self, layer: u16, n_tokens: usize, n_picked: usize) -> Look {
         let is_decoding = n_tokens <= FEW;

@@ -377,10 +377,15 @@ impl<F: Form> Inner<F> {
         self.feed(form);
     }
 
+    /// Whether all of a layer's experts are in memory.
+    fn is_whole(&self, (layer, n_experts): (u16, u16)) -> bool {
+        (0..n_experts).all(|expert| self.cache.slot_of(ExpertId { layer, expert }).is_some())
+    }
+
     /// What to find out about the next layer.
     pub(crate) fn look(&self) -> Look {
         // Where nothing has been missing for a while, there is nothing to read.
-        if self.n_quiet > QUIET {
+        if self.n_quiet > QUIET || self.is_whole(self.ahead.next(self.now.layer)) {
             return Look::Nowhere;
         }
         let n_tokens = self.n_tokens_of_pass as usize;
