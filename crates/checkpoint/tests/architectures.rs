@@ -17,7 +17,7 @@ fn checkpoints(folder: &Path) -> Vec<PathBuf> {
     paths
 }
 
-/// All golden checkpoints with the name of their architecture.
+/// All golden checkpoints with the name of the folder that they are in.
 fn all() -> Vec<(String, PathBuf)> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(golden_dir()).unwrap() {
@@ -37,7 +37,10 @@ fn every_golden_checkpoint_opens_complete_and_its_configuration_survives_writing
     for (name, path) in all() {
         let checkpoint = Checkpoint::open(&path).unwrap();
         let config = checkpoint.config();
-        assert_eq!(config.model_type, name);
+        // What mergekit is compared on is of several.
+        if name != "mergekit" {
+            assert_eq!(config.model_type, name);
+        }
         checkpoint.expect_exactly(&tensor_specs(config)).unwrap();
         let dtype = config.dtype.unwrap_or(Dtype::F32);
         let text = config.to_config_json(dtype).unwrap();
@@ -45,7 +48,7 @@ fn every_golden_checkpoint_opens_complete_and_its_configuration_survives_writing
         let mut expected = config.clone();
         expected.dtype = Some(dtype);
         assert_eq!(again.unwrap(), expected, "{}: {text}", path.display());
-        architectures.insert(name);
+        architectures.insert(config.model_type.clone());
     }
     assert_eq!(architectures.len(), 15, "{architectures:?}");
 }

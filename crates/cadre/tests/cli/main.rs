@@ -22,6 +22,7 @@ mod interrupt;
 mod limits;
 mod lossy;
 mod nano;
+mod other_format;
 mod plan_steer;
 mod quantize;
 mod reshape;

@@ -12,13 +12,13 @@ const DATA: &str = "{\"domain\": \"code\", \"text\": \"let x = 12 + 30; let y = 
     {\"domain\": \"prose\", \"text\": \"The cat sat with the miller and the king. The youngest was sad.\"}\n";
 
 /// A folder with a recording of `model`, with everything that methods ask for.
-struct Bench {
+pub(crate) struct Bench {
     folder: tempfile::TempDir,
-    model: TinyFolder,
+    pub(crate) model: TinyFolder,
 }
 
 impl Bench {
-    fn new(model: TinyFolder) -> Self {
+    pub(crate) fn new(model: TinyFolder) -> Self {
         let bench = Self {
             folder: tempfile::tempdir().unwrap(),
             model,
@@ -28,7 +28,7 @@ impl Bench {
         bench
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
@@ -655,102 +655,4 @@ fn a_steering_is_written_into_a_model() {
         "{errors}"
     );
     assert!(!other.exists());
-}
-
-#[test]
-fn a_recording_of_one_format_serves_another_when_the_values_agree() {
-    let bench = Bench::new(tiny());
-    let (folder, gguf) = (bench.model.path(), bench.path("model.gguf"));
-    stdout(&[
-        "convert",
-        "-m",
-        arg(folder),
-        "-o",
-        arg(&gguf),
-        "--dtype",
-        "q8_0",
-    ]);
-    let digest = |model: &Path| {
-        json(&["inspect", "-m", arg(model), "--digest", "-o", "json"])["digest"].clone()
-    };
-    let (data, of_gguf) = (bench.path("data.jsonl"), bench.path("gguf.parquet"));
-    stdout(&[
-        "trace",
-        "-m",
-        arg(&gguf),
-        "--data",
-        arg(&data),
-        "-o",
-        arg(&of_gguf),
-    ]);
-    let of_folder = bench.path("trace.parquet");
-    for (at, (trace, recorded, model)) in [
-        (&of_gguf, gguf.as_path(), folder),
-        (&of_folder, folder, gguf.as_path()),
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let plan = bench.path(&format!("plan{at}.json"));
-        let mut args = vec!["plan", "prune", "-m", arg(model), "--trace", arg(trace)];
-        args.extend(["--keep", "0.5", "-o", arg(&plan)]);
-        let (_, errors) = failure(&args);
-        assert!(errors.contains("--same-model"), "{errors}");
-        args.extend(["--same-model", arg(recorded)]);
-        stdout(&args);
-        let made: Value = serde_json::from_str(&fs::read_to_string(&plan).unwrap()).unwrap();
-        assert_eq!(made["model"]["digest"], digest(model));
-        let output = bench.path(["out", "out.gguf"][at]);
-        stdout(&[
-            "apply",
-            "-m",
-            arg(model),
-            "--plan",
-            arg(&plan),
-            "-o",
-            arg(&output),
-        ]);
-        // It is a plan for this one still, and for no other.
-        let again = bench.path(["again", "again.gguf"][1 - at]);
-        let (_, errors) = failure(&[
-            "apply",
-            "-m",
-            arg(recorded),
-            "--plan",
-            arg(&plan),
-            "-o",
-            arg(&again),
-        ]);
-        assert!(errors.contains("another model"), "{errors}");
-    }
-    // Another model of the same sizes is none, whatever is said.
-    let other = TinyMoe::default().seed(2).build().unwrap();
-    let plan = bench.path("other.json");
-    let mut args = vec![
-        "plan",
-        "prune",
-        "-m",
-        arg(other.path()),
-        "--trace",
-        arg(&of_folder),
-    ];
-    args.extend([
-        "--keep",
-        "0.5",
-        "-o",
-        arg(&plan),
-        "--same-model",
-        arg(folder),
-    ]);
-    let (_, errors) = failure(&args);
-    assert!(
-        errors.contains("are not the same model") && errors.contains("differ by"),
-        "{errors}"
-    );
-    // Nor is the one that is named the one that was recorded.
-    let last = args.len() - 1;
-    args[last] = arg(&gguf);
-    let (_, errors) = failure(&args);
-    assert!(errors.contains("was not recorded from"), "{errors}");
-    assert!(!plan.exists());
 }

@@ -9,8 +9,8 @@ use cadre_routing::{Routing, RoutingError};
 use cadre_store::Look;
 
 use super::experts::Turn;
+use super::groups::weights;
 use super::lossy::LossyScratch;
-use super::moe::weights;
 use super::pick::SteerScratch;
 use super::{Experts, Moe, MoeScratch, Norm, Router, RouterScratch, Step};
 use crate::batch::{Sequence, Span};

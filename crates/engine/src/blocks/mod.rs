@@ -11,6 +11,7 @@ mod embedding;
 mod experts;
 mod factored;
 mod feed_forward;
+mod groups;
 mod kv_cache;
 mod latent_attention;
 mod linear;
