@@ -298,6 +298,7 @@ mod tests {
     use cadre_testkit::{Random, assert_close};
 
     use super::super::Linear;
+    use super::super::experts::ExpertRows;
     use super::*;
     use crate::batch::Span;
     use crate::model::NoObserver;
