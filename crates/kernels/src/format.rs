@@ -103,33 +103,16 @@ const ROWS: &[Row] = &[
 
 /// Evaluates `$body` with `$block` standing for the block type of `$format`, which is a block format.
 macro_rules! for_block {
-    ($format:expr, $block:ident => $body:expr) => {{
-        macro_rules! with {
-            ($type:ty) => {{
-                type $block = $type;
-                $body
-            }};
-        }
+    ($format:expr, $block:ident => $body:expr) => {
         match $format {
-            Format::Q8_0 => with!(BlockQ8_0),
-            Format::Q4_0 => with!(BlockQ4_0),
-            Format::Q4_1 => with!(BlockQ4_1),
-            Format::Q5_0 => with!(BlockQ5_0),
-            Format::Q5_1 => with!(BlockQ5_1),
-            Format::Q2K => with!(BlockQ2K),
-            Format::Q3K => with!(BlockQ3K),
-            Format::Q4K => with!(BlockQ4K),
-            Format::Q5K => with!(BlockQ5K),
-            Format::Q6K => with!(BlockQ6K),
-            Format::Q8K => with!(BlockQ8K),
-            Format::Iq4Nl => with!(BlockIq4Nl),
-            Format::Iq4Xs => with!(BlockIq4Xs),
-            Format::Mxfp4 => with!(BlockMxfp4),
-            Format::F32 | Format::F16 | Format::Bf16 | Format::F8E4M3 | Format::U8 => {
-                unreachable!("a block format")
+            // Of activations only: nothing is written in it.
+            Format::Q8K => {
+                type $block = BlockQ8K;
+                $body
             }
+            format => for_written!(format, $block => $body),
         }
-    }};
+    };
 }
 
 /// Evaluates `$body` with `$block` standing for the block type of `$format`, which can be written.
