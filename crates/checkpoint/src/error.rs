@@ -240,6 +240,14 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
+    /// [`CheckpointError::Experts`] of the checkpoint `origin`.
+    pub fn experts(origin: &str, problem: impl Into<String>) -> Self {
+        Self::Experts {
+            origin: origin.to_owned(),
+            problem: problem.into(),
+        }
+    }
+
     /// Wraps an I/O error with its path; a full device becomes [`CheckpointError::NoSpace`].
     pub(crate) fn io(action: &'static str, path: &Path, source: std::io::Error) -> Self {
         if source.kind() == std::io::ErrorKind::StorageFull {

@@ -231,10 +231,10 @@ impl Mixer for Scaled {
         part: &str,
     ) -> Result<Vec<f32>, CheckpointError> {
         let Some((expert, gain)) = self.0.get(&(layer, at)) else {
-            return Err(CheckpointError::Experts {
-                origin: source.origin().to_owned(),
-                problem: format!("nothing is said of entry {at} of layer {layer}"),
-            });
+            return Err(CheckpointError::experts(
+                source.origin(),
+                format!("nothing is said of entry {at} of layer {layer}"),
+            ));
         };
         let mut values = tensor(source, &name(layer, *expert, part))?;
         if !self.keeps(layer, at, part) {

@@ -134,10 +134,10 @@ impl Averages {
         part: &str,
     ) -> Result<Vec<f32>, CheckpointError> {
         let Some(expert) = self.expert(layer, at) else {
-            return Err(CheckpointError::Experts {
-                origin: source.origin().to_owned(),
-                problem: format!("the plan has no entry {at} for layer {layer}"),
-            });
+            return Err(CheckpointError::experts(
+                source.origin(),
+                format!("the plan has no entry {at} for layer {layer}"),
+            ));
         };
         let orders = self.orders(source, (layer, at), expert)?;
         let ordered = |id: u16, order: &Option<Vec<usize>>| -> Result<Vec<f32>, CheckpointError> {

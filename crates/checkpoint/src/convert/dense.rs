@@ -38,8 +38,8 @@ pub struct NewFeedForwards {
 pub(super) fn layout(source: &Checkpoint, moe: &MoeConfig) -> Result<ModelConfig> {
     let dense = folder_form(source.config());
     if !dense.moe.layers.is_empty() {
-        return Err(refuse(
-            source,
+        return Err(CheckpointError::experts(
+            source.origin(),
             "it has experts already; a dense model is needed".to_owned(),
         ));
     }
@@ -64,7 +64,7 @@ pub(super) fn layout(source: &Checkpoint, moe: &MoeConfig) -> Result<ModelConfig
         dense.model_type,
         reasons.join("; ")
     );
-    Err(refuse(source, problem))
+    Err(CheckpointError::experts(source.origin(), problem))
 }
 
 /// Whether what is written for `form` is read as it is meant.
@@ -116,7 +116,7 @@ fn check(source: &Checkpoint, form: &ModelConfig, new: &NewFeedForwards) -> Resu
     if new.routers.len() != n_layers || wrong.is_some() {
         let problem =
             format!("routers have other shapes than [n_experts, {d}] for {n_layers} layers");
-        return Err(refuse(source, problem));
+        return Err(CheckpointError::experts(source.origin(), problem));
     }
     let gates = match new.moe.shared {
         Some(shared) if shared.gated => n_layers,
@@ -127,7 +127,7 @@ fn check(source: &Checkpoint, form: &ModelConfig, new: &NewFeedForwards) -> Resu
     }
     let problem =
         format!("gates of shared experts have other shapes than [{d}] for {gates} layers");
-    Err(refuse(source, problem))
+    Err(CheckpointError::experts(source.origin(), problem))
 }
 
 /// How a tensor of a layer with experts is made, and the stored format that it follows; nothing for all other tensors.
@@ -163,11 +163,4 @@ pub(super) fn recipe(
         part: part.to_owned(),
     });
     Some((Recipe::Pieces(vec![made]), stored.unwrap_or(Dtype::F32)))
-}
-
-fn refuse(source: &Checkpoint, problem: String) -> CheckpointError {
-    CheckpointError::Experts {
-        origin: source.origin().to_owned(),
-        problem,
-    }
 }

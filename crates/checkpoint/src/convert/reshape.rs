@@ -38,7 +38,10 @@ pub(super) fn plan<'a>(
             true => "a GGUF file stays one: give the output a name in .gguf, and convert it then",
             false => "a folder stays one: give the output another name, and convert it then",
         };
-        return Err(refuse(source, problem.to_owned()));
+        return Err(CheckpointError::experts(
+            source.origin(),
+            problem.to_owned(),
+        ));
     }
     let new = new_config(source, experts)?;
     // The digest has looked into every tensor, and the system maps more around each look.
@@ -110,7 +113,10 @@ fn stored(source: &Checkpoint) -> Result<Vec<Raw>> {
 fn new_config(source: &Checkpoint, experts: &NewExperts) -> Result<ModelConfig> {
     let old = source.config();
     if old.moe.layers.is_empty() {
-        return Err(refuse(source, "it has no layers with experts".to_owned()));
+        return Err(CheckpointError::experts(
+            source.origin(),
+            "it has no layers with experts".to_owned(),
+        ));
     }
     if experts.layers.len() != old.moe.layers.len() {
         let problem = format!(
@@ -118,7 +124,7 @@ fn new_config(source: &Checkpoint, experts: &NewExperts) -> Result<ModelConfig> 
             experts.layers.len(),
             old.moe.layers.len()
         );
-        return Err(refuse(source, problem));
+        return Err(CheckpointError::experts(source.origin(), problem));
     }
     let has_bias = old.moe.router_bias
         || matches!(
@@ -144,21 +150,30 @@ fn new_config(source: &Checkpoint, experts: &NewExperts) -> Result<ModelConfig> 
                 }
                 _ => continue,
             };
-            return Err(refuse(source, problem));
+            return Err(CheckpointError::experts(source.origin(), problem));
         }
     }
     if old.moe.factors.is_some() {
         let problem = "they are in factors: apply this plan to the model that they were made of";
-        return Err(refuse(source, problem.to_owned()));
+        return Err(CheckpointError::experts(
+            source.origin(),
+            problem.to_owned(),
+        ));
     }
     if experts.factors.is_some() && source.is_gguf() {
         let problem = "GGUF has no place for factors: apply this plan to a folder, or with --compat, which multiplies them";
-        return Err(refuse(source, problem.to_owned()));
+        return Err(CheckpointError::experts(
+            source.origin(),
+            problem.to_owned(),
+        ));
     }
     if !old.moe.shared_weights.is_empty() {
         let problem =
             "they share weights already: apply this plan to the model that they were made of";
-        return Err(refuse(source, problem.to_owned()));
+        return Err(CheckpointError::experts(
+            source.origin(),
+            problem.to_owned(),
+        ));
     }
     let mut new = old.clone();
     new.moe.factors = experts.factors;
@@ -366,11 +381,11 @@ impl<'a> Planner<'a> {
                 "tensor `{}` ({}) cannot be written in factors: convert the model first, to a folder in bf16",
                 raw.name, raw.dtype
             );
-            return Err(refuse(self.source, problem));
+            return Err(CheckpointError::experts(self.source.origin(), problem));
         };
         let &[n_out, n_in] = raw.shape.as_slice() else {
-            return Err(refuse(
-                self.source,
+            return Err(CheckpointError::experts(
+                self.source.origin(),
                 format!("tensor `{}` is no matrix", raw.name),
             ));
         };
@@ -416,8 +431,8 @@ impl<'a> Planner<'a> {
 
     fn mixed(&self, raw: &Raw, layer: usize, at: usize, part: Option<&str>) -> Result<Piece> {
         let (Some(part), Some(mixer)) = (part, &self.experts.mixer) else {
-            return Err(refuse(
-                self.source,
+            return Err(CheckpointError::experts(
+                self.source.origin(),
                 format!(
                     "experts of tensor `{}` ({}) cannot be mixed: its format or layout is not written; convert the model \
                      first, such as to bf16 or q8_0",
@@ -471,7 +486,7 @@ impl<'a> Planner<'a> {
                  folder in bf16",
                 raw.name
             );
-            return Err(refuse(self.source, problem));
+            return Err(CheckpointError::experts(self.source.origin(), problem));
         }
         let size = self.piece_bytes(raw, place, place.n_old)?;
         let mut pieces = Vec::with_capacity(place.new.len());
@@ -541,8 +556,7 @@ impl<'a> Planner<'a> {
             return Ok(());
         }
         if !per_layer && lists.iter().any(|list| *list != lists[0]) {
-            return Err(refuse(
-                self.source,
+            return Err(CheckpointError::experts(self.source.origin(),
                 "its one router picks the same experts in all layers, so that all have to keep the same".to_owned(),
             ));
         }
@@ -554,7 +568,7 @@ impl<'a> Planner<'a> {
                 "tensor `{}` has shape {:?}, expected {n_rows} rows for the experts of all layers",
                 raw.name, raw.shape
             );
-            return Err(refuse(self.source, problem));
+            return Err(CheckpointError::experts(self.source.origin(), problem));
         }
         let size = raw.bytes.len() / n_rows;
         let row = |row: usize| Piece::Stored(raw.bytes.slice(row * size..(row + 1) * size));
@@ -580,8 +594,8 @@ impl<'a> Planner<'a> {
         if fits {
             return Ok(raw.bytes.len() / n);
         }
-        Err(refuse(
-            self.source,
+        Err(CheckpointError::experts(
+            self.source.origin(),
             format!(
                 "tensor `{}` has shape {:?}, expected {n} in the first dimension for the experts of layer {}",
                 raw.name, raw.shape, place.layer
@@ -611,11 +625,4 @@ fn renamed(name: &str, from: usize, to: usize) -> String {
         }
     }
     name.to_owned()
-}
-
-fn refuse(source: &Checkpoint, problem: String) -> CheckpointError {
-    CheckpointError::Experts {
-        origin: source.origin().to_owned(),
-        problem,
-    }
 }

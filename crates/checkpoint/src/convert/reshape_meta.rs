@@ -184,11 +184,11 @@ fn expect_same(origin: &str, theirs: &ModelConfig, new: &ModelConfig) -> Result<
     if theirs == new {
         return Ok(());
     }
-    Err(CheckpointError::Experts {
-        origin: origin.to_owned(),
-        problem: format!(
+    Err(CheckpointError::experts(
+        origin,
+        format!(
             "its configuration has no place for the new numbers of experts: {:?} would be read as {:?}",
             new.moe, theirs.moe
         ),
-    })
+    ))
 }

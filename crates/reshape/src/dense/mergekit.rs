@@ -560,10 +560,10 @@ impl Mixer for Sources {
         part: &str,
     ) -> Result<Vec<f32>, CheckpointError> {
         let Some((expert, model)) = self.experts.get(at) else {
-            return Err(CheckpointError::Experts {
-                origin: source.origin().to_owned(),
-                problem: format!("nothing says what expert {at} is"),
-            });
+            return Err(CheckpointError::experts(
+                source.origin(),
+                format!("nothing says what expert {at} is"),
+            ));
         };
         let mut all = values(model, layer, part)?;
         if let Some(noise) = expert.noise_scale {

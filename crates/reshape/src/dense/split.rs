@@ -147,10 +147,10 @@ impl Mixer for Parts {
                 None => None,
             });
         let Some((neurons, scale)) = found else {
-            return Err(CheckpointError::Experts {
-                origin: source.origin().to_owned(),
-                problem: format!("nothing says which neurons expert {at} of layer {layer} has"),
-            });
+            return Err(CheckpointError::experts(
+                source.origin(),
+                format!("nothing says which neurons expert {at} of layer {layer} has"),
+            ));
         };
         let all = values(source, layer, part)?;
         let mut own = of_neurons(part, &all, self.width, neurons);
