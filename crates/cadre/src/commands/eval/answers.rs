@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::questions::{Asked, QuestionArgs, Tally, about};
 use crate::cli::App;
-use crate::data::{read_lines, unnamed};
+use crate::data::unnamed;
 use crate::live::Live;
 use crate::output::bar;
 
@@ -54,10 +54,7 @@ struct Sample {
 
 /// Asks and prints.
 pub(super) fn run(app: &App, args: &Args) -> Result<()> {
-    let mut questions: Vec<Question> = Vec::new();
-    for path in &args.questions.data {
-        questions.extend(read_lines(path, HINT)?);
-    }
+    let questions: Vec<Question> = args.questions.read(HINT)?;
     let mut asked = args.questions.load(app)?;
     let options = GenerateOptions {
         max_new_tokens: args.n_predict,

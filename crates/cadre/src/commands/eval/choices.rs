@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::questions::{Asked, QuestionArgs, Tally, about};
 use crate::cli::App;
-use crate::data::{read_lines, unnamed};
+use crate::data::unnamed;
 use crate::output::bar;
 
 /// Arguments of `cadre eval choices`.
@@ -49,10 +49,7 @@ struct Sample {
 
 /// Asks and prints.
 pub(super) fn run(app: &App, args: &Args) -> Result<()> {
-    let mut questions: Vec<Question> = Vec::new();
-    for path in &args.questions.data {
-        questions.extend(read_lines(path, HINT)?);
-    }
+    let questions: Vec<Question> = args.questions.read(HINT)?;
     for question in &questions {
         about(check(question), &question.prompt)?;
     }

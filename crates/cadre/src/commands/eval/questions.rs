@@ -7,10 +7,12 @@ use anyhow::{Context, Result};
 use cadre_checkpoint::{EncodeOptions, Tokenizer};
 use cadre_engine::{Session, SessionOptions};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use crate::cache::CacheArgs;
 use crate::cli::App;
+use crate::data::read_lines;
 use crate::lossy::Said;
 use crate::model::{Loaded, ModelArgs};
 use crate::output::{Format, Out};
@@ -24,7 +26,7 @@ pub(super) struct QuestionArgs {
     cache: CacheArgs,
     /// JSON lines, one question each; may be given several times.
     #[arg(long, value_name = "FILE", required = true)]
-    pub(super) data: Vec<PathBuf>,
+    data: Vec<PathBuf>,
     /// Tokens that the model sees at most; 0 means what the model allows, up to 4096.
     #[arg(short, long, value_name = "N", default_value_t = 0)]
     ctx_size: usize,
@@ -48,6 +50,15 @@ pub(super) struct Asked {
 }
 
 impl QuestionArgs {
+    /// The questions of all files; `hint` shows one.
+    pub(super) fn read<T: DeserializeOwned>(&self, hint: &str) -> Result<Vec<T>> {
+        let mut questions = Vec::new();
+        for path in &self.data {
+            questions.extend(read_lines(path, hint)?);
+        }
+        Ok(questions)
+    }
+
     pub(super) fn load(&self, app: &App) -> Result<Asked> {
         let options = SessionOptions {
             n_ctx: (self.ctx_size > 0).then_some(self.ctx_size),
