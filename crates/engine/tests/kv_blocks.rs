@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use cadre_checkpoint::{AttentionExperts, DecoupledRouter, ModelConfig};
+use cadre_checkpoint::{AttentionExperts, ModelConfig};
 use cadre_engine::{
     KV_BLOCK, KvBlock, KvFormat, KvFormats, KvMemory, LoadOptions, Logits, Model, NoObserver,
     Observer, RoutingEvent, Sequence, Session, SessionOptions, load,
@@ -23,17 +23,7 @@ fn model(change: impl FnOnce(&mut ModelConfig)) -> Arc<dyn Model> {
 }
 
 fn decoupled() -> Arc<dyn Model> {
-    model(|config| {
-        config.model_type = "cadre_moe".to_owned();
-        config.moe.decoupled_router = Some(DecoupledRouter {
-            hidden_size: 16,
-            n_layers: 1,
-            n_heads: 2,
-            head_dim: 8,
-            intermediate_size: 16,
-            per_layer: true,
-        });
-    })
+    model(TinyMoe::decouple)
 }
 
 fn session(model: &dyn Model, kv: KvFormats) -> Session {

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use cadre_checkpoint::{
-    Activation, AttentionConfig, Checkpoint, Dtype, FolderContents, ModelConfig, MoeConfig,
-    NormKind, QkNorm, RopeConfig, RouterConfig, Scales, TensorData, tensor_specs, write_folder,
+    Activation, AttentionConfig, Checkpoint, DecoupledRouter, Dtype, FolderContents, ModelConfig,
+    MoeConfig, NormKind, QkNorm, RopeConfig, RouterConfig, Scales, TensorData, tensor_specs,
+    write_folder,
 };
 
 use crate::random::Random;
@@ -165,6 +166,19 @@ impl TinyMoe {
     pub fn configure(mut self, edit: impl FnOnce(&mut ModelConfig)) -> Self {
         edit(&mut self.config);
         self
+    }
+
+    /// Makes `config` that of a model with one router before its layers, which picks for each of them.
+    pub fn decouple(config: &mut ModelConfig) {
+        config.model_type = "cadre_moe".to_owned();
+        config.moe.decoupled_router = Some(DecoupledRouter {
+            hidden_size: 16,
+            n_layers: 1,
+            n_heads: 2,
+            head_dim: 8,
+            intermediate_size: 16,
+            per_layer: true,
+        });
     }
 
     /// The configuration as it stands.

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use cadre_checkpoint::{AttentionExperts, DecoupledRouter, ResidualMlp, RouterConfig};
+use cadre_checkpoint::{AttentionExperts, ResidualMlp, RouterConfig};
 use cadre_testkit::{TinyFolder, TinyMoe};
 
 use crate::common::{arg, failure, json, stdout};
@@ -162,15 +162,9 @@ fn attention_experts_are_counted_and_streamed() {
 /// One router before the layers.
 fn decoupled() -> TinyFolder {
     let model = TinyMoe::default().n_layers(4).configure(|config| {
-        config.model_type = "cadre_moe".to_owned();
-        config.moe.decoupled_router = Some(DecoupledRouter {
-            hidden_size: 16,
-            n_layers: 1,
-            n_heads: 2,
-            head_dim: 8,
-            intermediate_size: 24,
-            per_layer: false,
-        });
+        TinyMoe::decouple(config);
+        let router = config.moe.decoupled_router.as_mut().unwrap();
+        (router.intermediate_size, router.per_layer) = (24, false);
     });
     model.build().unwrap()
 }

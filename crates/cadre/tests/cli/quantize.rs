@@ -65,50 +65,22 @@ fn what_cannot_be_is_said_with_what_to_do() {
         );
     };
     let out = path("out.gguf");
+    let to_q4_0 = |more: &[&str], code: i32, words: &str| {
+        let args = ["q4_0", "-m", model, "-o", &out];
+        refused(&[&args[..], more].concat(), code, words);
+    };
     refused(&["q9", "-m", model, "-o", &out], 2, "MXFP4_MOE");
     refused(
         &["q4_0", "-m", model, "-o", &path("folder")],
         2,
         "does not end in .gguf",
     );
-    refused(
-        &[
-            "q4_0",
-            "-m",
-            model,
-            "-o",
-            &out,
-            "--tensor-type",
-            "output.weight",
-        ],
-        2,
-        "NAME=FORMAT",
-    );
+    to_q4_0(&["--tensor-type", "output.weight"], 2, "NAME=FORMAT");
     let router = "blk.*.ffn_gate_inp.weight=q4_0";
-    refused(
-        &["q4_0", "-m", model, "-o", &out, "--tensor-type", router],
-        1,
-        "at least 8 bits",
-    );
-    refused(
-        &["q4_0", "-m", model, "-o", &out, "--imatrix", &path("none")],
-        1,
-        "none",
-    );
+    to_q4_0(&["--tensor-type", router], 1, "at least 8 bits");
+    to_q4_0(&["--imatrix", &path("none")], 1, "none");
     fs::write(path("no.dat"), b"no matrix").unwrap();
-    refused(
-        &[
-            "q4_0",
-            "-m",
-            model,
-            "-o",
-            &out,
-            "--imatrix",
-            &path("no.dat"),
-        ],
-        1,
-        "cut off",
-    );
+    to_q4_0(&["--imatrix", &path("no.dat")], 1, "cut off");
     stdout(&["quantize", "q4_0", "-m", model, "-o", &path("q4.gguf")]);
     refused(
         &["q5_0", "-m", &path("q4.gguf"), "-o", &out],

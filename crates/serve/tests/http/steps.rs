@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use cadre_checkpoint::DecoupledRouter;
 use cadre_serve::{StepOptions, StepOrder};
+use cadre_testkit::TinyMoe;
 use serde_json::json;
 
 use crate::client::post;
@@ -59,17 +59,7 @@ fn with(order: StepOrder, checkpoint: &cadre_checkpoint::Checkpoint) -> Setup {
 
 #[test]
 fn steps_of_those_that_share_experts_need_fewer() {
-    let decoupled = checkpoint_with(|config| {
-        config.model_type = "cadre_moe".to_owned();
-        config.moe.decoupled_router = Some(DecoupledRouter {
-            hidden_size: 16,
-            n_layers: 1,
-            n_heads: 2,
-            head_dim: 8,
-            intermediate_size: 16,
-            per_layer: true,
-        });
-    });
+    let decoupled = checkpoint_with(TinyMoe::decouple);
     for checkpoint in [checkpoint(), decoupled] {
         let setup = with(StepOrder::Turns, &checkpoint);
         let (turns, waited) = run(&setup);
