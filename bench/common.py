@@ -27,6 +27,26 @@ def say(message):
     print(message, file=sys.stderr, flush=True)
 
 
+def run(program, *args):
+    """What a program prints; its message ends this one when it fails."""
+    command = [str(program), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout
+
+
+def head(source, target, n_chars):
+    """Copies the first documents of a file, up to so many characters."""
+    taken = 0
+    with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as out:
+        for line in lines:
+            if taken >= n_chars:
+                break
+            taken += len(line)
+            out.write(line)
+
+
 def pin(threads):
     """Pins this process and what it starts to the first `threads` CPUs that it may use; returns them."""
     cpus = sorted(os.sched_getaffinity(0))[:threads]

@@ -11,9 +11,10 @@ Python's standard library.
 import argparse
 import json
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
+
+from common import head, run
 
 ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ["code", "dialogue", "german", "math", "prose"]
@@ -21,27 +22,12 @@ PRUNES = ["router-mass", "frequency", "reap", "uncurl"]
 MERGES = ["m-smoe", "mean"]
 
 
-def head(source, target, n_chars):
-    """The first documents of a file, up to so many characters."""
-    taken = 0
-    with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as out:
-        for line in lines:
-            if taken >= n_chars:
-                break
-            taken += len(line)
-            out.write(line)
-
-
 class Bench:
     def __init__(self, args, folder):
         self.args, self.folder = args, Path(folder)
 
     def run(self, *args):
-        command = [self.args.cadre, *map(str, args)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-        return done.stdout
+        return run(self.args.cadre, *args)
 
     def trace(self, domain):
         text, trace = self.folder / f"{domain}.train.jsonl", self.folder / f"{domain}.parquet"

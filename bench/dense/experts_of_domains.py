@@ -11,7 +11,7 @@ of each seed). Nothing is trained. Prints Markdown: nats per token.
 import argparse
 import tempfile
 
-from common import Bench, arguments, moments
+from bed import Bench, arguments, moments
 
 
 def main():

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from common import Bench, arguments, moments
+from bed import Bench, arguments, moments
 
 PLANS = ["uncurl", "router-mass"]
 

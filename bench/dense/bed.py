@@ -1,10 +1,13 @@
 """What the benchmarks of models made out of dense ones share: running cadre, pieces of text, perplexities."""
 
 import json
-import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+from common import head, run  # noqa: E402
 
 
 def arguments(parser):
@@ -16,17 +19,6 @@ def arguments(parser):
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--look-chars", type=int, default=60_000, help="characters of a domain that are looked at")
     parser.add_argument("--judge-chars", type=int, default=12_000, help="characters of held-out text per domain")
-
-
-def head(source, target, n_chars):
-    """The first documents of a file, up to so many characters."""
-    taken = 0
-    with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as out:
-        for line in lines:
-            if taken >= n_chars:
-                break
-            taken += len(line)
-            out.write(line)
 
 
 class Bench:
@@ -45,11 +37,7 @@ class Bench:
         return self.folder / f"{domain}.judge.jsonl"
 
     def run(self, *args):
-        command = [self.args.cadre, *map(str, args)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-        return done.stdout
+        return run(self.args.cadre, *args)
 
     def nll(self, model, domain, *more):
         """Nats per token on the held-out text of `domain`."""
