@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use cadre_checkpoint::Checkpoint;
 use cadre_serve::{StepOptions, StepOrder};
 use cadre_testkit::TinyMoe;
 use serde_json::json;
@@ -13,67 +14,71 @@ use crate::setup::{Setup, checkpoint, checkpoint_with, greedy, model};
 
 const PATH: &str = "/v1/completions";
 const N: usize = 1900;
+/// Tokens that clients write again and again: those of one word pick about the same experts.
+const WORDS: [usize; 2] = [50, 120];
 
-/// Eight answers at a time, four to a step. Half of the clients write one token again and again, half another, so that
-/// each half picks about the same experts. Experts per step, and the longest wait.
-fn run(setup: &Setup) -> (f64, f64) {
+/// One client for each of `words`, by index, four answers to a step: experts per step while all of them run, and the
+/// longest wait in steps.
+fn run(order: StepOrder, checkpoint: &Checkpoint, words: &[usize]) -> (f64, f64) {
+    let setup = Setup::of(checkpoint, model(checkpoint), |options| {
+        options.parallel = words.len();
+        // Long enough that all run when the last one begins.
+        options.session.n_ctx = Some(2048);
+        options.steps = Some(StepOptions { most: 4, order });
+    });
     let address = setup.address();
-    let ask = |i: usize| {
-        let word = if i.is_multiple_of(2) { "50" } else { "120" };
-        let body = json!({"prompt": tokens(5, i % 2), "max_tokens": N, "temperature": 0, "ignore_eos": true,
-            "logit_bias": {word: 100}});
+    let ask = |word: usize| {
+        let body = json!({"prompt": tokens(5, word), "max_tokens": N, "temperature": 0, "ignore_eos": true,
+            "logit_bias": {WORDS[word].to_string(): 100}});
         let answer = post(address, PATH, &body);
         assert_eq!(answer.status, 200, "{}", answer.text());
         answer.json()["choices"][0]["text"].take()
     };
+    let counts =
+        || ["cadre:steps_total", "cadre:step_experts_total"].map(|name| metric(address, name));
+    let mut per_step = 0.0;
     std::thread::scope(|scope| {
-        // One after the other, so that turns take two of each kind.
-        let begin = |i: usize| {
-            let client = scope.spawn(move || ask(i));
-            wait_until("it runs", Duration::from_secs(5), || {
-                metric(address, "vllm:num_requests_running") == i as f64 + 1.0
-            });
-            client
-        };
-        let clients: Vec<_> = (0..8).map(begin).collect();
-        for (i, client) in clients.into_iter().enumerate() {
-            let word = if i.is_multiple_of(2) { 50 } else { 120 };
-            let expected = setup.text(&tokens(5, i % 2), &[word; N]);
-            assert_eq!(client.join().unwrap(), expected, "client {i}");
+        let clients: Vec<_> = words
+            .iter()
+            .map(|&word| scope.spawn(move || ask(word)))
+            .collect();
+        wait_until("all run", Duration::from_secs(5), || {
+            metric(address, "vllm:num_requests_running") == words.len() as f64
+        });
+        let [steps, experts] = counts();
+        wait_until("hundreds of steps", Duration::from_secs(60), || {
+            counts()[0] >= steps + 300.0
+        });
+        let [steps_then, experts_then] = counts();
+        per_step = (experts_then - experts) / (steps_then - steps);
+        for (client, &word) in clients.into_iter().zip(words) {
+            let expected = setup.text(&tokens(5, word), &[WORDS[word] as u32; N]);
+            assert_eq!(client.join().unwrap(), expected);
         }
     });
-    let steps = metric(address, "cadre:steps_total");
-    assert!(steps > 100.0, "{steps}");
-    let experts = metric(address, "cadre:step_experts_total") / steps;
-    (experts, metric(address, "cadre:step_longest_wait"))
-}
-
-fn with(order: StepOrder, checkpoint: &cadre_checkpoint::Checkpoint) -> Setup {
-    Setup::of(checkpoint, model(checkpoint), |options| {
-        options.parallel = 8;
-        // Long enough that all run when the last one begins.
-        options.session.n_ctx = Some(2048);
-        options.steps = Some(StepOptions { most: 4, order });
-    })
+    let waited = metric(address, "cadre:step_longest_wait");
+    setup.end();
+    (per_step, waited)
 }
 
 #[test]
 fn steps_of_those_that_share_experts_need_fewer() {
     let decoupled = checkpoint_with(TinyMoe::decouple);
+    let eight = [0, 1, 0, 1, 0, 1, 0, 1];
     for checkpoint in [checkpoint(), decoupled] {
-        let setup = with(StepOrder::Turns, &checkpoint);
-        let (turns, waited) = run(&setup);
-        // Who comes later waits for a round at most.
-        assert!(waited <= 2.0, "{waited}");
-        setup.end();
-        let setup = with(StepOrder::Experts, &checkpoint);
-        let (grouped, waited) = run(&setup);
+        // Four at a time leave nothing to choose.
+        let turns = |words: [usize; 4]| run(StepOrder::Turns, &checkpoint, &words).0;
+        let (alike, mixed) = ((turns([0; 4]) + turns([1; 4])) / 2.0, turns([0, 0, 1, 1]));
+        assert!(alike < 0.85 * mixed, "{alike} experts alike, {mixed} mixed");
+        let (grouped, waited) = run(StepOrder::Experts, &checkpoint, &eight);
         assert!(waited <= 6.0, "three rounds of two steps: {waited}");
         assert!(
-            grouped < 0.85 * turns,
-            "{grouped} experts, {turns} in turns"
+            grouped < alike + 0.25 * (mixed - alike),
+            "{grouped} experts, {alike} alike, {mixed} mixed"
         );
-        setup.end();
+        // Who comes later waits for a round at most.
+        let (_, waited) = run(StepOrder::Turns, &checkpoint, &eight);
+        assert!(waited <= 2.0, "{waited}");
     }
 }
 
