@@ -49,7 +49,7 @@ struct Numbers {
     /// Bytes of keys and values that are taken, and that may be.
     kv_bytes: (usize, usize),
     preemptions: u64,
-    steps: Option<Steps>,
+    steps: Steps,
     prompt_tokens: u64,
     cached_tokens: u64,
     new_tokens: u64,
@@ -200,7 +200,7 @@ impl Default for Metrics {
             kv_share: 0.0,
             kv_bytes: (0, 0),
             preemptions: 0,
-            steps: None,
+            steps: Steps::default(),
             prompt_tokens: 0,
             cached_tokens: 0,
             new_tokens: 0,
@@ -250,7 +250,7 @@ impl Metrics {
     /// so for so many steps.
     pub(crate) fn step(&self, (n_tokens, n_experts, waited): (usize, usize, usize)) {
         let mut numbers = self.numbers();
-        let steps = numbers.steps.get_or_insert_default();
+        let steps = &mut numbers.steps;
         steps.n += 1;
         steps.tokens += n_tokens as u64;
         steps.experts += n_experts as u64;
@@ -320,12 +320,11 @@ impl Metrics {
             page.histogram(name, histogram);
         }
         page.counter("cadre:pass_seconds_total", numbers.pass_seconds);
-        if let Some(steps) = numbers.steps {
-            page.counter("cadre:steps_total", steps.n as f64);
-            page.counter("cadre:step_tokens_total", steps.tokens as f64);
-            page.counter("cadre:step_experts_total", steps.experts as f64);
-            page.gauge("cadre:step_longest_wait", steps.longest_wait as f64);
-        }
+        let steps = numbers.steps;
+        page.counter("cadre:steps_total", steps.n as f64);
+        page.counter("cadre:step_tokens_total", steps.tokens as f64);
+        page.counter("cadre:step_experts_total", steps.experts as f64);
+        page.gauge("cadre:step_longest_wait", steps.longest_wait as f64);
         page.experts(&numbers.experts);
         page.kind("http_requests_total", "counter");
         for ((endpoint, status), n) in &numbers.answers {

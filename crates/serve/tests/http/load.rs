@@ -25,15 +25,18 @@ fn text(answer: &Answer) -> String {
     texts.collect()
 }
 
-/// A gauge or counter of `/metrics`.
-pub(crate) fn metric(address: SocketAddr, name: &str) -> f64 {
+/// Gauges or counters of `/metrics`, all at one time.
+pub(crate) fn metrics<const N: usize>(address: SocketAddr, names: [&str; N]) -> [f64; N] {
     let page = get(address, "/metrics");
-    let line = page
-        .text()
-        .lines()
-        .find(|line| line.starts_with(&format!("{name}{{")))
-        .unwrap();
-    line.rsplit(' ').next().unwrap().parse().unwrap()
+    names.map(|name| {
+        let mut lines = page.text().lines();
+        let line = lines.find(|line| line.starts_with(&format!("{name}{{")));
+        line.unwrap().rsplit(' ').next().unwrap().parse().unwrap()
+    })
+}
+
+pub(crate) fn metric(address: SocketAddr, name: &str) -> f64 {
+    metrics(address, [name])[0]
 }
 
 #[track_caller]
@@ -108,10 +111,10 @@ fn begin(address: SocketAddr, n: usize) -> std::net::TcpStream {
 fn who_leaves_makes_room_within_a_second() {
     let setup = Setup::with(|options| {
         options.parallel = 2;
-        options.session.n_ctx = Some(2048);
+        options.session.n_ctx = Some(16_384);
     });
     let address = setup.address();
-    let streams = [begin(address, 2000), begin(address, 2000)];
+    let streams = [begin(address, 16_000), begin(address, 16_000)];
     assert_eq!(metric(address, "vllm:num_requests_running"), 2.0);
     // One waits in the queue, and leaves it again; it wants the answer as a whole.
     let body = json!({"prompt": "the mill", "max_tokens": 5, "ignore_eos": true}).to_string();
@@ -145,10 +148,10 @@ fn a_full_queue_says_when_to_come_back() {
     let setup = Setup::with(|options| {
         options.parallel = 1;
         options.queue = 1;
-        options.session.n_ctx = Some(2048);
+        options.session.n_ctx = Some(16_384);
     });
     let address = setup.address();
-    let stream = begin(address, 2000);
+    let stream = begin(address, 16_000);
     let body = json!({"prompt": "the mill", "max_tokens": 5, "ignore_eos": true}).to_string();
     let mut waiting = connect(address);
     waiting

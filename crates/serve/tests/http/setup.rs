@@ -58,7 +58,7 @@ pub(crate) fn checkpoint() -> Checkpoint {
 pub(crate) fn checkpoint_with(change: impl FnOnce(&mut ModelConfig)) -> Checkpoint {
     let folder = TinyMoe::default()
         .configure(|config| {
-            config.max_position_embeddings = 2048;
+            config.max_position_embeddings = 16_384;
             change(config);
         })
         .build()
