@@ -11,12 +11,15 @@
 //! | `dx = dy w` | rows of `dy` | panels of `w` (packed down) |
 //! | `dw = dy^T x` | panels of `dy` | panels of `x` |
 //!
+//! [`Bf16Gemm::multiply`] writes or adds to what is there, [`Bf16Gemm::fill`] to memory that nobody has cleared.
+//!
 //! [`Panels::corner`] is the beginning of panels, for causal attention.
 //!
 //! A sum runs over `k` in order, from what the destination holds: neither threads nor a product cut along `k` into
 //! several with [`Write::Add`] change a bit. Rounding is to nearest, halves to even; numbers below the normal ones of
 //! bf16 count as zero.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -24,13 +27,16 @@ use rayon::prelude::*;
 use crate::arch::bf16_gemm::{LINE, Line, Strip, View};
 use crate::gemm::{Mat, MatMut, Write};
 use crate::isa::Isa;
-use crate::memory::resize;
+use crate::memory::rewrite;
+use crate::room::{Piece, Room};
 use crate::table::Kernels;
 
 /// Words of `k` that are multiplied before the next tile: a panel's share stays in the first cache.
 const WORDS: usize = 128;
 /// Rows of the left operand that are multiplied by all panels, and given to one thread.
 const ROWS: usize = 192;
+/// Columns that are finished before the next: their sums stay in the second cache while `k` is walked.
+const COLS: usize = 512;
 /// Panels that one thread packs side by side, and words of them that it packs at a time.
 const TOGETHER: usize = 4;
 const DEEP: usize = 16;
@@ -196,20 +202,21 @@ impl Bf16Gemm {
         let (m, k) = (index.map_or(mat.rows, <[u32]>::len), mat.cols);
         let per_row = Rows::row_lines(k);
         (into.m, into.k) = (m, k);
-        resize(&mut into.lines, m * per_row, Line::ZERO);
         let pack_row = self.kernels.table().bf16.pack_row;
-        for_each_chunk(
-            &mut into.lines,
-            PACKED * per_row,
-            threads,
-            |(block, lines)| {
-                for (i, lines) in lines.chunks_exact_mut(per_row).enumerate() {
-                    let words = &mut as_words_mut(lines)[..k.div_ceil(2)];
-                    // SAFETY: `self` proves the instruction set; there is a word for every two values.
-                    unsafe { pack_row(view.part(block * PACKED + i, 0, k), words) };
-                }
-            },
-        );
+        let pack = |(block, lines): (usize, &mut [MaybeUninit<Line>])| {
+            for (i, lines) in lines.chunks_exact_mut(per_row).enumerate() {
+                let (words, rest) = as_words_mut(lines).split_at_mut(k.div_ceil(2));
+                // SAFETY: `self` proves the instruction set; there is a word for every two values.
+                unsafe { pack_row(view.part(block * PACKED + i, 0, k), words) };
+                rest.fill(MaybeUninit::new(0));
+            }
+        };
+        // SAFETY: every row writes its words and the rest of its lines.
+        unsafe {
+            rewrite(&mut into.lines, m * per_row, |lines| {
+                for_each_chunk(lines, PACKED * per_row, threads, pack);
+            });
+        }
     }
 
     /// Packs `mat` `[k, n]`, or the rows of it that `index` names, as panels.
@@ -221,8 +228,23 @@ impl Bf16Gemm {
         let (k, n) = (index.map_or(mat.rows, <[u32]>::len), mat.cols);
         (into.k, into.n) = (k, n);
         let words = into.words();
-        resize(&mut into.lines, n.div_ceil(LINE) * words, Line::ZERO);
-        let bf16 = self.kernels.table().bf16;
+        // SAFETY: whole panels are handed out, and packing writes all lines that it is given.
+        unsafe {
+            rewrite(&mut into.lines, n.div_ceil(LINE) * words, |lines| {
+                self.pack_panels(lines, (mat, index), [k, n], threads);
+            });
+        }
+    }
+
+    /// Writes the panels of `mat` `[k, n]`, or of the rows of it that `index` names.
+    fn pack_panels(
+        &self,
+        lines: &mut [MaybeUninit<Line>],
+        (mat, index): (Mat<'_>, Option<&[u32]>),
+        [k, n]: [usize; 2],
+        threads: usize,
+    ) {
+        let (words, bf16) = (k.div_ceil(2), self.kernels.table().bf16);
         if mat.col_stride == 1 || index.is_some() {
             let view = View::new(mat, index);
             // Some panels side by side: what is fetched of a row is used before it is forgotten.
@@ -231,7 +253,7 @@ impl Bf16Gemm {
             } else {
                 TOGETHER
             };
-            for_each_chunk(&mut into.lines, together * words, threads, |(i, lines)| {
+            for_each_chunk(lines, together * words, threads, |(i, lines)| {
                 for first in (0..words).step_by(DEEP) {
                     let (view, n_rows) = (view.below(2 * first), k - 2 * first);
                     for (j, lines) in lines.chunks_exact_mut(words).enumerate() {
@@ -244,7 +266,7 @@ impl Bf16Gemm {
             });
         } else {
             let view = View::new(mat.t(), None);
-            for_each_chunk(&mut into.lines, words, threads, |(panel, lines)| {
+            for_each_chunk(lines, words, threads, |(panel, lines)| {
                 let from = panel * LINE;
                 // SAFETY: as above, for every two columns of the view.
                 unsafe { (bf16.pack_across)(&view, from, LINE.min(n - from), lines) };
@@ -265,21 +287,52 @@ impl Bf16Gemm {
         threads: usize,
     ) {
         let b = b.into();
-        let m = a.m;
-        assert_eq!(a.k(), b.k, "inner dimensions");
-        assert_eq!((c.rows, c.cols), (m, b.n), "output shape");
-        if m == 0 || b.n == 0 {
-            return;
-        }
+        assert_eq!((c.rows, c.cols), (a.m, b.n), "output shape");
         let stride = c.row_stride;
-        let last = (m - 1) * stride + b.n;
-        let per_task = rows_per_task(m, threads, a);
-        for_each_chunk(&mut c.data[..last], per_task * stride, threads, |(i, c)| {
-            let rows = a.from + i * per_task..a.from + m.min((i + 1) * per_task);
-            let (base, c_row) = (c.as_mut_ptr(), stride);
+        let last = a.m.saturating_sub(1) * stride + b.n;
+        if a.m > 0 && b.n > 0 {
+            self.tasks(&mut c.data[..last], stride, write, (a, b), threads);
+        }
+    }
+
+    /// `c = a b` in memory that holds nothing yet, row after row; returns the values.
+    ///
+    /// # Panics
+    /// If the shapes do not fit together.
+    pub fn fill<'c, 'b>(
+        &self,
+        mut c: Piece<'c>,
+        a: Left<'_>,
+        b: impl Into<Right<'b>>,
+        threads: usize,
+    ) -> &'c mut [f32] {
+        let b = b.into();
+        assert_eq!(c.len(), a.m * b.n, "output shape");
+        if !c.is_empty() {
+            self.tasks(c.room(), b.n, Write::Set, (a, b), threads);
+        }
+        // SAFETY: tasks share the rows among them, and a block writes every column of its rows.
+        unsafe { c.written() }
+    }
+
+    /// Shares the rows of a product among `threads`. `C` is an f32, or room for one where nothing is added to.
+    fn tasks<C: Send>(
+        &self,
+        c: &mut [C],
+        stride: usize,
+        write: Write,
+        (a, b): (Left<'_>, Right<'_>),
+        threads: usize,
+    ) {
+        assert_eq!(size_of::<C>(), size_of::<f32>(), "room for f32");
+        assert_eq!(a.k(), b.k, "inner dimensions");
+        let per_task = rows_per_task(a.m, threads, a);
+        for_each_chunk(c, per_task * stride, threads, |(i, c)| {
+            let rows = a.from + i * per_task..a.from + a.m.min((i + 1) * per_task);
             assert!(c.len() >= (rows.len() - 1) * stride + b.n, "whole rows");
+            let (base, c_row) = (c.as_mut_ptr().cast::<f32>(), stride);
             let to = Destination { base, c_row, write };
-            // SAFETY: the shapes were compared; the chunk holds these rows, and belongs to this task.
+            // SAFETY: the inner dimensions were compared; the chunk holds these rows, and belongs to this task.
             unsafe { self.block(to, a, rows, b) };
         });
     }
@@ -289,16 +342,42 @@ impl Bf16Gemm {
     /// # Panics
     /// If the shapes do not fit together, or neither rows nor columns of an operand lie side by side.
     pub fn gemm(&self, c: MatMut<'_>, write: Write, a: Mat<'_>, b: Mat<'_>, threads: usize) {
+        self.packed(a, b, threads, |left, right| {
+            self.multiply(c, write, left, right, threads);
+        });
+    }
+
+    /// `a b`, as [`Self::gemm`] makes it.
+    ///
+    /// # Panics
+    /// As [`Self::gemm`].
+    #[must_use]
+    pub fn product(&self, a: Mat<'_>, b: Mat<'_>, threads: usize) -> Vec<f32> {
+        let mut room = Room::new(a.rows * b.cols);
+        let whole = room.whole();
+        self.packed(a, b, threads, |left, right| {
+            self.fill(whole, left, right, threads);
+        });
+        room.finish()
+    }
+
+    fn packed(
+        &self,
+        a: Mat<'_>,
+        b: Mat<'_>,
+        threads: usize,
+        multiply: impl FnOnce(Left<'_>, &Panels),
+    ) {
         let mut right = Panels::default();
         self.panels(&mut right, b, None, threads);
         if a.col_stride == 1 {
             let mut left = Rows::default();
             self.rows(&mut left, a, None, threads);
-            self.multiply(c, write, Left::rows(&left), &right, threads);
+            multiply(Left::rows(&left), &right);
         } else {
             let mut left = Panels::default();
             self.panels(&mut left, a.t(), None, threads);
-            self.multiply(c, write, Left::transposed(&left), &right, threads);
+            multiply(Left::transposed(&left), &right);
         }
     }
 
@@ -308,42 +387,61 @@ impl Bf16Gemm {
     /// `to` may be written for all of `rows` and the columns of `b`; they are rows of `a`, whose `k` is that of `b`.
     unsafe fn block(&self, to: Destination, a: Left<'_>, rows: Range<usize>, b: Right<'_>) {
         let words = b.k.div_ceil(2);
+        for first in (0..b.n).step_by(COLS) {
+            let cols = first..b.n.min(first + COLS);
+            // One round even without words: it writes the zeros.
+            for from in (0..words.max(1)).step_by(WORDS) {
+                let words = from..words.min(from + WORDS);
+                for col in cols.clone().step_by(LINE) {
+                    // SAFETY: the caller's contract.
+                    unsafe { self.strip(to, a, rows.clone(), (b, col, words.clone())) };
+                }
+            }
+        }
+    }
+
+    /// What `words` of `k` add to one panel's columns of a block.
+    ///
+    /// # Safety
+    /// As [`Self::block`].
+    unsafe fn strip(
+        &self,
+        to: Destination,
+        a: Left<'_>,
+        rows: Range<usize>,
+        (b, col, words): (Right<'_>, usize, Range<usize>),
+    ) {
         let bf16 = self.kernels.table().bf16;
-        // One round even without words: it writes the zeros.
-        for from in (0..words.max(1)).step_by(WORDS) {
-            let n_words = WORDS.min(words - from);
-            for col in (0..b.n).step_by(LINE) {
-                let strip = |a: &[u32], a_row: usize, row: usize, n_rows: usize| Strip {
-                    a: a.as_ptr(),
-                    a_row,
-                    b: b.panels.panel(col / LINE)[from..from + n_words].as_ptr(),
-                    n_words,
-                    c: to.base.wrapping_add((row - rows.start) * to.c_row + col),
-                    c_row: to.c_row,
-                    n_rows,
-                    n_cols: LINE.min(b.n - col),
-                    add: to.write == Write::Add || from > 0,
-                };
-                match a.of {
-                    Of::Rows(a) => {
-                        let per_row = Rows::row_lines(a.k);
-                        let a = as_words(&a.lines[rows.start * per_row..rows.end * per_row]);
-                        let strip = strip(&a[from..], per_row * LINE, rows.start, rows.len());
-                        // SAFETY: `self` proves the instruction set. Each of these rows of `a` has a word for each line
-                        // of the panel from `from` on; the caller says that `c` may be written.
-                        unsafe { (bf16.rows)(&strip) };
-                    }
-                    Of::Columns(a) => {
-                        let mut row = rows.start;
-                        while row < rows.end {
-                            let n_rows = (LINE - row % LINE).min(rows.end - row);
-                            let a = as_words(&a.panel(row / LINE)[from..from + n_words]);
-                            let strip = strip(&a[(row % LINE).min(a.len())..], 1, row, n_rows);
-                            // SAFETY: as above; these rows are columns of one panel of `a`.
-                            unsafe { (bf16.panels)(&strip) };
-                            row += n_rows;
-                        }
-                    }
+        let strip = |a: &[u32], a_row: usize, row: usize, n_rows: usize| Strip {
+            a: a.as_ptr(),
+            a_row,
+            b: b.panels.panel(col / LINE)[words.clone()].as_ptr(),
+            n_words: words.len(),
+            c: to.base.wrapping_add((row - rows.start) * to.c_row + col),
+            c_row: to.c_row,
+            n_rows,
+            n_cols: LINE.min(b.n - col),
+            add: to.write == Write::Add || words.start > 0,
+        };
+        match a.of {
+            Of::Rows(a) => {
+                let per_row = Rows::row_lines(a.k);
+                let a = as_words(&a.lines[rows.start * per_row..rows.end * per_row]);
+                let a = &a[words.start..];
+                let strip = strip(a, per_row * LINE, rows.start, rows.len());
+                // SAFETY: `self` proves the instruction set. Each of these rows of `a` has a word for each line
+                // of the panel from the first on; the caller says that `c` may be written.
+                unsafe { (bf16.rows)(&strip) };
+            }
+            Of::Columns(a) => {
+                let mut row = rows.start;
+                while row < rows.end {
+                    let n_rows = (LINE - row % LINE).min(rows.end - row);
+                    let a = as_words(&a.panel(row / LINE)[words.clone()]);
+                    let strip = strip(&a[(row % LINE).min(a.len())..], 1, row, n_rows);
+                    // SAFETY: as above; these rows are columns of one panel of `a`.
+                    unsafe { (bf16.panels)(&strip) };
+                    row += n_rows;
                 }
             }
         }
@@ -374,8 +472,8 @@ fn as_words(lines: &[Line]) -> &[u32] {
     unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * LINE) }
 }
 
-fn as_words_mut(lines: &mut [Line]) -> &mut [u32] {
-    // SAFETY: as above.
+fn as_words_mut(lines: &mut [MaybeUninit<Line>]) -> &mut [MaybeUninit<u32>] {
+    // SAFETY: as above, of room for them.
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * LINE) }
 }
 

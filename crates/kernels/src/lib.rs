@@ -30,6 +30,7 @@ mod place;
 mod pool;
 mod product;
 mod quantize;
+mod room;
 #[cfg(test)]
 mod samples;
 mod table;
@@ -49,4 +50,5 @@ pub use matrix::{Matrix, MatrixError};
 pub use memory::{keep_freed_memory, zeros};
 pub use place::{GrowingMatrix, PlacedMemory};
 pub use pool::ThreadPool;
+pub use room::{Piece, Room};
 pub use table::Kernels;

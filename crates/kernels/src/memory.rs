@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use memmap2::MmapMut;
 use rayon::prelude::*;
 
+use crate::room::Room;
+
 /// Bytes asked of the system at once. Large pages need pieces much larger than they are.
 const PIECE: usize = 64 << 20;
 /// Addresses are a multiple of a line of the cache.
@@ -111,42 +113,46 @@ const SOME: usize = 1 << 16;
 
 /// `n` zeros; of many, every thread of the current rayon pool clears its share.
 ///
-/// `vec![0.0; n]` clears memory that was used before on the calling thread, while the others wait.
+/// `vec![0.0; n]` clears memory that was used before on the calling thread, while the others wait. Where tasks write all
+/// of their part, [`Room`] is faster.
 #[must_use]
 pub fn zeros(n: usize) -> Vec<f32> {
-    let mut zeros = Vec::new();
-    extend(&mut zeros, n, 0.0);
-    zeros
+    if n < MANY {
+        return vec![0.0; n];
+    }
+    let mut room = Room::new(n);
+    let pieces = room.whole().chunks(SOME);
+    pieces.into_par_iter().for_each(|piece| {
+        piece.zeros();
+    });
+    room.finish()
 }
 
-/// Makes `values` `n` long; new ones are `value`. What was there may be lost when there is no room for `n`.
-pub(crate) fn resize<T: Copy + Send + Sync>(values: &mut Vec<T>, n: usize, value: T) {
+/// Makes `values` `n` long by `write`, which is given room for them. What was there is lost.
+///
+/// # Safety
+/// `write` writes all of them.
+pub(crate) unsafe fn rewrite<T: Copy>(
+    values: &mut Vec<T>,
+    n: usize,
+    write: impl FnOnce(&mut [MaybeUninit<T>]),
+) {
+    values.clear();
     if n > values.capacity() {
-        // Nothing to copy: who packs writes everything anew.
-        *values = Vec::new();
+        *values = with_room(n);
     }
-    match n <= values.len() {
-        true => values.truncate(n),
-        false => extend(values, n, value),
-    }
+    write(&mut values.spare_capacity_mut()[..n]);
+    // SAFETY: the caller's contract.
+    unsafe { values.set_len(n) };
 }
 
-fn extend<T: Copy + Send + Sync>(values: &mut Vec<T>, n: usize, value: T) {
-    let more = n - values.len();
-    if more * size_of::<T>() < MANY * size_of::<f32>() {
-        values.resize(n, value);
-        return;
+/// Nothing yet, with room for `n` values, which is a large piece where there are many.
+pub(crate) fn with_room<T>(n: usize) -> Vec<T> {
+    let mut values = Vec::with_capacity(n);
+    if n * size_of::<T>() >= MANY * size_of::<f32>() {
+        ask_for_large_pages(values.spare_capacity_mut());
     }
-    values.reserve_exact(more);
-    let per_task = SOME * size_of::<f32>() / size_of::<T>().max(1);
-    let room = &mut values.spare_capacity_mut()[..more];
-    ask_for_large_pages(room);
-    let clear = |room: &mut [MaybeUninit<T>]| {
-        room.fill(MaybeUninit::new(value));
-    };
-    room.par_chunks_mut(per_task.max(1)).for_each(clear);
-    // SAFETY: `more` values after the last were just written.
-    unsafe { values.set_len(n) };
+    values
 }
 
 /// Asks the system for large pages under `room`, where it gives them on request only: fewer faults when it is touched
@@ -196,23 +202,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zeros_and_longer_vectors_are_what_was_asked_for() {
+    fn zeros_are_what_was_asked_for() {
         for n in [0, 1, SOME, MANY - 1, MANY, MANY + 3 * SOME + 7] {
             let zeros = zeros(n);
             assert!(zeros.len() == n && zeros.iter().all(|x| *x == 0.0));
         }
-        let mut values = vec![7u64; 5];
-        values.reserve(2 * MANY);
-        resize(&mut values, MANY, 1);
-        assert_eq!(
-            (values.len(), values[4], values[5], values[MANY - 1]),
-            (MANY, 7, 1, 1)
-        );
-        resize(&mut values, 3, 2);
-        assert_eq!(values, [7; 3]);
-        let room = values.capacity();
-        resize(&mut values, room + MANY, 2);
-        assert!(values.len() == room + MANY && values.iter().all(|x| *x == 2));
+    }
+
+    #[test]
+    fn what_is_rewritten_keeps_its_room() {
+        let mut values = Vec::new();
+        let write = |n: usize, value: u64, values: &mut Vec<u64>| {
+            // SAFETY: all are written.
+            unsafe { rewrite(values, n, |room| room.fill(MaybeUninit::new(value))) };
+        };
+        for n in [5, MANY + 7, 3, 0, 9] {
+            write(n, n as u64, &mut values);
+            assert!(values.len() == n && values.iter().all(|x| *x == n as u64));
+        }
+        assert!(values.capacity() >= MANY + 7);
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! order and adds the later value of a word first, as `vdpbf16ps` does; it goes on from what the destination holds.
 //! So cutting `k` changes no bit.
 
+use std::mem::MaybeUninit;
+
 use crate::gemm::Mat;
 
 /// Words in a line; columns of a panel.
@@ -13,10 +15,6 @@ pub(crate) const LINE: usize = 32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C, align(128))]
 pub(crate) struct Line(pub(crate) [u32; LINE]);
-
-impl Line {
-    pub(crate) const ZERO: Self = Self([0; LINE]);
-}
 
 /// Rows of a matrix, by index or all of them.
 #[derive(Clone, Copy)]
@@ -82,14 +80,21 @@ pub(crate) struct Strip {
 pub(crate) struct Bf16 {
     /// Whether the CPU multiplies bf16 itself.
     pub(crate) native: bool,
-    /// A row to words: two values side by side are one. `out` is as long as needed; an odd end is followed by zero.
-    pub(crate) pack_row: unsafe fn(x: &[f32], out: &mut [u32]),
+    /// A row to words: two values side by side are one. `out` is as long as needed; an odd end is followed by zero. As the
+    /// others that pack, it writes all of `out`.
+    pub(crate) pack_row: unsafe fn(x: &[f32], out: &mut [MaybeUninit<u32>]),
     /// Columns `from..from + n` of `2 * out.len()` rows (or one less) to lines: two values one above the other are one
     /// word. Zeros fill the last line's lower row and the columns after `n`.
-    pub(crate) pack_down:
-        unsafe fn(x: &View<'_>, n_rows: usize, from: usize, n: usize, out: &mut [Line]),
+    pub(crate) pack_down: unsafe fn(
+        x: &View<'_>,
+        n_rows: usize,
+        from: usize,
+        n: usize,
+        out: &mut [MaybeUninit<Line>],
+    ),
     /// At most [`LINE`] rows to the columns of lines: two values side by side are one word. Zeros fill the rest.
-    pub(crate) pack_across: unsafe fn(x: &View<'_>, from: usize, n: usize, out: &mut [Line]),
+    pub(crate) pack_across:
+        unsafe fn(x: &View<'_>, from: usize, n: usize, out: &mut [MaybeUninit<Line>]),
     /// # Safety
     /// The CPU has the instruction set; `a`, `b` and `c` are valid for what [`Strip`] says, `c` for writing.
     pub(crate) rows: unsafe fn(&Strip),

@@ -1,5 +1,7 @@
 //! The scalar twin of products of bf16: their meaning, word by word.
 
+use std::mem::MaybeUninit;
+
 use half::bf16;
 
 use super::bf16_gemm::{Bf16, LINE, Line, Strip, View};
@@ -23,34 +25,31 @@ fn word(low: f32, high: f32) -> u32 {
     round(low) | round(high) << 16
 }
 
-fn pack_row(x: &[f32], out: &mut [u32]) {
+fn pack_row(x: &[f32], out: &mut [MaybeUninit<u32>]) {
     for (out, x) in out.iter_mut().zip(x.chunks(2)) {
-        *out = word(x[0], x.get(1).copied().unwrap_or(0.0));
+        out.write(word(x[0], x.get(1).copied().unwrap_or(0.0)));
     }
 }
 
-fn pack_down(x: &View<'_>, n_rows: usize, from: usize, n: usize, out: &mut [Line]) {
+fn pack_down(x: &View<'_>, n_rows: usize, from: usize, n: usize, out: &mut [MaybeUninit<Line>]) {
     let at = |row: usize, col: usize| match row < n_rows && col < n {
         true => x.part(row, from, n)[col],
         false => 0.0,
     };
     for (p, line) in out.iter_mut().enumerate() {
-        for (j, out) in line.0.iter_mut().enumerate() {
-            *out = word(at(2 * p, j), at(2 * p + 1, j));
-        }
+        let words = std::array::from_fn(|j| word(at(2 * p, j), at(2 * p + 1, j)));
+        line.write(Line(words));
     }
 }
 
-fn pack_across(x: &View<'_>, from: usize, n: usize, out: &mut [Line]) {
-    for j in 0..LINE {
-        let row = match j < n {
-            true => x.part(from + j, 0, x.cols),
-            false => &[],
-        };
-        for (p, line) in out.iter_mut().enumerate() {
-            let at = |i: usize| row.get(i).copied().unwrap_or(0.0);
-            line.0[j] = word(at(2 * p), at(2 * p + 1));
-        }
+fn pack_across(x: &View<'_>, from: usize, n: usize, out: &mut [MaybeUninit<Line>]) {
+    let at = |j: usize, i: usize| match j < n && i < x.cols {
+        true => x.part(from + j, 0, x.cols)[i],
+        false => 0.0,
+    };
+    for (p, line) in out.iter_mut().enumerate() {
+        let words = std::array::from_fn(|j| word(at(j, 2 * p), at(j, 2 * p + 1)));
+        line.write(Line(words));
     }
 }
 

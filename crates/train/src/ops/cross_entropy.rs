@@ -9,7 +9,7 @@ use super::math::{exp_sum, max, vectorised};
 use burn_flex::FlexTensor;
 use cadre_kernels::bf16_gemm::{Bf16Gemm, Left, Panels, Rows};
 use cadre_kernels::gemm::{Mat, MatMut, Write, gemm};
-use cadre_kernels::zeros;
+use cadre_kernels::{Piece, Room, zeros};
 use rayon::prelude::*;
 
 /// Tokens per block: large enough for full-speed products, small enough to stay in the outer cache.
@@ -207,42 +207,72 @@ impl<'a> Bf16Head<'a> {
         let (d, bf16) = (self.d, self.bf16);
         let mut down = Panels::default();
         bf16.panels(&mut down, self.w, None, rayon::current_num_threads());
-        let mut dx = zeros(self.rows * d);
-        let mut dw = zeros(self.vocab * d);
+        let (mut dx, mut dw) = (Room::new(self.rows * d), Room::new(self.vocab * d));
+        let mut blocks = dx.whole().chunks(BLOCK_BF16 * d).into_iter().enumerate();
+        let mut block = || {
+            let (block, dx) = blocks.next()?;
+            Some(self.block(&down, block * BLOCK_BF16, dx))
+        };
         let mut total = 0.0;
-        for (block, dx) in dx.chunks_mut(BLOCK_BF16 * d).enumerate() {
-            let parts: Vec<Part> = dx
-                .par_chunks_mut(ROWS_BF16 * d)
-                .enumerate()
-                .map_init(Vec::new, |logits, (i, dx)| {
-                    let from = block * BLOCK_BF16 + i * ROWS_BF16;
-                    let x = self.tokens(from);
-                    let loss = self.gradient(logits, x, from);
-                    let dlogits = Mat::new(logits, dx.len() / d, self.vocab);
-                    let mut rows = Rows::default();
-                    bf16.rows(&mut rows, dlogits, None, 1);
-                    let into = MatMut::new(dx, dlogits.dims()[0], d);
-                    bf16.multiply(into, Write::Set, Left::rows(&rows), &down, 1);
-                    let mut part = Part {
-                        loss,
-                        dlogits: Panels::default(),
-                        x: Panels::default(),
-                    };
-                    bf16.panels(&mut part.dlogits, dlogits, None, 1);
-                    bf16.panels(&mut part.x, x, None, 1);
-                    part
-                })
-                .collect();
-            total += parts.iter().map(|part| part.loss).sum::<f64>();
-            dw.par_chunks_mut(SLAB * d).enumerate().for_each(|(i, dw)| {
-                let m = dw.len() / d;
-                for part in &parts {
-                    let left = Left::transposed(&part.dlogits).part(i * SLAB..i * SLAB + m);
-                    bf16.multiply(MatMut::new(dw, m, d), Write::Add, left, &part.x, 1);
-                }
-            });
+        let loss = |parts: &[Part]| parts.iter().map(|part| part.loss).sum::<f64>();
+        // The first block writes the slabs of the weight's gradient, the others add to them.
+        let parts = block().unwrap_or_default();
+        total += loss(&parts);
+        let slabs = dw.whole().chunks(SLAB * d).into_par_iter().enumerate();
+        let mut slabs: Vec<&mut [f32]> = slabs
+            .map(|(i, dw)| {
+                let Some((first, rest)) = parts.split_first() else {
+                    return dw.zeros();
+                };
+                let rows = i * SLAB..i * SLAB + dw.len() / d;
+                let left = Left::transposed(&first.dlogits).part(rows);
+                let dw = bf16.fill(dw, left, &first.x, 1);
+                self.add(i, dw, rest);
+                dw
+            })
+            .collect();
+        while let Some(parts) = block() {
+            total += loss(&parts);
+            let slabs = slabs.par_iter_mut().enumerate();
+            slabs.for_each(|(i, dw)| self.add(i, dw, &parts));
         }
+        let (dx, dw) = (dx.finish(), dw.finish());
         ((total / self.rows as f64) as f32, dx, dw)
+    }
+
+    /// Fills the gradients `dx` of the tokens from `from` on; returns what the weight's gradient is made of.
+    fn block(&self, down: &Panels, from: usize, dx: Piece<'_>) -> Vec<Part> {
+        let (d, bf16) = (self.d, self.bf16);
+        let pieces = dx.chunks(ROWS_BF16 * d).into_par_iter().enumerate();
+        pieces
+            .map_init(Vec::new, |logits, (i, dx)| {
+                let from = from + i * ROWS_BF16;
+                let x = self.tokens(from);
+                let loss = self.gradient(logits, x, from);
+                let dlogits = Mat::new(logits, dx.len() / d, self.vocab);
+                let mut rows = Rows::default();
+                bf16.rows(&mut rows, dlogits, None, 1);
+                bf16.fill(dx, Left::rows(&rows), down, 1);
+                let mut part = Part {
+                    loss,
+                    dlogits: Panels::default(),
+                    x: Panels::default(),
+                };
+                bf16.panels(&mut part.dlogits, dlogits, None, 1);
+                bf16.panels(&mut part.x, x, None, 1);
+                part
+            })
+            .collect()
+    }
+
+    /// Adds what `parts` make of slab `i` of the weight's gradient.
+    fn add(&self, i: usize, dw: &mut [f32], parts: &[Part]) {
+        let m = dw.len() / self.d;
+        for part in parts {
+            let left = Left::transposed(&part.dlogits).part(i * SLAB..i * SLAB + m);
+            let into = MatMut::new(dw, m, self.d);
+            self.bf16.multiply(into, Write::Add, left, &part.x, 1);
+        }
     }
 }
 

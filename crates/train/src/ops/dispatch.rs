@@ -1,7 +1,7 @@
 //! Dispatch: the picks of a batch, ragged, grouped by expert; gathering rows for experts and adding their rows up again.
 
 use super::math::{axpy, vectorised};
-use cadre_kernels::zeros;
+use cadre_kernels::{Piece, Room};
 use cadre_routing::Routing;
 use rayon::prelude::*;
 
@@ -153,6 +153,17 @@ impl Dispatch {
             .collect()
     }
 
+    /// As [`Self::split`], of memory that nobody has written.
+    pub(super) fn pieces<'a>(&self, mut room: Piece<'a>, width: usize) -> Vec<Piece<'a>> {
+        let mut pieces = Vec::with_capacity(self.n_experts());
+        for n in self.loads() {
+            let (piece, rest) = room.split_at(n * width);
+            pieces.push(piece);
+            room = rest;
+        }
+        pieces
+    }
+
     /// Rows of `x` for the pairs of expert `e`, in order.
     pub(super) fn gather(&self, x: &[f32], d: usize, e: usize) -> Vec<f32> {
         let tokens = &self.tokens[self.range(e)];
@@ -166,28 +177,29 @@ impl Dispatch {
     /// `y[t] = sum over the token's pairs of weight * rows[position]`; without weights, the plain sum. A token of which
     /// nothing was dispatched gets zeros.
     pub(super) fn combine(&self, rows: &[f32], weights: Option<&[f32]>, d: usize) -> Vec<f32> {
-        let mut y = zeros(self.n_tokens() * d);
-        y.par_chunks_mut(ROWS * d)
-            .enumerate()
-            .for_each(|(task, y)| {
-                vectorised(
-                    #[inline(always)]
-                    || {
-                        for (row, y) in y.chunks_exact_mut(d).enumerate() {
-                            let t = task * ROWS + row;
-                            for pair in self.offsets[t] as usize..self.offsets[t + 1] as usize {
-                                let position = self.positions[pair];
-                                if position != NOWHERE {
-                                    let from = position as usize * d;
-                                    let weight = weights.map_or(1.0, |w| w[pair]);
-                                    axpy(y, weight, &rows[from..from + d]);
-                                }
+        let mut y = Room::new(self.n_tokens() * d);
+        let pieces = y.whole().chunks(ROWS * d).into_par_iter();
+        pieces.enumerate().for_each(|(task, y)| {
+            // In the cache, where the sums are.
+            let y = y.zeros();
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (row, y) in y.chunks_exact_mut(d).enumerate() {
+                        let t = task * ROWS + row;
+                        for pair in self.offsets[t] as usize..self.offsets[t + 1] as usize {
+                            let position = self.positions[pair];
+                            if position != NOWHERE {
+                                let from = position as usize * d;
+                                let weight = weights.map_or(1.0, |w| w[pair]);
+                                axpy(y, weight, &rows[from..from + d]);
                             }
                         }
-                    },
-                );
-            });
-        y
+                    }
+                },
+            );
+        });
+        y.finish()
     }
 
     /// Values by sorted position as values by pair; 0 for pairs that go nowhere.

@@ -34,12 +34,12 @@ pub(super) struct Sizes {
     pub(super) width: usize,
 }
 
-/// Where gradients go: of the matrices, and of rows and weights in sorted order.
-pub(super) struct Gradients<'a> {
-    pub(super) gate_up: &'a mut [f32],
-    pub(super) down: &'a mut [f32],
-    pub(super) x_rows: &'a mut [f32],
-    pub(super) weights_sorted: &'a mut [f32],
+/// Gradients of the matrices, and of rows and weights in sorted order.
+pub(super) struct Gradients {
+    pub(super) gate_up: Vec<f32>,
+    pub(super) down: Vec<f32>,
+    pub(super) x_rows: Vec<f32>,
+    pub(super) weights_sorted: Vec<f32>,
 }
 
 fn inputs_of<'a>(inputs: &'a [Dense; 4], dispatch: &'a Dispatch) -> Inputs<'a> {
@@ -79,12 +79,10 @@ pub(super) fn forward(
     let all = inputs_of(inputs, dispatch);
     let Sizes { d, width } = all.sizes;
     let n_pairs = dispatch.n_dispatched();
-    let mut gate_up = zeros(n_pairs * 2 * width);
-    let mut out = zeros(n_pairs * d);
-    match numerics.precision.bf16() {
-        None => forward_f32(all, &mut gate_up, &mut out),
-        Some(bf16) => experts_bf16::forward(bf16, all, &mut gate_up, &mut out),
-    }
+    let [gate_up, out] = match numerics.precision.bf16() {
+        None => forward_f32(all),
+        Some(bf16) => experts_bf16::forward(bf16, all),
+    };
     let y = dispatch.combine(&out, Some(all.weights), d);
     let saved = match numerics.recompute {
         Recompute::None | Recompute::Layer => tensor(gate_up, [n_pairs, 2 * width]),
@@ -96,11 +94,10 @@ pub(super) fn forward(
 /// The gate/up products alone, as [`forward`] makes them.
 fn gate_up_again(inputs: Inputs<'_>, precision: Precision) -> Vec<f32> {
     let (Sizes { d, width }, dispatch) = (inputs.sizes, inputs.dispatch);
-    let mut gate_up = zeros(dispatch.n_dispatched() * 2 * width);
     if let Some(bf16) = precision.bf16() {
-        experts_bf16::gate_up(bf16, inputs, &mut gate_up);
-        return gate_up;
+        return experts_bf16::gate_up(bf16, inputs);
     }
+    let mut gate_up = zeros(dispatch.n_dispatched() * 2 * width);
     let experts = dispatch.split(&mut gate_up, 2 * width).into_par_iter();
     experts.enumerate().for_each(|(e, gate_up)| {
         let rows = dispatch.gather(inputs.x, d, e);
@@ -112,12 +109,15 @@ fn gate_up_again(inputs: Inputs<'_>, precision: Precision) -> Vec<f32> {
     gate_up
 }
 
-fn forward_f32(inputs: Inputs<'_>, gate_up: &mut [f32], out: &mut [f32]) {
+/// The gate/up products `[pairs, 2 I]` and the expert outputs `[pairs, D]`, both in sorted order.
+fn forward_f32(inputs: Inputs<'_>) -> [Vec<f32>; 2] {
     let (Sizes { d, width }, dispatch) = (inputs.sizes, inputs.dispatch);
+    let n_pairs = dispatch.n_dispatched();
+    let (mut all_gate_up, mut all_out) = (zeros(n_pairs * 2 * width), zeros(n_pairs * d));
     dispatch
-        .split(gate_up, 2 * width)
+        .split(&mut all_gate_up, 2 * width)
         .into_par_iter()
-        .zip(dispatch.split(out, d))
+        .zip(dispatch.split(&mut all_out, d))
         .enumerate()
         .for_each(|(e, (gate_up, out))| {
             let n = out.len() / d;
@@ -140,6 +140,7 @@ fn forward_f32(inputs: Inputs<'_>, gate_up: &mut [f32], out: &mut [f32]) {
                 1,
             );
         });
+    [all_gate_up, all_out]
 }
 
 /// Gradients with respect to x, gate_up, down and weights.
@@ -162,38 +163,39 @@ pub(super) fn backward(
         Recompute::Experts => &again,
     };
     let dy = dy.values();
-    let n_pairs = dispatch.n_dispatched();
-    let mut dw_gate_up = zeros(all.gate_up.len());
-    let mut dw_down = zeros(all.down.len());
-    let mut dx_rows = zeros(n_pairs * d);
-    let mut dweights_sorted = vec![0.0; n_pairs];
-    let into = Gradients {
-        gate_up: &mut dw_gate_up,
-        down: &mut dw_down,
-        x_rows: &mut dx_rows,
-        weights_sorted: &mut dweights_sorted,
+    let Gradients {
+        gate_up: dw_gate_up,
+        down: dw_down,
+        x_rows: dx_rows,
+        weights_sorted,
+    } = match numerics.precision.bf16() {
+        None => backward_f32(all, saved, dy),
+        Some(bf16) => experts_bf16::backward(bf16, all, saved, dy),
     };
-    match numerics.precision.bf16() {
-        None => backward_f32(all, saved, dy, into),
-        Some(bf16) => experts_bf16::backward(bf16, all, saved, dy, into),
-    }
     let dx = dispatch.combine(&dx_rows, None, d);
     let [n_experts, ..] = inputs[2].dims::<3>();
     [
         tensor(dx, [dispatch.n_tokens(), d]),
         tensor(dw_gate_up, [n_experts, 2 * width, d]),
         tensor(dw_down, [n_experts, d, width]),
-        tensor(dispatch.by_pair(&dweights_sorted), [dispatch.n_pairs()]),
+        tensor(dispatch.by_pair(&weights_sorted), [dispatch.n_pairs()]),
     ]
 }
 
-fn backward_f32(inputs: Inputs<'_>, saved: &[f32], dy: &[f32], into: Gradients<'_>) {
+fn backward_f32(inputs: Inputs<'_>, saved: &[f32], dy: &[f32]) -> Gradients {
     let (Sizes { d, width }, dispatch) = (inputs.sizes, inputs.dispatch);
-    into.gate_up
+    let n_pairs = dispatch.n_dispatched();
+    let mut all = Gradients {
+        gate_up: zeros(inputs.gate_up.len()),
+        down: zeros(inputs.down.len()),
+        x_rows: zeros(n_pairs * d),
+        weights_sorted: vec![0.0; n_pairs],
+    };
+    all.gate_up
         .par_chunks_mut(2 * width * d)
-        .zip(into.down.par_chunks_mut(d * width))
-        .zip(dispatch.split(into.x_rows, d))
-        .zip(dispatch.split(into.weights_sorted, 1))
+        .zip(all.down.par_chunks_mut(d * width))
+        .zip(dispatch.split(&mut all.x_rows, d))
+        .zip(dispatch.split(&mut all.weights_sorted, 1))
         .enumerate()
         .for_each(|(e, (((dw_gate_up, dw_down), dx), dweights))| {
             let positions = dispatch.range(e);
@@ -256,6 +258,7 @@ fn backward_f32(inputs: Inputs<'_>, saved: &[f32], dy: &[f32], into: Gradients<'
             let w = inputs.gate_up(e);
             gemm(MatMut::new(dx, n, d), Write::Set, 1.0, dgate_up, w, 1);
         });
+    all
 }
 
 /// One row: from `d(silu(g) u)` to `[dg | du]`, times the combine weight.

@@ -9,6 +9,7 @@ use super::experts::{Gradients, Sizes, activate};
 use super::math::{dot, sigmoid, vectorised};
 use cadre_kernels::bf16_gemm::{Bf16Gemm, Left, Panels, Rows};
 use cadre_kernels::gemm::{Mat, MatMut, Write};
+use cadre_kernels::{Piece, Room};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -100,50 +101,52 @@ fn blocks(range: Range<usize>) -> impl IndexedParallelIterator<Item = Range<usiz
         .map(move |i| range.start + i * ROWS..end.min(range.start + (i + 1) * ROWS))
 }
 
-/// Fills the gate/up products `[pairs, 2 I]` and the expert outputs `[pairs, D]`, both in sorted order.
-pub(super) fn forward(bf16: Bf16Gemm, inputs: Inputs<'_>, gate_up: &mut [f32], out: &mut [f32]) {
+/// The gate/up products `[pairs, 2 I]` and the expert outputs `[pairs, D]`, both in sorted order.
+pub(super) fn forward(bf16: Bf16Gemm, inputs: Inputs<'_>) -> [Vec<f32>; 2] {
     let (Sizes { d, width }, dispatch) = (inputs.sizes, inputs.dispatch);
     let (weights, scratch) = (Pool::<Weights>::new(), Pool::<Scratch>::new());
+    let n_pairs = dispatch.n_dispatched();
+    let (mut all_gate_up, mut all_out) = (Room::new(n_pairs * 2 * width), Room::new(n_pairs * d));
     dispatch
-        .split(gate_up, 2 * width)
+        .pieces(all_gate_up.whole(), 2 * width)
         .into_par_iter()
-        .zip(dispatch.split(out, d))
+        .zip(dispatch.pieces(all_out.whole(), d))
         .enumerate()
         .filter(|(_, (_, out))| !out.is_empty())
         .for_each(|(e, (gate_up, out))| {
             let mut w = weights.take();
             w.pack(bf16, [inputs.gate_up(e).t(), inputs.down(e).t()]);
             blocks(dispatch.range(e))
-                .zip(gate_up.par_chunks_mut(ROWS * 2 * width))
-                .zip(out.par_chunks_mut(ROWS * d))
+                .zip(gate_up.chunks(ROWS * 2 * width))
+                .zip(out.chunks(ROWS * d))
                 .for_each(|((at, gate_up), out)| {
                     let n = at.len();
                     let mut used = scratch.take();
                     let Scratch { rows, act, .. } = &mut used;
                     let index = &dispatch.tokens()[at];
                     bf16.rows(rows, inputs.tokens(inputs.x), Some(index), 1);
-                    let into = MatMut::new(gate_up, n, 2 * width);
-                    bf16.multiply(into, Write::Set, Left::rows(rows), &w.gate_up, 1);
+                    let gate_up = bf16.fill(gate_up, Left::rows(rows), &w.gate_up, 1);
                     act.resize(n * width, 0.0);
                     vectorised(
                         #[inline(always)]
                         || activate(act, gate_up, width),
                     );
                     bf16.rows(rows, Mat::new(act, n, width), None, 1);
-                    let into = MatMut::new(out, n, d);
-                    bf16.multiply(into, Write::Set, Left::rows(rows), &w.down, 1);
+                    bf16.fill(out, Left::rows(rows), &w.down, 1);
                     scratch.put(used);
                 });
             weights.put(w);
         });
+    [all_gate_up.finish(), all_out.finish()]
 }
 
-/// Fills the gate/up products alone, with the same bits as [`forward`].
-pub(super) fn gate_up(bf16: Bf16Gemm, inputs: Inputs<'_>, gate_up: &mut [f32]) {
+/// The gate/up products alone, with the same bits as [`forward`].
+pub(super) fn gate_up(bf16: Bf16Gemm, inputs: Inputs<'_>) -> Vec<f32> {
     let (width, dispatch) = (inputs.sizes.width, inputs.dispatch);
     let (weights, scratch) = (Pool::<Panels>::new(), Pool::<Rows>::new());
+    let mut all = Room::new(dispatch.n_dispatched() * 2 * width);
     dispatch
-        .split(gate_up, 2 * width)
+        .pieces(all.whole(), 2 * width)
         .into_par_iter()
         .enumerate()
         .filter(|(_, gate_up)| !gate_up.is_empty())
@@ -152,17 +155,17 @@ pub(super) fn gate_up(bf16: Bf16Gemm, inputs: Inputs<'_>, gate_up: &mut [f32]) {
             let threads = rayon::current_num_threads();
             bf16.panels(&mut w, inputs.gate_up(e).t(), None, threads);
             blocks(dispatch.range(e))
-                .zip(gate_up.par_chunks_mut(ROWS * 2 * width))
+                .zip(gate_up.chunks(ROWS * 2 * width))
                 .for_each(|(at, gate_up)| {
                     let mut rows = scratch.take();
-                    let into = MatMut::new(gate_up, at.len(), 2 * width);
                     let index = &dispatch.tokens()[at];
                     bf16.rows(&mut rows, inputs.tokens(inputs.x), Some(index), 1);
-                    bf16.multiply(into, Write::Set, Left::rows(&rows), &w, 1);
+                    bf16.fill(gate_up, Left::rows(&rows), &w, 1);
                     scratch.put(rows);
                 });
             weights.put(w);
         });
+    all.finish()
 }
 
 /// A block's operands of the weight gradients.
@@ -174,29 +177,36 @@ struct Block {
     x: Panels,
 }
 
-/// Fills the gradients; `saved` are the gate/up products.
-pub(super) fn backward(
-    bf16: Bf16Gemm,
-    inputs: Inputs<'_>,
-    saved: &[f32],
-    dy: &[f32],
-    into: Gradients<'_>,
-) {
+/// The gradients; `saved` are the gate/up products.
+pub(super) fn backward(bf16: Bf16Gemm, inputs: Inputs<'_>, saved: &[f32], dy: &[f32]) -> Gradients {
     let (Sizes { d, width }, dispatch) = (inputs.sizes, inputs.dispatch);
     let (weights, free) = (Pool::<Weights>::new(), Pool::<Block>::new());
     let scratch = Pool::<Scratch>::new();
-    into.gate_up
-        .par_chunks_mut(2 * width * d)
-        .zip(into.down.par_chunks_mut(d * width))
-        .zip(dispatch.split(into.x_rows, d))
-        .zip(dispatch.split(into.weights_sorted, 1))
+    let n_pairs = dispatch.n_dispatched();
+    let (mut all_gate_up, mut all_down) = (
+        Room::new(inputs.gate_up.len()),
+        Room::new(inputs.down.len()),
+    );
+    let mut x_rows = Room::new(n_pairs * d);
+    let mut weights_sorted = vec![0.0; n_pairs];
+    all_gate_up
+        .whole()
+        .chunks(2 * width * d)
+        .into_par_iter()
+        .zip(all_down.whole().chunks(d * width))
+        .zip(dispatch.pieces(x_rows.whole(), d))
+        .zip(dispatch.split(&mut weights_sorted, 1))
         .enumerate()
-        .filter(|(_, ((_, dx), _))| !dx.is_empty())
         .for_each(|(e, (((dw_gate_up, dw_down), dx), dweights))| {
+            if dx.is_empty() {
+                dw_gate_up.zeros();
+                dw_down.zeros();
+                return;
+            }
             let mut w = weights.take();
             w.pack(bf16, [inputs.gate_up(e), inputs.down(e)]);
             let blocks: Vec<Block> = blocks(dispatch.range(e))
-                .zip(dx.par_chunks_mut(ROWS * d))
+                .zip(dx.chunks(ROWS * d))
                 .zip(dweights.par_chunks_mut(ROWS))
                 .map(|((at, dx), dweights)| {
                     let saved = &saved[at.start * 2 * width..at.end * 2 * width];
@@ -209,30 +219,35 @@ pub(super) fn backward(
                 })
                 .collect();
             weights.put(w);
-            let down = dw_down.par_chunks_mut(SLAB * width).enumerate();
-            down.for_each(|(i, dw)| add_up(bf16, dw, i, &blocks, |b| (&b.dy, &b.act)));
-            let gate_up = dw_gate_up.par_chunks_mut(SLAB * d).enumerate();
-            gate_up.for_each(|(i, dw)| add_up(bf16, dw, i, &blocks, |b| (&b.dgate_up, &b.x)));
+            let slabs = |dw: Piece<'_>, n: usize, operands: Operands| {
+                let slabs = dw.chunks(SLAB * n).into_par_iter().enumerate();
+                slabs.for_each(|(i, dw)| add_up(bf16, dw, i, &blocks, operands));
+            };
+            slabs(dw_down, width, |b| (&b.dy, &b.act));
+            slabs(dw_gate_up, d, |b| (&b.dgate_up, &b.x));
             blocks.into_iter().for_each(|block| free.put(block));
         });
+    Gradients {
+        gate_up: all_gate_up.finish(),
+        down: all_down.finish(),
+        x_rows: x_rows.finish(),
+        weights_sorted,
+    }
 }
 
-/// Slab `i` of a weight gradient: the sum over the blocks of left^T right.
-fn add_up(
-    bf16: Bf16Gemm,
-    dw: &mut [f32],
-    i: usize,
-    blocks: &[Block],
-    operands: impl Fn(&Block) -> (&Panels, &Panels),
-) {
-    let mut write = Write::Set;
-    for block in blocks {
+/// The two operands of a weight gradient.
+type Operands = fn(&Block) -> (&Panels, &Panels);
+
+/// Slab `i` of a weight gradient: the sum over the blocks, of which there are some, of left^T right.
+fn add_up(bf16: Bf16Gemm, dw: Piece<'_>, i: usize, blocks: &[Block], operands: Operands) {
+    let n = operands(&blocks[0]).1.dims()[1];
+    let m = dw.len() / n;
+    let part = |left| Left::transposed(left).part(i * SLAB..i * SLAB + m);
+    let (left, right) = operands(&blocks[0]);
+    let dw = bf16.fill(dw, part(left), right, 1);
+    for block in &blocks[1..] {
         let (left, right) = operands(block);
-        let n = right.dims()[1];
-        let m = dw.len() / n;
-        let left = Left::transposed(left).part(i * SLAB..i * SLAB + m);
-        bf16.multiply(MatMut::new(dw, m, n), write, left, right, 1);
-        write = Write::Add;
+        bf16.multiply(MatMut::new(dw, m, n), Write::Add, part(left), right, 1);
     }
 }
 
@@ -249,9 +264,9 @@ impl Block {
             dact,
             dgate_up,
         }: &mut Scratch,
-        (dx, dweights): (&mut [f32], &mut [f32]),
+        (dx, dweights): (Piece<'_>, &mut [f32]),
     ) {
-        let (Sizes { d, width }, n) = (inputs.sizes, at.len());
+        let (width, n) = (inputs.sizes.width, at.len());
         let index = &inputs.dispatch.tokens()[at.clone()];
         let pair_weights = inputs.dispatch.pairs()[at]
             .iter()
@@ -282,8 +297,7 @@ impl Block {
         );
         let dgate_up = Mat::new(dgate_up, n, 2 * width);
         bf16.rows(rows, dgate_up, None, 1);
-        let into = MatMut::new(dx, n, d);
-        bf16.multiply(into, Write::Set, Left::rows(rows), &w.gate_up, 1);
+        bf16.fill(dx, Left::rows(rows), &w.gate_up, 1);
         bf16.panels(&mut self.dy, inputs.tokens(dy), Some(index), 1);
         bf16.panels(&mut self.act, Mat::new(act, n, width), None, 1);
         bf16.panels(&mut self.dgate_up, dgate_up, None, 1);

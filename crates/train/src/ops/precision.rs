@@ -2,6 +2,7 @@
 
 use cadre_kernels::bf16_gemm::Bf16Gemm;
 use cadre_kernels::gemm::{Mat, MatMut, Write, gemm};
+use cadre_kernels::zeros;
 use serde::{Deserialize, Serialize};
 
 /// Numbers that are multiplied. Sums, weights, gradients, norms, softmax and router are f32 either way.
@@ -72,18 +73,14 @@ impl Precision {
         self.bf16().map_or(Self::F32, |_| Self::Bf16)
     }
 
-    /// `c = a b` or `c += a b`.
-    pub(super) fn product(
-        self,
-        c: MatMut<'_>,
-        write: Write,
-        a: Mat<'_>,
-        b: Mat<'_>,
-        threads: usize,
-    ) {
-        match self.bf16() {
-            None => gemm(c, write, 1.0, a, b, threads),
-            Some(bf16) => bf16.gemm(c, write, a, b, threads),
-        }
+    /// `a b`, row after row.
+    pub(super) fn product(self, a: Mat<'_>, b: Mat<'_>, threads: usize) -> Vec<f32> {
+        let Some(bf16) = self.bf16() else {
+            let (m, n) = (a.dims()[0], b.dims()[1]);
+            let mut c = zeros(m * n);
+            gemm(MatMut::new(&mut c, m, n), Write::Set, 1.0, a, b, threads);
+            return c;
+        };
+        bf16.product(a, b, threads)
     }
 }

@@ -3,7 +3,7 @@
 use super::flex::{Dense, tensor};
 use super::math::{dot, sum_in_order, vectorised};
 use burn_flex::FlexTensor;
-use cadre_kernels::zeros;
+use cadre_kernels::Room;
 use rayon::prelude::*;
 
 /// Rows per task: enough work to be worth handing to another thread.
@@ -25,46 +25,55 @@ pub(super) fn row(y: &mut [f32], x: &[f32], w: &[f32], eps: f32) -> f32 {
 #[inline(always)]
 pub(super) fn row_backward(dx: &mut [f32], dw: &mut [f32], [x, w, dy]: [&[f32]; 3], inverse: f32) {
     let mut lanes = [0.0_f32; 16];
-    for (i, ((x, w), dy)) in x.iter().zip(w).zip(dy).enumerate() {
-        lanes[i % 16] += dy * w * x * inverse;
+    let [(x16, x_rest), (w16, w_rest), (dy16, dy_rest)] =
+        [x, w, dy].map(|values| values.as_chunks::<16>());
+    for ((x, w), dy) in x16.iter().zip(w16).zip(dy16) {
+        for i in 0..16 {
+            lanes[i] += dy[i] * w[i] * x[i] * inverse;
+        }
+    }
+    let rest = x_rest.iter().zip(w_rest).zip(dy_rest);
+    for (lane, ((x, w), dy)) in lanes.iter_mut().zip(rest) {
+        *lane += dy * w * x * inverse;
     }
     let mean = lanes.iter().sum::<f32>() / x.len() as f32;
-    for (i, dx) in dx.iter_mut().enumerate() {
-        let n = x[i] * inverse;
-        *dx = inverse * (dy[i] * w[i] - n * mean);
-        dw[i] += dy[i] * n;
+    let inputs = x.iter().zip(w).zip(dy);
+    for (((x, w), dy), (dx, dw)) in inputs.zip(dx.iter_mut().zip(dw)) {
+        let n = x * inverse;
+        *dx = inverse * (dy * w - n * mean);
+        *dw += dy * n;
     }
 }
 
 pub(super) fn forward(x: &Dense, w: &Dense, eps: f32) -> FlexTensor {
     let [rows, d] = x.dims();
     let (x, w) = (x.values(), w.values());
-    let mut y = zeros(rows * d);
-    y.par_chunks_mut(ROWS * d)
-        .zip(x.par_chunks(ROWS * d))
-        .for_each(|(y, x)| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                        row(y, x, w, eps);
-                    }
-                },
-            );
-        });
-    tensor(y, [rows, d])
+    let mut y = Room::new(rows * d);
+    let pieces = y.whole().chunks(ROWS * d).into_par_iter();
+    pieces.zip(x.par_chunks(ROWS * d)).for_each(|(y, x)| {
+        let y = y.zeros();
+        vectorised(
+            #[inline(always)]
+            || {
+                for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                    row(y, x, w, eps);
+                }
+            },
+        );
+    });
+    tensor(y.finish(), [rows, d])
 }
 
 pub(super) fn backward(x: &Dense, w: &Dense, eps: f32, dy: &Dense) -> [FlexTensor; 2] {
     let [rows, d] = x.dims();
     let (x, w, dy) = (x.values(), w.values(), dy.values());
-    let mut dx = zeros(rows * d);
-    let parts: Vec<Vec<f32>> = dx
-        .par_chunks_mut(ROWS * d)
+    let mut dx = Room::new(rows * d);
+    let pieces = dx.whole().chunks(ROWS * d).into_par_iter();
+    let parts: Vec<Vec<f32>> = pieces
         .zip(x.par_chunks(ROWS * d))
         .zip(dy.par_chunks(ROWS * d))
         .map(|((dx, x), dy)| {
-            let mut dw = vec![0.0; d];
+            let (dx, mut dw) = (dx.zeros(), vec![0.0; d]);
             vectorised(
                 #[inline(always)]
                 || {
@@ -78,5 +87,8 @@ pub(super) fn backward(x: &Dense, w: &Dense, eps: f32, dy: &Dense) -> [FlexTenso
             dw
         })
         .collect();
-    [tensor(dx, [rows, d]), tensor(sum_in_order(parts, d), [d])]
+    [
+        tensor(dx.finish(), [rows, d]),
+        tensor(sum_in_order(parts, d), [d]),
+    ]
 }

@@ -1,6 +1,7 @@
 //! Products of bf16 with f32 sums: a tile is up to 12 rows by two vectors, whose sums stay in registers.
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 use crate::arch::bf16_gemm::{Bf16, LINE, Line, Strip, View};
 
@@ -41,23 +42,31 @@ fn as_words(values: __m512bh) -> __m512i {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[inline]
 fn side_by_side(x: &[f32]) -> __m512i {
-    // SAFETY: the masks keep to the length; a load without lanes reads nothing.
-    unsafe {
-        let low = _mm512_maskz_loadu_ps(first(x.len()), x.as_ptr());
-        let high = _mm512_maskz_loadu_ps(
-            first(x.len().saturating_sub(LANES)),
-            x.as_ptr().wrapping_add(LANES),
-        );
-        as_words(_mm512_cvtne2ps_pbh(high, low))
-    }
+    let from = x.as_ptr();
+    // SAFETY: there are 32 values, or masks keep to the length; a load without lanes reads nothing.
+    let (low, high) = unsafe {
+        match x.len() {
+            LINE => (_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(LANES))),
+            n => (
+                _mm512_maskz_loadu_ps(first(n), from),
+                _mm512_maskz_loadu_ps(first(n.saturating_sub(LANES)), from.wrapping_add(LANES)),
+            ),
+        }
+    };
+    as_words(_mm512_cvtne2ps_pbh(high, low))
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn pack_row(x: &[f32], out: &mut [u32]) {
+fn pack_row(x: &[f32], out: &mut [MaybeUninit<u32>]) {
     for (out, x) in out.chunks_mut(LANES).zip(x.chunks(2 * LANES)) {
-        let words = side_by_side(x);
-        // SAFETY: the mask keeps to the length.
-        unsafe { _mm512_mask_storeu_epi32(out.as_mut_ptr().cast(), first(out.len()), words) };
+        let (words, to) = (side_by_side(x), out.as_mut_ptr().cast::<i32>());
+        // SAFETY: there are 16 words, or the mask keeps to the length.
+        unsafe {
+            match out.len() {
+                LANES => _mm512_storeu_epi32(to, words),
+                n => _mm512_mask_storeu_epi32(to, first(n), words),
+            }
+        };
     }
 }
 
@@ -74,23 +83,57 @@ fn stacked(upper: __m512, lower: __m512) -> __m512i {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn pack_down(x: &View<'_>, n_rows: usize, from: usize, n: usize, out: &mut [Line]) {
+fn pack_down(x: &View<'_>, n_rows: usize, from: usize, n: usize, out: &mut [MaybeUninit<Line>]) {
+    match n {
+        LINE => columns_down::<true>(x, n_rows, from, n, out),
+        _ => columns_down::<false>(x, n_rows, from, n, out),
+    }
+}
+
+/// 16 values, or those of `mask`.
+///
+/// # Safety
+/// They can be read.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn load<const FULL: bool>(from: *const f32, mask: __mmask16) -> __m512 {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match FULL {
+            true => _mm512_loadu_ps(from),
+            false => _mm512_maskz_loadu_ps(mask, from),
+        }
+    }
+}
+
+/// `FULL` says that there are as many columns as a line has.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[inline]
+fn columns_down<const FULL: bool>(
+    x: &View<'_>,
+    n_rows: usize,
+    from: usize,
+    n: usize,
+    out: &mut [MaybeUninit<Line>],
+) {
     let masks = [first(n), first(n.saturating_sub(LANES))];
     for (p, line) in out.iter_mut().enumerate() {
         let upper = x.part(2 * p, from, n).as_ptr();
         let below = 2 * p + 1 < n_rows;
-        let lower = if below {
-            x.part(2 * p + 1, from, n).as_ptr()
-        } else {
-            upper
+        let lower = match below {
+            true => x.part(2 * p + 1, from, n).as_ptr(),
+            false => upper,
         };
         for (half, mask) in masks.into_iter().enumerate() {
-            // SAFETY: the masks keep to `n` columns; a line is two vectors.
+            let at = half * LANES;
+            // SAFETY: there are 32 columns, or masks keep to `n`; a line is two vectors.
             unsafe {
-                let upper = _mm512_maskz_loadu_ps(mask, upper.wrapping_add(half * LANES));
-                let mask = if below { mask } else { 0 };
-                let lower = _mm512_maskz_loadu_ps(mask, lower.wrapping_add(half * LANES));
-                let out = line.0.as_mut_ptr().add(half * LANES);
+                let upper = load::<FULL>(upper.wrapping_add(at), mask);
+                let lower = match below {
+                    true => load::<FULL>(lower.wrapping_add(at), mask),
+                    false => _mm512_setzero_ps(),
+                };
+                let out = line.as_mut_ptr().cast::<u32>().add(at);
                 _mm512_store_si512(out.cast(), stacked(upper, lower));
             }
         }
@@ -98,7 +141,7 @@ fn pack_down(x: &View<'_>, n_rows: usize, from: usize, n: usize, out: &mut [Line
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn pack_across(x: &View<'_>, from: usize, n: usize, out: &mut [Line]) {
+fn pack_across(x: &View<'_>, from: usize, n: usize, out: &mut [MaybeUninit<Line>]) {
     for (block, lines) in out.chunks_mut(LANES).enumerate() {
         let col = block * 2 * LANES;
         let n_cols = (x.cols - col).min(2 * LANES);
@@ -112,7 +155,8 @@ fn pack_across(x: &View<'_>, from: usize, n: usize, out: &mut [Line]) {
             for (line, words) in lines.iter_mut().zip(words) {
                 // SAFETY: a line is two vectors.
                 unsafe {
-                    _mm512_store_si512(line.0.as_mut_ptr().add(half * LANES).cast(), words);
+                    let out = line.as_mut_ptr().cast::<u32>();
+                    _mm512_store_si512(out.add(half * LANES).cast(), words);
                 }
             }
         }
