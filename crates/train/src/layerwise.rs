@@ -131,8 +131,8 @@ impl Replay<'_> {
         let (n, weights) = (moe.len() as f32, self.weights);
         let even = moe[nth].router.balance(&decided, &loads[nth], false) / n * weights.balance;
         let z = losses::z_loss(decided.logits.clone()) / n * weights.z;
-        let entropy =
-            (weights.entropy != 0.0).then(|| losses::entropy(decided.logits) / n * weights.entropy);
+        let seq_len = self.batch.seq_len;
+        let rarer = losses::further(&weights, &*moe[nth].router, &decided, seq_len)?;
         // A graph is walked from its last part to its first. In the whole one, the losses of the last router come before
         // what is above it, and those of the others after; further losses are the last part, and the way to all layers.
         let first = nth + 1 == moe.len() && !self.further;
@@ -140,10 +140,8 @@ impl Replay<'_> {
             true => main.clone() + even + z,
             false => even + z,
         };
-        let own = match entropy {
-            Some(entropy) => own + entropy,
-            None => own,
-        };
+        let rarer = rarer.into_iter();
+        let own = rarer.fold(own, |own, (_, weight, part)| own + part / n * weight);
         Ok(match first {
             true => own,
             false => own + main,
@@ -265,6 +263,13 @@ mod tests {
             ),
             ("top_k = 2", format!("{losses}consistency = 0.5")),
             ("top_k = 2", format!("{losses}entropy = 0.3")),
+            (
+                "top_k = 2",
+                format!(
+                    "{losses}entropy = 0.3\nsequence = 0.2\ndevice = 0.4\ncommunication = 0.5\n\n[router]\n\
+                     name = 'group_limited'\nn_groups = 2\nkeep_groups = 1"
+                ),
+            ),
             (
                 "top_k = 2\nrecurrent_router = 6\nrecurrent_restarts = true",
                 losses.to_owned(),

@@ -162,11 +162,9 @@ impl Objective<'_> {
             attention: attention.into_iter().map(|r| r.loads).collect(),
             kept: kept.map(|kept| (kept, loads)).into_iter().collect(),
         };
-        if weights.entropy != 0.0
-            && let Some(entropy) = mean_entropy(&routed)
-        {
-            parts.loss = parts.loss + entropy.clone() * weights.entropy;
-            parts.insert("entropy", entropy);
+        for (name, weight, mean) in self.further(&routed, batch.seq_len)? {
+            parts.loss = parts.loss + mean.clone() * weight;
+            parts.insert(name, mean);
         }
         if let (Some(guide), Some(logits)) = (self.guide, foretold) {
             let followed = guide.follow(&logits, self.architecture, batch)?;
@@ -176,6 +174,30 @@ impl Objective<'_> {
             parts.further.extend([agreement]);
         }
         Ok((hidden, parts))
+    }
+
+    /// The router losses that only some recipes ask for, with their coefficients, as means over the layers.
+    fn further(
+        &self,
+        routed: &[Routed],
+        seq_len: usize,
+    ) -> Result<Vec<(&'static str, f32, Tensor<1>)>, RoutingError> {
+        let mut means: Vec<(&'static str, f32, Tensor<1>)> = Vec::new();
+        for (layer, routed) in self.architecture.moe.iter().zip(routed) {
+            let parts = losses::further(&self.weights, &*layer.router, routed, seq_len)?;
+            if means.is_empty() {
+                means = parts;
+                continue;
+            }
+            for (mean, (_, _, part)) in means.iter_mut().zip(parts) {
+                mean.2 = mean.2.clone() + part;
+            }
+        }
+        let n = routed.len() as f32;
+        means
+            .iter_mut()
+            .for_each(|mean| mean.2 = mean.2.clone() / n);
+        Ok(means)
     }
 
     /// Counts the picks of a micro-batch without gradient, with the random draws that its training pass will make.
@@ -199,13 +221,6 @@ impl Parts {
     fn insert(&mut self, name: &str, part: Tensor<1>) {
         self.further.insert(name.to_owned(), value(part));
     }
-}
-
-/// Entropy of the routers, mean over layers; `None` without layers that have one.
-fn mean_entropy(routed: &[Routed]) -> Option<Tensor<1>> {
-    let layers = routed.iter().map(|r| losses::entropy(r.logits.clone()));
-    let sum = layers.reduce(|sum, layer| sum + layer)?;
-    Some(sum / routed.len() as f32)
 }
 
 /// The value of a loss.

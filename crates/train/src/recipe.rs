@@ -507,6 +507,49 @@ mod tests {
     }
 
     #[test]
+    fn what_only_the_cpu_computes_is_refused_beside_another_device() {
+        for device in ["vulkan", "cuda", "metal"] {
+            let with = |keys: &str| {
+                let keys = format!("lr = 1e-3\ndevice = \"{device}\"\n{keys}");
+                parse(&TINY.replace("lr = 1e-3", &keys))
+            };
+            for (keys, key) in [
+                ("precision = \"bf16\"", "train.precision"),
+                ("recompute = \"experts\"", "train.recompute"),
+            ] {
+                let error = with(keys).unwrap_err().to_string();
+                assert!(error.contains(key) && error.contains(device), "{error}");
+            }
+            assert!(with("precision = \"f32\"\nrecompute = \"layer\"").is_ok());
+        }
+        let cpu = TINY.replace(
+            "lr = 1e-3",
+            "lr = 1e-3\nprecision = \"bf16\"\nrecompute = \"experts\"",
+        );
+        assert!(parse(&cpu).is_ok());
+    }
+
+    #[test]
+    fn losses_by_device_need_devices() {
+        let with = |router: &str, losses: &str| {
+            parse(&format!("{TINY}\n[router]\n{router}\n[losses]\n{losses}"))
+        };
+        let refused = |router: &str, losses: &str| with(router, losses).unwrap_err().to_string();
+        let groups = "name = 'group_limited'\nn_groups = 2\nkeep_groups = 1";
+        let both = "device = 0.05\ncommunication = 0.02\nsequence = 0.003";
+        assert!(with(groups, both).is_ok());
+        assert!(with("name = 'top_k'", "device = 0.05\ndevices = 4").is_ok());
+        assert!(refused("name = 'top_k'", "device = 0.05").contains("losses.devices"));
+        assert!(refused("name = 'top_k'", "device = 0.05\ndevices = 3").contains("layer 0"));
+        assert!(refused("name = 'top_k'", "devices = 2").contains("without `losses.device`"));
+        let limit = refused("name = 'top_k'", "communication = 0.02\ndevices = 2");
+        assert!(limit.contains("router.keep_groups"), "{limit}");
+        let null = "name = 'null_experts'\nn_null = 2";
+        assert!(refused(null, "device = 0.05\ndevices = 2").contains("null experts"));
+        assert!(refused(groups, "device = nan").contains("losses.device"));
+    }
+
+    #[test]
     fn parts_beside_the_experts_are_checked() {
         let with = |keys: &str| parse(&TINY.replace("n_experts = 4", keys));
         let refused = |keys: &str| with(keys).unwrap_err().to_string();

@@ -1,7 +1,7 @@
 //! Losses and weight heads against the worked example in `golden/routing/section.json`.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use burn::tensor::activation::softmax;
+use burn::tensor::activation::{sigmoid, softmax};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use cadre_routing::{Loads, Policy, Routing, policies};
 use cadre_train::{losses, weight_heads};
@@ -50,6 +50,7 @@ struct Losses {
     balance_top_2_legacy_scale: f64,
     sequence_v3_top_2: f64,
     symmetric_kl_tokens_0_1: f64,
+    by_device: ByDevice,
     balance_switch_two_micro_batches: MicroBatches,
 }
 
@@ -59,6 +60,19 @@ struct MicroBatches {
     synced: f64,
     full: f64,
     buffered: f64,
+}
+
+#[derive(Deserialize)]
+struct ByDevice {
+    one_sequence: DeviceLosses,
+    two_sequences: DeviceLosses,
+}
+
+#[derive(Deserialize)]
+struct DeviceLosses {
+    sequence: f64,
+    device: f64,
+    communication: f64,
 }
 
 fn golden() -> Golden {
@@ -71,10 +85,15 @@ fn tensor(rows: &[Vec<f64>]) -> Tensor<2> {
     Tensor::from_data(data, (&Device::flex(), DType::F64))
 }
 
-fn loads(rows: &[Vec<f64>], policy: &dyn Policy) -> Loads {
+fn routing(rows: &[Vec<f64>], policy: &dyn Policy) -> Routing {
     let logits: Vec<f32> = rows.concat().iter().map(|&l| l as f32).collect();
     let mut routing = Routing::new();
     policy.route(&logits, &mut routing).unwrap();
+    routing
+}
+
+fn loads(rows: &[Vec<f64>], policy: &dyn Policy) -> Loads {
+    let routing = routing(rows, policy);
     let mut loads = Loads::new(policy.n_experts());
     loads.add_routing(&routing).unwrap();
     loads
@@ -180,16 +199,49 @@ fn balance_over_two_micro_batches() {
 fn sequence_loss_and_symmetric_kl() {
     let golden = golden();
     // Sigmoid keeps the order of the logits, so plain top-2 makes the unbiased picks.
-    let loads = loads(
-        &golden.logits,
-        &policies::TopK::new(N_EXPERTS, 2, true).unwrap(),
-    );
+    let policy = policies::TopK::new(N_EXPERTS, 2, true).unwrap();
+    let scores = sigmoid(tensor(&golden.logits));
+    let probs = scores.clone() / scores.sum_dim(1);
     assert_value(
-        losses::sequence_balance(tensor(&golden.logits), &[loads]),
+        losses::sequence_balance(probs, &routing(&golden.logits, &policy), 1),
         golden.losses.sequence_v3_top_2,
     );
     let kl = losses::symmetric_kl(tensor(&golden.logits[..1]), tensor(&golden.logits[1..2]));
     assert_value(kl, golden.losses.symmetric_kl_tokens_0_1);
+}
+
+#[test]
+fn losses_by_device() {
+    let golden = golden();
+    let policy = policies::GroupLimited::new(
+        policies::GroupLimitedOptions {
+            n_experts: N_EXPERTS,
+            top_k: 2,
+            n_groups: 4,
+            keep_groups: 2,
+            score: policies::ScoreFn::Softmax,
+            group_score: policies::GroupScore::Max,
+            norm_topk_prob: false,
+            scale: 16.0,
+        },
+        None,
+    )
+    .unwrap();
+    let picks = routing(&golden.logits, &policy);
+    let probs = || softmax(tensor(&golden.logits), 1);
+    let by_device = &golden.losses.by_device;
+    for (n, expected) in [(1, &by_device.one_sequence), (2, &by_device.two_sequences)] {
+        assert_value(
+            losses::sequence_balance(probs(), &picks, n),
+            expected.sequence,
+        );
+        assert_value(
+            losses::device_balance(probs(), &picks, n, 4),
+            expected.device,
+        );
+        let communication = losses::communication_balance(probs(), &picks, n, [4, 2]);
+        assert_value(communication, expected.communication);
+    }
 }
 
 #[test]

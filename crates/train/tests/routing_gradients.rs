@@ -444,21 +444,92 @@ fn entropy() {
     });
 }
 
+/// The picks of all tokens.
+fn routing() -> Routing {
+    let mut routing = Routing::new();
+    ids()
+        .chunks(K)
+        .for_each(|ids| routing.push_token(ids, &[1.0; K]));
+    routing
+}
+
+const N_SEQUENCES: usize = 2;
+
+/// For the sequence of token `t`, the number that `per_token` adds up to for every expert.
+fn f_of(t: usize, per_token: impl Fn(&[u16], usize) -> f64) -> [f64; E] {
+    let seq_len = T / N_SEQUENCES;
+    let ids = ids();
+    let sequence: Vec<&[u16]> = ids
+        .chunks(K)
+        .skip(t / seq_len * seq_len)
+        .take(seq_len)
+        .collect();
+    std::array::from_fn(|e| sequence.iter().map(|ids| per_token(ids, e)).sum())
+}
+
+/// `1 / T p_j (f_j - sum_i f_i p_i)`.
+fn through_softmax(f: &[f64; E], row: &[f64; E]) -> [f64; E] {
+    let p = softmax(row);
+    std::array::from_fn(|j| p[j] * (f[j] - dot(f, &p)) / T as f64)
+}
+
 #[test]
 fn sequence_balance() {
-    let rows_per_sequence = T / 2;
-    let loads: Vec<Loads> = ids().chunks(rows_per_sequence * K).map(loads_of).collect();
+    let f = |t: usize| {
+        let picked = |ids: &[u16], e: usize| f64::from(u8::from(ids.contains(&(e as u16))));
+        f_of(t, |ids, e| {
+            picked(ids, e) * (E * N_SEQUENCES) as f64 / (K * T) as f64
+        })
+    };
     check(
-        |l| losses::sequence_balance(l, &loads),
+        |l| {
+            let s = burn::tensor::activation::sigmoid(l);
+            let share = s.clone() / s.sum_dim(1);
+            losses::sequence_balance(share, &routing(), N_SEQUENCES)
+        },
         |t, row| {
-            let counts = loads[t / rows_per_sequence].counts();
-            let f = std::array::from_fn(|e| {
-                (E as f64 * counts[e] as f64) / (K * rows_per_sequence) as f64
-            });
-            let s = sigmoid(row);
+            let (f, s) = (f(t), sigmoid(row));
             let sum: f64 = s.iter().sum();
             let share = s.map(|s| s / sum);
             std::array::from_fn(|j| (f[j] - dot(&f, &share)) / sum * s[j] * (1.0 - s[j]) / T as f64)
+        },
+    );
+    let probs = |l: Tensor<2>| burn::tensor::activation::softmax(l, 1);
+    check(
+        |l| losses::sequence_balance(probs(l), &routing(), N_SEQUENCES),
+        |t, row| through_softmax(&f(t), row),
+    );
+}
+
+#[test]
+fn device_and_communication_balance() {
+    let n_devices = 4;
+    let per_device = E / n_devices;
+    let on_device = |ids: &[u16], e: usize| {
+        let same = ids
+            .iter()
+            .filter(|&&id| usize::from(id) / per_device == e / per_device);
+        same.count() as f64
+    };
+    let probs = |l: Tensor<2>| burn::tensor::activation::softmax(l, 1);
+    check(
+        |l| losses::device_balance(probs(l), &routing(), N_SEQUENCES, n_devices),
+        |t, row| {
+            // The mean over a device's experts of E count / (K L).
+            let one = (E * N_SEQUENCES) as f64 / (K * T * per_device) as f64;
+            through_softmax(&f_of(t, |ids, e| one * on_device(ids, e)), row)
+        },
+    );
+    let limit = 3;
+    check(
+        |l| {
+            let devices = [n_devices, limit];
+            losses::communication_balance(probs(l), &routing(), N_SEQUENCES, devices)
+        },
+        |t, row| {
+            let one = (n_devices * N_SEQUENCES) as f64 / (limit * T) as f64;
+            let sent = |ids: &[u16], e: usize| one * on_device(ids, e).min(1.0);
+            through_softmax(&f_of(t, sent), row)
         },
     );
 }

@@ -192,6 +192,10 @@ impl Route for Phased {
         self.after.takes_bias()
     }
 
+    fn groups(&self) -> [usize; 2] {
+        self.after.groups()
+    }
+
     fn route(&self, logits: Tensor<2>, context: &RouteContext<'_>) -> Result<Routed, RoutingError> {
         if !self.is_dense(context.step) {
             let step = context.step.saturating_sub(self.dense_steps);
@@ -214,6 +218,10 @@ impl Route for Phased {
             weights,
             loads,
         })
+    }
+
+    fn unbiased(&self, routed: &Routed) -> Result<Routing, RoutingError> {
+        self.after.unbiased(routed)
     }
 
     fn balance_loads(&self, routed: &Routed) -> Loads {

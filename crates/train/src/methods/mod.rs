@@ -17,7 +17,7 @@ use crate::recipe::Recipe;
 
 /// Refuses methods that cannot work, in one sentence that names the key.
 pub(crate) fn check(recipe: &Recipe, architecture: &Architecture) -> Result<(), String> {
-    recipe.losses.check()?;
+    recipe.losses.check(architecture)?;
     if let Some(rule) = &recipe.balance_bias {
         rule.check(architecture)?;
     }

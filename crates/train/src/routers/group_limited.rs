@@ -6,8 +6,9 @@
 //! from a: raw (head A) or divided by their sum (heads B and C), times `scale`. The bias b is given by the context and
 //! gets no gradient.
 //! Shapes: logits [T, E], bias [E], ids [T, k], weights [T k].
-//! Aux: load balance on the scores (divided by their sum for sigmoid); V3: `losses.sequence` and `[balance_bias]`.
-//! Differs from paper: no device and communication losses, there are no devices.
+//! Aux: load balance on the scores (divided by their sum for sigmoid); V2: `losses.sequence`, `losses.device` and
+//! `losses.communication`, a group being a device; V3: `losses.sequence` and `[balance_bias]`.
+//! Differs from paper: no tokens are dropped by device.
 //! Check: tests/routers.rs (parity, gradients, causality), tests/routing_golden.rs.
 
 use super::{Route, RouteContext, Routed, picked};
@@ -15,7 +16,7 @@ use crate::weight_heads::{self, Picks};
 use burn::tensor::Tensor;
 use burn::tensor::activation::{sigmoid, softmax};
 use cadre_routing::policies::{self, GroupLimitedOptions, ScoreFn};
-use cadre_routing::{Policy, RoutingError};
+use cadre_routing::{Policy, Routing, RoutingError};
 
 /// Top-k within the best groups.
 #[derive(Clone, Debug)]
@@ -54,6 +55,14 @@ impl Route for GroupLimited {
 
     fn takes_bias(&self) -> bool {
         true
+    }
+
+    fn groups(&self) -> [usize; 2] {
+        [self.options.n_groups, self.options.keep_groups]
+    }
+
+    fn unbiased(&self, routed: &Routed) -> Result<Routing, RoutingError> {
+        Ok(picked(&self.policy, &routed.logits)?.0)
     }
 
     fn route(&self, logits: Tensor<2>, context: &RouteContext<'_>) -> Result<Routed, RoutingError> {

@@ -79,11 +79,25 @@ pub trait Route: Send + Sync + std::fmt::Debug {
         true
     }
 
+    /// Groups of experts with ids that follow each other, and how many of them a token may use: `[1, 1]` for rules that
+    /// know none.
+    fn groups(&self) -> [usize; 2] {
+        [1, 1]
+    }
+
     /// Routes `logits` `[T, n_experts]`. The same logits and context give the same result.
     ///
     /// # Errors
     /// [`RoutingError::NonFinite`], naming the token, when a logit is NaN or infinite; the caller adds layer and step.
     fn route(&self, logits: Tensor<2>, context: &RouteContext<'_>) -> Result<Routed, RoutingError>;
+
+    /// The picks that the scores make without a selection-only bias.
+    ///
+    /// # Errors
+    /// As [`Route::route`], which has seen the same logits.
+    fn unbiased(&self, routed: &Routed) -> Result<Routing, RoutingError> {
+        Ok(routed.routing.clone())
+    }
 
     /// The picks that the balance loss of the rule counts: all of them, unless the rule says otherwise.
     fn balance_loads(&self, routed: &Routed) -> Loads {
