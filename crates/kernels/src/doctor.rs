@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::blocks::bytes_of;
 use crate::compute::Compute;
@@ -38,6 +38,24 @@ pub fn cpu() -> CpuReport {
 /// Hardware threads that the system grants this process, at least 1.
 pub fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Processor time that all threads of this process have taken so far; `None` where the system does not say.
+#[must_use]
+pub fn processor_time() -> Option<Duration> {
+    #[cfg(unix)]
+    {
+        let mut time = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: fills the one value that it is given.
+        let failed = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) };
+        let seconds = u64::try_from(time.tv_sec).ok()?;
+        (failed == 0).then(|| Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0)))
+    }
+    #[cfg(not(unix))]
+    None
 }
 
 /// A measurement of reading memory in order.
@@ -150,6 +168,18 @@ mod tests {
         let report = cpu();
         assert_eq!(report.chosen, crate::Kernels::detect().isa());
         assert!(report.available.contains(&Isa::Scalar) && report.n_threads >= 1);
+    }
+
+    #[test]
+    fn processor_time_grows_with_work() {
+        let Some(before) = processor_time() else {
+            return;
+        };
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(50) {
+            black_box(start);
+        }
+        assert!(processor_time().unwrap() > before);
     }
 
     #[test]

@@ -36,6 +36,13 @@ pub struct StepRecord {
     pub tokens_per_second: f64,
     /// Duration of this step.
     pub seconds: f64,
+    /// Of them, those in which the next batch was waited for; 0 in logs of earlier versions, as is the next.
+    #[serde(default)]
+    pub data_seconds: f64,
+    /// Of them, those in which a thread had nothing to do or no processor, as a mean over the threads. A thread that looks
+    /// for work is not idle; 0 where the system does not count processor time.
+    #[serde(default)]
+    pub idle_seconds: f64,
     /// Each MoE layer's routing.
     pub layers: Vec<LayerRecord>,
     /// The routing of each layer's attention, where it has experts.

@@ -18,10 +18,11 @@ use crate::optimizer::{AdamW, GradientSum};
 use crate::recipe::Recipe;
 use crate::snapshot;
 use burn::module::Module;
+use cadre_kernels::doctor::processor_time;
 use cadre_routing::{Loads, RoutingError};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A run in memory.
 pub(crate) struct Run<'a> {
@@ -48,6 +49,8 @@ struct Totals {
     further: BTreeMap<String, f64>,
     loads: Vec<Loads>,
     attention: Vec<Loads>,
+    /// Waited for batches.
+    data_seconds: f64,
 }
 
 impl<'a> Run<'a> {
@@ -160,7 +163,7 @@ impl<'a> Run<'a> {
 
     /// One optimizer step; `batch` gives micro-batches by step and index.
     pub(crate) fn step(&mut self, batch: impl Fn(u64, usize) -> Batch) -> Result<StepRecord> {
-        let start = Instant::now();
+        let (start, busy) = (Instant::now(), processor_time());
         let step = self.optimizer.step + 1;
         if let Some(evolve) = self.recipe.evolve {
             let model = self.model.take().expect("a model between steps");
@@ -190,6 +193,7 @@ impl<'a> Run<'a> {
             rule.update(step, &mut self.biases, &totals.loads);
         }
         let seconds = start.elapsed().as_secs_f64();
+        let idle_seconds = idle(seconds, busy, rayon::current_num_threads());
         let tokens = self.recipe.tokens_per_step();
         Ok(StepRecord {
             step,
@@ -203,6 +207,8 @@ impl<'a> Run<'a> {
             grad_norm: norm,
             tokens_per_second: tokens as f64 / seconds,
             seconds,
+            data_seconds: totals.data_seconds,
+            idle_seconds,
             layers: self.layer_records(&totals.loads),
             attention: attention_records(&totals.attention),
         })
@@ -243,18 +249,24 @@ impl<'a> Run<'a> {
             _ => self.recipe.losses.scope,
         };
         let mut scoped = ScopedLoads::new(scope);
+        let (mut totals, mut data_seconds) = (Totals::default(), 0.0);
+        let mut next = |micro| {
+            let start = Instant::now();
+            let batch = batch(step, micro);
+            data_seconds += start.elapsed().as_secs_f64();
+            batch
+        };
         if scope == Scope::Global {
             let valid = self.model().valid();
             for micro in 0..n_micro {
                 let pass = self.pass(step, micro);
-                let counted = objective.count(&valid, &batch(step, micro), &pass, &mut scoped);
+                let counted = objective.count(&valid, &next(micro), &pass, &mut scoped);
                 counted.map_err(|e| self.routing_error(step, e))?;
             }
         }
         let mut gradients = GradientSum::default();
-        let mut totals = Totals::default();
         for micro in 0..n_micro {
-            let (batch, pass) = (batch(step, micro), self.pass(step, micro));
+            let (batch, pass) = (next(micro), self.pass(step, micro));
             let parts = objective.of(self.model(), &batch, &pass, &mut scoped);
             let parts = parts.map_err(|e| self.routing_error(step, e))?;
             let loss = value(parts.loss.clone());
@@ -275,6 +287,7 @@ impl<'a> Run<'a> {
             let added = objective.add_gradients(of, parts, share, &mut gradients);
             added.map_err(|e| self.routing_error(step, e))?;
         }
+        totals.data_seconds = data_seconds;
         Ok((gradients, totals))
     }
 
@@ -348,6 +361,16 @@ impl<'a> Run<'a> {
         }
         Ok(record)
     }
+}
+
+/// Of `seconds`, those in which a thread did not run, as a mean over `n_threads`; `before` is the processor time at their
+/// beginning.
+fn idle(seconds: f64, before: Option<Duration>, n_threads: usize) -> f64 {
+    let (Some(before), Some(now)) = (before, processor_time()) else {
+        return 0.0;
+    };
+    let busy = now.saturating_sub(before).as_secs_f64();
+    (seconds - busy / n_threads.max(1) as f64).max(0.0)
 }
 
 /// What the log says of the attention of each layer.

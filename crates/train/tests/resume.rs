@@ -2,6 +2,7 @@
 
 mod runs;
 
+use cadre_train::log::StepRecord;
 use cadre_train::trainer::{self, Outcome};
 use runs::{Watch, recipe, snapshots, trajectory};
 
@@ -24,6 +25,20 @@ fn stopped_and_resumed_equals_uninterrupted() {
         };
         trainer::train(&parts, &mut watch).unwrap();
     }
+    let log = std::fs::read_to_string(whole.output.dir.join("log.jsonl")).unwrap();
+    let steps = log
+        .lines()
+        .filter_map(|line| serde_json::from_str::<StepRecord>(line).ok());
+    let mut waited = 0.0;
+    for step in steps {
+        let parts = [step.data_seconds, step.idle_seconds];
+        assert!(
+            parts.iter().all(|part| (0.0..=step.seconds).contains(part)),
+            "{step:?}"
+        );
+        waited += step.data_seconds;
+    }
+    assert!(waited > 0.0, "making batches takes time");
     let (whole, parts) = (trajectory(&whole), trajectory(&parts));
     assert_eq!(whole.len(), 8 + 2, "steps and evaluations");
     assert_eq!(whole, parts);

@@ -115,7 +115,12 @@ pub(crate) fn trajectory(recipe: &Recipe) -> Vec<serde_json::Value> {
         .lines()
         .map(|line| {
             let mut value: serde_json::Value = serde_json::from_str(line).unwrap();
-            for clock in ["seconds", "tokens_per_second"] {
+            for clock in [
+                "seconds",
+                "tokens_per_second",
+                "data_seconds",
+                "idle_seconds",
+            ] {
                 value.as_object_mut().unwrap().remove(clock);
             }
             value
