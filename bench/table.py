@@ -287,6 +287,7 @@ def agreement(records):
 def document():
     """The whole page."""
     from run import latest
+    from train import LOSS_RECORD, loss_table
     from train import RECORD as TRAIN
     from train import table as train_table
 
@@ -295,6 +296,8 @@ def document():
         parts.append("## Bigger than memory\n\n" + limited(small))
     if read_records(TRAIN):
         parts.append("## Training next to PyTorch\n\n" + train_table(latest_record(TRAIN)))
+    if read_records(LOSS_RECORD):
+        parts.append(loss_table(latest_record(LOSS_RECORD)))
     if opened := read_records("open"):
         parts.append("## Opening a checkpoint of 10 GB\n\n" + opening(opened))
     if agreed := read_records("agree"):

@@ -4,6 +4,7 @@
     bash bench/peers/train.sh --sides torch-grouped_mm,torch-eager --rounds 3
     bash bench/peers/train.sh --sides cadre,cadre-bf16,torch-grouped_mm,torch-eager,torch-grouped_mm-bf16,torch-eager-bf16
     bash bench/peers/train.sh --table                 # the table of the latest record, measuring nothing
+    bash bench/peers/train.sh --loss 300 --sides cadre-bf16,torch-grouped_mm   # losses after 300 steps of the same text
 
 The work, the same on every side: a 65 M-parameter Qwen3-MoE from random weights (CONFIG below, untied head), batches of
 8 x 256 random tokens, a new one each step; forward, cross entropy, balance loss (coefficient 0.01), backward, clipping to
@@ -16,12 +17,19 @@ Every sample is one step. A round runs each side once, in its own process, in an
 for it: fused AdamW, SDPA attention, and of the two expert implementations the better one counts as "PyTorch" in the ratio.
 
 Prints a Markdown table and appends one line to bench/record/train-65m.jsonl.
+
+--loss N instead trains every side once for N steps from the same initial weights (PyTorch's) on the same text (bytes of
+recipes/data/synthetic, a fixed draw) at the same learning rates (warm-up over a tenth of the steps, then half a cosine), and
+compares the cross entropies; the record is bench/record/train-65m-loss.jsonl. PyTorch's balance loss is taken per layer here,
+as Cadre takes it. `--until M` ends PyTorch's sides after step M; the same command without it goes on from there (in --work).
 """
 
 import argparse
+import array
 import json
 import math
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -32,9 +40,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
-from common import append_record, fail, latest_record, machine, now, pin, revision, versions, warn_if_busy  # noqa: E402
+from common import append_record, fail, latest_record, machine, now, pin, revision, run, say, versions, warn_if_busy  # noqa: E402
 
-RECORD = "train-65m"
+RECORD, LOSS_RECORD = "train-65m", "train-65m-loss"
+TEXT = ROOT / ".cache" / "data" / "synthetic" / "mixed.train.jsonl"
+# Losses that are compared: the mean of so many last steps, since one step's depends on its text.
+LAST = 10
 RECIPE = ROOT / "recipes" / "bench-65m.toml"
 
 CONFIG = {
@@ -62,13 +73,12 @@ DEFAULT_SIDES = "cadre,torch-grouped_mm,torch-eager"
 # One side of the comparison, in a process of its own.
 
 
-def torch_worker(side, steps, threads):
-    """Trains `steps` steps with PyTorch and prints the JSON object that `cadre train --bench` prints."""
+def torch_model(side, threads):
+    """The model of random weights, the same for every call."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-    parts = side.split("-")
-    experts, bf16 = parts[1], parts[-1] == "bf16"
+    experts = side.split("-")[1]
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     config = Qwen3MoeConfig(**CONFIG, router_aux_loss_coef=BALANCE_COEF, use_cache=False)
@@ -77,11 +87,27 @@ def torch_worker(side, steps, threads):
     ).train()
     if model.config._experts_implementation != experts:
         fail(f"transformers did not take experts_implementation={experts}")
+    return model
+
+
+def torch_optimizer(model):
+    """Fused AdamW; norms do not decay."""
+    import torch
+
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": ADAMW["weight_decay"]},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=ADAMW["lr"], betas=ADAMW["betas"], eps=ADAMW["eps"], fused=True)
+    return torch.optim.AdamW(groups, lr=ADAMW["lr"], betas=ADAMW["betas"], eps=ADAMW["eps"], fused=True)
+
+
+def torch_worker(side, steps, threads):
+    """Trains `steps` steps with PyTorch and prints the JSON object that `cadre train --bench` prints."""
+    import torch
+
+    model = torch_model(side, threads)
+    optimizer = torch_optimizer(model)
+    bf16 = side.endswith("bf16")
     # transformers shifts the labels itself: the last position of a row is computed, but not scored.
     batches = torch.randint(0, CONFIG["vocab_size"], (steps, BATCH, LENGTH))
 
@@ -104,6 +130,148 @@ def torch_worker(side, steps, threads):
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     print(json.dumps(result))
+
+
+# The comparison of losses.
+
+
+def learning_rate(step, steps):
+    """Cadre's schedule with its defaults: half a cosine down to a tenth, after `warmup(steps)` steps of linear warm-up."""
+    ahead = warmup(steps)
+    if step <= ahead:
+        return ADAMW["lr"] * step / ahead
+    done = (step - ahead) / max(steps - ahead, 1)
+    return ADAMW["lr"] * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def warmup(steps):
+    return max(steps // 10, 1)
+
+
+def write_tokens(path, rows):
+    """Rows of LENGTH + 1 bytes from places of the text that a fixed seed draws, as u32."""
+    if not TEXT.is_file():
+        fail(f"{TEXT} does not exist; run recipes/data/synthetic")
+    text = "".join(json.loads(line)["text"] for line in TEXT.read_text(encoding="utf-8").splitlines()).encode()
+    draw = random.Random(0)
+    ids = array.array("I")
+    for _ in range(rows):
+        at = draw.randrange(len(text) - LENGTH)
+        ids.extend(text[at : at + LENGTH + 1])
+    if sys.byteorder == "big":
+        ids.byteswap()
+    path.write_bytes(ids.tobytes())
+
+
+def torch_losses(side, args):
+    """Goes on with a side up to step --until; what it takes to go on, and the losses, are in --work."""
+    import torch
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    model = torch_model(side, args.threads)
+    optimizer = torch_optimizer(model)
+    state = args.work / f"{side}.pt"
+    losses = []
+    if state.is_file():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        losses = saved["losses"]
+    ids = torch.frombuffer(bytearray((args.work / "tokens.u32").read_bytes()), dtype=torch.int32).long()
+    batches = ids.reshape(args.loss, args.batch, LENGTH + 1)
+    experts, top_k = CONFIG["num_experts"], CONFIG["num_experts_per_tok"]
+    for step in range(len(losses) + 1, args.until + 1):
+        batch = batches[step - 1]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.loss)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=side.endswith("bf16")):
+            out = model(input_ids=batch[:, :-1], output_router_logits=True)
+            logits = out.logits.float().reshape(-1, CONFIG["vocab_size"])
+            cross_entropy = torch.nn.functional.cross_entropy(logits, batch[:, 1:].reshape(-1))
+            layers = [load_balancing_loss_func((layer,), experts, top_k) / top_k for layer in out.router_logits]
+            loss = cross_entropy + BALANCE_COEF * sum(layers) / len(layers)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        losses.append(cross_entropy.item())
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, state)
+    print(json.dumps({"losses": losses}))
+
+
+def cadre_losses(side, args):
+    """The losses of a Cadre side, which takes all steps at once."""
+    changes = [
+        f"train.precision={'bf16' if side.endswith('bf16') else 'f32'}",
+        f"train.steps={args.loss}",
+        f"train.warmup_steps={warmup(args.loss)}",
+        f"train.batch_size={args.batch}",
+        f'start.from="{args.work / "model"}"',
+        f"model.max_position_embeddings={CONFIG['max_position_embeddings']}",
+    ]
+    command = [args.cadre, "train", "--bench", args.recipe, "--steps", args.loss, "-o", "json", "-t", args.threads]
+    command += ["--tokens", args.work / "tokens.u32", *(word for change in changes for word in ("--set", change))]
+    return json.loads(run(*command))["losses"]
+
+
+def compare_losses(args):
+    """Every side once; prints the table and appends the record when all are done."""
+    host = machine(args.threads, pin(args.threads))
+    args.work.mkdir(parents=True, exist_ok=True)
+    tokens, weights = args.work / "tokens.u32", args.work / "model"
+    if not tokens.is_file():
+        write_tokens(tokens, args.loss * args.batch)
+    if not weights.is_dir():
+        torch_model("torch-eager", args.threads).save_pretrained(weights)
+    losses = {}
+    for side in args.sides:
+        kept = args.work / f"{side}.json"
+        if kept.is_file():
+            losses[side] = json.loads(kept.read_text())
+            continue
+        say(f"{side}: up to step {args.until}")
+        if side.startswith("cadre"):
+            losses[side] = cadre_losses(side, args)
+        else:
+            command = [sys.executable, __file__, "--worker", side, "--loss", args.loss, "--until", args.until, "--batch", args.batch]
+            losses[side] = json.loads(run(*command, "--work", args.work, "--threads", args.threads))["losses"]
+        if len(losses[side]) == args.loss:
+            kept.write_text(json.dumps(losses[side]))
+    if undone := [side for side in args.sides if len(losses[side]) < args.loss]:
+        say(f"not done: {', '.join(undone)}; the same command goes on")
+        return
+    record = {
+        "bench": LOSS_RECORD,
+        "date": now(),
+        "commit": revision(),
+        "machine": host,
+        "versions": versions("torch", "transformers"),
+        "config": CONFIG | {"batch": args.batch, "length": LENGTH, "steps": args.loss, "text": "synthetic, bytes"},
+        "losses": {side: [round(loss, 4) for loss in losses[side]] for side in args.sides},
+    }
+    if not args.no_record:
+        append_record(LOSS_RECORD, record)
+    print(loss_table(record))
+
+
+def loss_table(record):
+    """Losses on the way and at the end, and how far each side is from the first of PyTorch."""
+    losses, steps, batch = record["losses"], record["config"]["steps"], record["config"]["batch"]
+    marks = sorted({1, *(steps * part // 6 for part in range(1, 6))})
+    end = {side: statistics.mean(values[-LAST:]) for side, values in losses.items()}
+    reference = next((side for side in losses if side.startswith("torch")), None)
+    lines = [
+        f"Cross entropy of a 65 M-parameter Qwen3-MoE from the same weights on the same text, batch {batch} x {LENGTH},"
+        f" {record['date'][:10]}, commit {record['commit']}.",
+        "",
+        "| side | " + " | ".join(f"step {mark}" for mark in marks) + f" | last {LAST} of {steps} | against {reference} |",
+        "|---" * (len(marks) + 3) + "|",
+    ]
+    for side, values in losses.items():
+        against = f"{100 * (end[side] / end[reference] - 1):+.2f} %" if reference else "-"
+        at = " | ".join(f"{values[mark - 1]:.4f}" for mark in marks)
+        lines.append(f"| {side} | {at} | {end[side]:.4f} | {against} |")
+    return "\n".join(lines)
 
 
 def command_of(side, args):
@@ -266,8 +434,13 @@ def arguments():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-record", action="store_true", help="print, but append nothing to bench/record/")
     parser.add_argument("--table", action="store_true", help="print the table of the latest record and stop")
+    parser.add_argument("--loss", type=int, metavar="STEPS", help="compare the losses of so many steps instead of speed")
+    parser.add_argument("--batch", type=int, default=BATCH, help="with --loss: sequences of a step")
+    parser.add_argument("--until", type=int, metavar="STEP", help="with --loss: stop PyTorch's sides after this step")
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "train-loss", help="with --loss: where weights, text and losses are kept")
     parser.add_argument("--worker", choices=SIDES[2:], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.until = min(args.until or args.loss or 0, args.loss or 0)
     if args.worker or args.table:
         return args
     args.sides = args.sides.split(",")
@@ -284,11 +457,17 @@ def arguments():
 
 def main():
     args = arguments()
+    if args.worker and args.loss:
+        torch_losses(args.worker, args)
+        return
     if args.worker:
         torch_worker(args.worker, args.steps, args.threads)
         return
     if args.table:
-        print(table(latest_record(RECORD)))
+        print(loss_table(latest_record(LOSS_RECORD)) if args.loss else table(latest_record(RECORD)))
+        return
+    if args.loss:
+        compare_losses(args)
         return
     record = measure(args)
     if not args.no_record:

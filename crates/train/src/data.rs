@@ -256,6 +256,67 @@ pub fn random_batch(recipe: &Recipe, step: u64, micro: usize) -> Batch {
     }
 }
 
+/// Batches that somebody else has made, to compare runs on the same tokens.
+#[derive(Debug)]
+pub struct GivenTokens {
+    ids: Vec<u32>,
+}
+
+impl GivenTokens {
+    /// Reads `path`: little-endian u32, for each of `steps` and its micro-batches `batch_size` rows of `seq_len + 1` ids.
+    ///
+    /// # Errors
+    /// A file that is not readable or not of that size, and an id beyond the vocabulary.
+    pub fn read(path: &Path, recipe: &Recipe, steps: u64) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|e| TrainError::io("read", path, e))?;
+        let fail = |problem: String| TrainError::Tokens {
+            path: path.to_owned(),
+            problem,
+        };
+        let (train, row) = (&recipe.train, recipe.train.seq_len + 1);
+        let rows = steps as usize * train.accumulate * train.batch_size;
+        let wanted = rows * row * 4;
+        if bytes.len() != wanted {
+            return Err(fail(format!(
+                "{} bytes, expected {wanted}: {rows} rows of {row} ids (u32) for {steps} steps",
+                bytes.len()
+            )));
+        }
+        let (words, _) = bytes.as_chunks::<4>();
+        let ids: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+        let vocab = recipe.model.vocab_size;
+        match ids.iter().position(|&id| id as usize >= vocab) {
+            Some(at) => Err(fail(format!(
+                "id {} in row {}, but `model.vocab_size` is {vocab}",
+                ids[at],
+                at / row
+            ))),
+            None => Ok(Self { ids }),
+        }
+    }
+
+    /// Micro-batch `micro` of step `step` (from 1).
+    ///
+    /// # Panics
+    /// Beyond the steps that were read.
+    #[must_use]
+    pub fn batch(&self, recipe: &Recipe, step: u64, micro: usize) -> Batch {
+        let (train, row) = (&recipe.train, recipe.train.seq_len + 1);
+        let index = (step as usize - 1) * train.accumulate + micro;
+        let size = train.batch_size * row;
+        let rows = self.ids[index * size..(index + 1) * size].chunks_exact(row);
+        let part = |from: usize| {
+            let part = |ids: &[u32]| ids[from..from + row - 1].to_vec();
+            Arc::new(rows.clone().flat_map(part).collect::<Vec<_>>())
+        };
+        Batch {
+            tokens: part(0),
+            targets: part(1),
+            seq_len: train.seq_len,
+        }
+    }
+}
+
 /// Trains on an equal share of every domain.
 fn train_tokenizer(data: &Data, vocab_size: usize) -> Result<String> {
     let share = TOKENIZER_BYTES / data.sources.len();

@@ -61,6 +61,14 @@ pub enum TrainError {
         /// What is wrong.
         problem: String,
     },
+    /// A file of token ids does not hold the batches of the run.
+    #[error("{}: {problem}", path.display())]
+    Tokens {
+        /// The file.
+        path: PathBuf,
+        /// What was found and what was expected.
+        problem: String,
+    },
     /// A data source is too small to train on.
     #[error("{}: {n_tokens} tokens, expected more than seq_len = {seq_len}; add text or lower seq_len", path.display())]
     TooLittleData {

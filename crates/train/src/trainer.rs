@@ -1,7 +1,7 @@
 //! The loop: batches -> losses -> gradients -> update, with log, evaluation, snapshots and resumption.
 
 use crate::collapse::CollapseWatch;
-use crate::data::{self, Corpus};
+use crate::data::{self, Corpus, GivenTokens};
 use crate::error::{Result, TrainError};
 use crate::export::{Exported, export};
 use crate::files;
@@ -10,7 +10,7 @@ use crate::recipe::Recipe;
 use crate::run::Run;
 use crate::snapshot;
 use cadre_checkpoint::Dtype;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What a run tells whoever watches it. All methods do nothing by default.
 pub trait Progress {
@@ -158,15 +158,19 @@ pub fn forget(recipe: &Recipe) -> Result<()> {
     files::remove_file(&folder.join("tokenizer.json"))
 }
 
-/// Speed and losses of some steps on random tokens, for comparisons.
+/// Speed and losses of some steps on random tokens, or on those of a file ([`GivenTokens`]), for comparisons.
 ///
 /// # Errors
-/// Divergence.
-pub fn bench(recipe: &Recipe, steps: u64) -> Result<Vec<StepRecord>> {
+/// Divergence, and a file that does not hold the tokens of so many steps.
+pub fn bench(recipe: &Recipe, steps: u64, tokens: Option<&Path>) -> Result<Vec<StepRecord>> {
+    let given = tokens.map(|path| GivenTokens::read(path, recipe, steps));
+    let given = given.transpose()?;
     let mut run = Run::new(recipe, None)?;
-    (0..steps)
-        .map(|_| run.step(|step, micro| data::random_batch(recipe, step, micro)))
-        .collect()
+    let batch = |step, micro| match &given {
+        Some(given) => given.batch(recipe, step, micro),
+        None => data::random_batch(recipe, step, micro),
+    };
+    (0..steps).map(|_| run.step(batch)).collect()
 }
 
 /// Number of parameters of a recipe's model.

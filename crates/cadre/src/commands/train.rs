@@ -58,6 +58,10 @@ struct TrainArgs {
     /// Steps that `--bench` takes.
     #[arg(long, value_name = "N", default_value_t = 7, requires = "bench", value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
+    /// Token ids that `--bench` takes instead of random ones: little-endian u32, for every step `batch_size` rows of
+    /// `seq_len + 1` ids.
+    #[arg(long, value_name = "FILE", requires = "bench")]
+    tokens: Option<PathBuf>,
     /// Threads; 0 takes one per core.
     #[arg(short, long, value_name = "N", default_value_t = 0)]
     threads: usize,
@@ -177,7 +181,7 @@ fn finished(
 }
 
 fn bench(recipe: &Recipe, args: &TrainArgs) -> Result<()> {
-    let records = trainer::bench(recipe, args.steps)?;
+    let records = trainer::bench(recipe, args.steps, args.tokens.as_deref())?;
     let mut samples: Vec<f64> = records.iter().map(|r| r.tokens_per_second).collect();
     let in_order = samples.clone();
     samples.sort_by(f64::total_cmp);
@@ -193,6 +197,7 @@ fn bench(recipe: &Recipe, args: &TrainArgs) -> Result<()> {
             "samples": in_order,
             "loss_first": loss(records.first()),
             "loss_last": loss(records.last()),
+            "losses": records.iter().map(|r| r.cross_entropy).collect::<Vec<_>>(),
             "parameters": n_parameters,
             "threads": rayon::current_num_threads(),
             "precision": precision,
@@ -350,6 +355,13 @@ fn line(record: &StepRecord) -> String {
         }
     }
     let _ = write!(line, " | {:.0} tok/s", record.tokens_per_second);
+    for (what, seconds) in [("data", record.data_seconds), ("idle", record.idle_seconds)] {
+        let share = (100.0 * seconds / record.seconds).round();
+        // Also where no duration is known.
+        if share >= 1.0 {
+            let _ = write!(line, ", {what} {share} %");
+        }
+    }
     line
 }
 
@@ -386,6 +398,13 @@ mod tests {
             line(&record),
             "loss 2.500 (text 2.250, balance 1.500, z 3.00, consistency 0.125) | CV 0.50, MaxVio 1.50 in layer 2, dead 3 of 8 in layer 2 | 1234 tok/s"
         );
+        record.seconds = 2.0;
+        record.data_seconds = 0.009;
+        record.idle_seconds = 0.25;
+        assert!(line(&record).ends_with("| 1234 tok/s, idle 13 %"));
+        record.data_seconds = 0.02;
+        assert!(line(&record).ends_with("| 1234 tok/s, data 1 %, idle 13 %"));
+        (record.data_seconds, record.idle_seconds) = (0.0, 0.0);
         record.layers[0].dead = 1;
         assert!(line(&record).contains("dead 1 of 8 in layer 0 and in 1 more"));
         record.layers.clear();

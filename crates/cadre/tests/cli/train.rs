@@ -262,6 +262,40 @@ fn speed_is_reported_without_writing_anything() {
 }
 
 #[test]
+fn speed_is_measured_on_the_tokens_of_a_file() {
+    let bench = Bench::new();
+    let recipe = bench.recipe("run", 10);
+    let file = bench.path("tokens.u32");
+    // Two steps of 2 rows of 32 + 1 ids.
+    let ids = |id: u32| -> Vec<u8> { (0..2 * 2 * 33).flat_map(|_| id.to_le_bytes()).collect() };
+    let args = |steps| {
+        let fixed = ["train", "--bench", arg(&recipe), "-o", "json", "--tokens"];
+        [&fixed[..], &[arg(&file), "--steps", steps]].concat()
+    };
+    fs::write(&file, ids(7)).unwrap();
+    let report = json(&args("2"));
+    let losses = report["losses"].as_array().unwrap().iter();
+    let losses: Vec<f64> = losses.filter_map(serde_json::Value::as_f64).collect();
+    // One id again and again is learnt at once; random ids are not.
+    assert!(
+        losses.len() == 2 && losses[1] < losses[0] - 0.05,
+        "{losses:?}"
+    );
+    let (code, error) = failure(&args("3"));
+    assert_eq!(code, 1);
+    assert!(
+        error.contains("tokens.u32: 528 bytes, expected 792"),
+        "{error}"
+    );
+    fs::write(&file, ids(300)).unwrap();
+    let (_, error) = failure(&args("2"));
+    assert!(
+        error.contains("id 300 in row 0") && error.contains("vocab_size"),
+        "{error}"
+    );
+}
+
+#[test]
 fn bad_recipes_are_named() {
     let bench = Bench::new();
     let recipe = bench.recipe("run", 10);
