@@ -234,7 +234,7 @@ def limited_overhead(record):
     lines = [
         f"### {record['shape']}, {NAMES[record['type']]}, {ROUTING[record['routing']]}: streamed with room for everything",
         "",
-        f"No limit; in turns with `--mem-budget` {record['mem_budget_bytes'] / 1e9:.1f} GB and without, {record['rounds']} rounds, {record['date'][:10]},"
+        f"No limit; in turns with `--mem-budget` {record['mem_budget_bytes'] / 1e9:.1f} GB and without, {record['rounds']} rounds of {record['repetitions']} repetitions (median of all but the first), {record['date'][:10]},"
         f" commit {record['commit']}; load before the run {record['machine']['load_before']}.",
         "",
         "| test | streamed | resident | streamed / resident | aim |",

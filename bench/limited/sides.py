@@ -115,7 +115,7 @@ class Cadre:
         """What is given as --mem-budget under a limit."""
         return limit - self.margin
 
-    def command(self, test, budget, cold, repetitions=2):
+    def command(self, test, budget, cold, repetitions):
         command = [self.program, "run" if test.kind == "first" else "bench", "-m", str(self.path), "-t", str(self.threads)]
         if budget is not None:
             command += ["--mem-budget", str(budget), *self.extra]
@@ -127,15 +127,16 @@ class Cadre:
         command += ["-p", counts[0], "-n", counts[1], "-r", str(repetitions), "-o", "json"]
         return command + (["--no-warmup"] if cold else [])
 
-    def measure(self, name, limit, most_seconds, budget=None):
-        """One test: a dict with "ts" or "seconds", or with "failed". Without a limit, `budget` may still be given."""
+    def measure(self, name, limit, most_seconds, budget=None, repetitions=2):
+        """One test: a dict with "ts", the median of all repetitions but the first, or "seconds", or with "failed". Without a limit,
+        `budget` may still be given."""
         test = parse(name)
         clean(self.path)
         group = Group(GROUP, limit, self.parent) if limit is not None else None
         budget = self.budget(limit) if limit is not None else budget
         try:
             # Without a limit nothing is missing once all has been read, which the warm-up does.
-            command = self.command(test, budget, cold=limit is not None)
+            command = self.command(test, budget, limit is not None, repetitions)
             ended = execute(command, group, most_seconds)
         finally:
             if group:
@@ -148,7 +149,7 @@ class Cadre:
         own = {key: value for key in STREAMED if (value := own_figure(record, key)) is not None}
         # It also reads the disk to measure it, so that what the process read says nothing of the model.
         ended.facts.pop("read_bytes")
-        return ended.facts | own | {"ts": record["samples_ts"][-1]}
+        return ended.facts | own | {"ts": statistics.median(record["samples_ts"][1:])}
 
 
 class Llama:
