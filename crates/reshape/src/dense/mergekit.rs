@@ -220,7 +220,7 @@ impl MergekitMoe {
             return Err(bad(
                 "experts",
                 format!(
-                    "are all of {first}: the mixture would compute what that does and take more; allow it only to train it afterwards"
+                    "are all of {first}: the mixture would compute what that does and take more; to train it afterwards, pass --allow-same"
                 ),
             ));
         }
