@@ -5,10 +5,11 @@
     "$PY" golden/make/lm_eval_scores.py --model models/nano
 
 The model is read in float32 (bf16 weights are widened) and asked one question at a time. The tasks (YAML) and their questions (JSON
-lines) were written by hand.
+lines) were written by hand; the texts of rolling.jsonl are four of recipes/data/sample.jsonl.
 
 Files
-    expected.json   by task: `scores` by lm_eval's names, and `samples`, per question the log likelihoods of its choices or the text.
+    expected.json   by task: `scores` by lm_eval's names, and `samples`, per question the log likelihoods of its choices or the text, per text its
+                    log likelihood.
     MANIFEST.json   script, versions.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from common import ROOT, versions, write_json
 
 sys.path.insert(0, str(ROOT / "bench" / "peers"))
-from serve_lm_eval import MAX_LENGTH, TASKS, evaluate  # noqa: E402
+from serve_lm_eval import TASKS, WINDOW, evaluate  # noqa: E402
 
 
 def main():
@@ -29,7 +30,7 @@ def main():
     parser.add_argument("--model", type=Path, required=True)
     args = parser.parse_args()
     os.chdir(ROOT)
-    arguments = {"pretrained": str(args.model.resolve()), "dtype": "float32", "max_length": MAX_LENGTH}
+    arguments = {"pretrained": str(args.model.resolve()), "dtype": "float32", "max_length": WINDOW}
     expected = evaluate("hf", arguments, device="cpu", batch_size=1)
     for task in expected.values():
         task["scores"] = {name: value for name, value in task["scores"].items() if not name.endswith("_stderr")}

@@ -5,7 +5,8 @@
 //! it and counts only the predictions that earlier windows have not. With `stride = window` (the default)
 //! each token is read once and sees up to `window` tokens before it; a smaller stride costs
 //! `window / stride` times as much and gives every counted token at least `window - stride` tokens of
-//! context (except at the start of a document). Every prediction is counted exactly once either way.
+//! context (except at the start of a document). Every prediction is counted exactly once either way. A document's last window
+//! may begin earlier than that, so that its few predictions get as much context as others.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -29,12 +30,14 @@ pub struct Document {
 }
 
 /// How documents are cut; see the module's description.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Windows {
     /// Most tokens that one window reads.
     pub window: usize,
     /// Tokens between the starts of two windows, 1 to `window`.
     pub stride: usize,
+    /// The last window of a document begins so early that it reads `window` tokens too, as lm_eval's rolling likelihood does.
+    pub fills_last: bool,
 }
 
 /// Predictions and what they cost.
@@ -153,8 +156,12 @@ fn cut(n_tokens: usize, windows: Windows) -> impl Iterator<Item = Window> {
             return None;
         }
         let to = n_inputs.min(from + windows.window);
+        let reaches_back = windows.fills_last && to == n_inputs;
         let window = Window {
-            from,
+            from: match reaches_back {
+                true => from.min(to.saturating_sub(windows.window)),
+                false => from,
+            },
             to,
             counted_from: counted,
         };
@@ -257,10 +264,34 @@ fn log_sum(kernels: Kernels, row: &mut [f32]) -> f64 {
 mod tests {
     use super::*;
 
-    fn windows(n_tokens: usize, window: usize, stride: usize) -> Vec<(usize, usize, usize)> {
-        cut(n_tokens, Windows { window, stride })
+    fn cut_into(n_tokens: usize, windows: Windows) -> Vec<(usize, usize, usize)> {
+        cut(n_tokens, windows)
             .map(|w| (w.from, w.to, w.counted_from))
             .collect()
+    }
+
+    fn windows(n_tokens: usize, window: usize, stride: usize) -> Vec<(usize, usize, usize)> {
+        let windows = Windows {
+            window,
+            stride,
+            fills_last: false,
+        };
+        cut_into(n_tokens, windows)
+    }
+
+    #[test]
+    fn the_last_window_reaches_back() {
+        let rolling = |n_tokens| {
+            let windows = Windows {
+                window: 4,
+                stride: 4,
+                fills_last: true,
+            };
+            cut_into(n_tokens, windows)
+        };
+        assert_eq!(rolling(11), [(0, 4, 0), (4, 8, 4), (6, 10, 8)]);
+        assert_eq!(rolling(9), [(0, 4, 0), (4, 8, 4)]);
+        assert_eq!(rolling(3), [(0, 2, 0)]);
     }
 
     #[test]
@@ -274,8 +305,9 @@ mod tests {
         assert_eq!(windows(1, 4, 4), []);
         assert_eq!(windows(0, 4, 4), []);
         for (n, window, stride) in [(100, 7, 3), (64, 8, 8), (3, 100, 1)] {
-            let counted: usize = cut(n, Windows { window, stride })
-                .map(|w| w.to - w.counted_from)
+            let counted: usize = windows(n, window, stride)
+                .iter()
+                .map(|(_, to, from)| to - from)
                 .sum();
             assert_eq!(counted, n - 1);
         }

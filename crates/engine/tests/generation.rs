@@ -312,6 +312,7 @@ fn perplexity_is_the_mean_over_domains_and_windows() {
     let whole = Windows {
         window: 128,
         stride: 128,
+        fills_last: false,
     };
     let result = perplexity(&*model, &documents, whole, KvFormats::default(), &mut go_on).unwrap();
     let prose: f64 = nlls(&*model, &documents[0].tokens).iter().sum();
@@ -326,6 +327,7 @@ fn perplexity_is_the_mean_over_domains_and_windows() {
     let cut = Windows {
         window: 16,
         stride: 4,
+        fills_last: false,
     };
     let result = perplexity(
         &*model,
@@ -365,6 +367,7 @@ fn perplexity_can_be_stopped_and_checks_its_input() {
     let windows = Windows {
         window: 10,
         stride: 10,
+        fills_last: false,
     };
     let result = perplexity(
         &*model,
@@ -381,7 +384,11 @@ fn perplexity_can_be_stopped_and_checks_its_input() {
         let result = perplexity(
             &*model,
             &documents(),
-            Windows { window, stride },
+            Windows {
+                window,
+                stride,
+                fills_last: false,
+            },
             KvFormats::default(),
             &mut go_on,
         );

@@ -106,6 +106,7 @@ fn nll(checkpoint: &Checkpoint, tokens: &[u32]) -> f64 {
     let windows = Windows {
         window: 256,
         stride: 256,
+        fills_last: false,
     };
     let go_on = &mut |_: u64, _: u64| ControlFlow::Continue(());
     let kv = SessionOptions::default().kv;

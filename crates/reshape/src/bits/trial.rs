@@ -77,6 +77,7 @@ impl Trial for Trials<'_> {
         let windows = Windows {
             window: self.window,
             stride: self.window,
+            fills_last: false,
         };
         let mut stopped = false;
         let progress = &mut self.progress;
