@@ -217,6 +217,18 @@ impl RouterConfig {
             Self::TopP { .. } | Self::DenseToSparse { hard: false, .. }
         )
     }
+
+    /// Whether something stored moves the choice of experts, and not their weights (`e_score_correction_bias`).
+    #[must_use]
+    pub fn has_correction(&self) -> bool {
+        matches!(
+            self,
+            Self::GroupLimited {
+                correction_bias: true,
+                ..
+            }
+        )
+    }
 }
 
 impl MoeConfig {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cadre_checkpoint::{Checkpoint, Conversion, ConvertTo, Factors, Mixer, NewExpert, NewExperts};
 use cadre_routing::plan::{Groups, ModelShape, Plan, PlanExpert, PlanLayer};
 
-use crate::bake::Gains;
+use crate::bake::Written;
 use crate::error::{ReshapeError, Result};
 use crate::file::plan_json;
 use crate::mix::{Averages, sizes};
@@ -28,14 +28,14 @@ pub struct Applying {
 /// # Errors
 /// The plan does not fit the model, or the model's files have no place for what it says; nothing has been written then.
 pub fn apply<'a>(source: &'a Checkpoint, plan: &Plan, options: Applying) -> Result<Conversion<'a>> {
-    apply_with(source, plan, &Gains::default(), options)
+    apply_with(source, plan, &Written::default(), options)
 }
 
-/// As [`apply`], with experts made louder or quieter.
+/// As [`apply`], with more of a steering than who stays.
 pub(crate) fn apply_with<'a>(
     source: &'a Checkpoint,
     plan: &Plan,
-    gains: &Gains,
+    written: &Written,
     options: Applying,
 ) -> Result<Conversion<'a>> {
     let shape = shape_of(source);
@@ -75,11 +75,11 @@ pub(crate) fn apply_with<'a>(
             ),
         });
     }
-    let experts = new_experts(plan, (&shape, sizes), gains, options.pad);
+    let experts = new_experts(plan, (&shape, sizes), written, options.pad);
     // An unfinished output of another plan may have the same headers.
-    let settings = match plan.is_identity() && gains.is_empty() {
+    let settings = match plan.is_identity() && written.is_empty() {
         true => String::new(),
-        false => format!("{}{gains}", plan_json(plan)),
+        false => format!("{}{written}", plan_json(plan)),
     };
     Ok(Conversion::with_experts(
         source,
@@ -134,9 +134,10 @@ fn most(plan: &Plan) -> usize {
 fn new_experts(
     plan: &Plan,
     (shape, [hidden, width]): (&ModelShape, [usize; 2]),
-    gains: &Gains,
+    written: &Written,
     pad: bool,
 ) -> NewExperts {
+    let gains = &written.gains;
     let most = most(plan);
     let layers = plan.layers.iter().map(|layer| {
         let whole = plan.factor.is_none();
@@ -183,6 +184,8 @@ fn new_experts(
         rows,
         factors,
         mixer,
+        top_k: written.top_k,
+        corrections: written.corrections.clone(),
     }
 }
 

@@ -1,13 +1,14 @@
 //! Baking: a steering written into a checkpoint, so that the model is steered wherever it is loaded.
 //!
 //! A masked expert is left out, with its row of the router: results are those of minus infinity in its place. A gain
-//! multiplies what an expert gives to the stream, the matrix `down_proj` and its bias; 0 silences it. The rest of what steering can do
-//! looks at each token, and no checkpoint has a place for it: that is refused by name.
+//! multiplies what an expert gives to the stream, the matrix `down_proj` and its bias; 0 silences it. The number of experts that a token gets is a
+//! number of the configuration. A forced expert is one whose choice is corrected (`e_score_correction_bias`, which moves no weight) so far that none
+//! comes before it. The rest of what steering can do looks at each token, and no checkpoint has a place for it: that is refused by name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use cadre_checkpoint::{Checkpoint, CheckpointError, Conversion, Mixer, NewExpert};
+use cadre_checkpoint::{Checkpoint, CheckpointError, Conversion, Mixer, NewExpert, RouterConfig};
 use cadre_routing::Steering;
 use cadre_routing::plan::{ModelShape, PLAN_VERSION, Plan, PlanExpert, PlanLayer, PlannedModel};
 use cadre_routing::steer::{Experts, Layers};
@@ -38,46 +39,142 @@ pub fn bake<'a>(
     refuse_what_looks_at_tokens(steering)?;
     let shape = shape_of(source);
     let plan = kept(&shape, &steering.mask)?;
-    let gains = Gains::of(&shape, steering)?;
-    let conversion = apply_with(source, &plan, &gains, options)?;
+    let written = Written {
+        gains: Gains::of(&shape, steering)?,
+        top_k: steering.top_k,
+        corrections: forced(source, &shape, steering)?,
+    };
+    let conversion = apply_with(source, &plan, &written, options)?;
     Ok(Baked { plan, conversion })
+}
+
+/// What is written beside who stays.
+#[derive(Debug, Default)]
+pub(crate) struct Written {
+    pub(crate) gains: Gains,
+    pub(crate) top_k: Option<usize>,
+    /// Corrections of the choice, by layer and expert of the source.
+    pub(crate) corrections: BTreeMap<(usize, usize), f32>,
+}
+
+impl Written {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.gains.is_empty() && self.top_k.is_none() && self.corrections.is_empty()
+    }
+}
+
+/// A line for each, by which an unfinished output is known.
+impl fmt::Display for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(top_k) = self.top_k {
+            writeln!(f, "top_k {top_k}")?;
+        }
+        for ((layer, expert), value) in &self.corrections {
+            writeln!(f, "correction {layer}:{expert}={value}")?;
+        }
+        write!(f, "{}", self.gains)
+    }
+}
+
+/// Corrections that let no expert come before those of `force`.
+fn forced(
+    source: &Checkpoint,
+    shape: &ModelShape,
+    steering: &Steering,
+) -> Result<BTreeMap<(usize, usize), f32>> {
+    let refused = |problem: String| ReshapeError::NotBaked {
+        rule: "force",
+        problem,
+    };
+    let mut corrections = BTreeMap::new();
+    if steering.force.is_empty() {
+        return Ok(corrections);
+    }
+    let moe = &source.config().moe;
+    match &moe.router {
+        RouterConfig::GroupLimited {
+            correction_bias: true,
+            n_groups,
+            keep_groups,
+            ..
+        } => {
+            if keep_groups < n_groups {
+                let problem = "its experts compete in groups, and a forced expert would bring its whole group in";
+                return Err(refused(problem.to_owned()));
+            }
+        }
+        _ => {
+            let problem = "its routers have no correction of the choice (`e_score_correction_bias`), and no weight makes a router pick an expert always and \
+                           weigh it as before";
+            return Err(refused(problem.to_owned()));
+        }
+    }
+    let top_k = steering.top_k.unwrap_or(moe.top_k);
+    let mut by_layer: BTreeMap<usize, BTreeSet<u16>> = BTreeMap::new();
+    for (layers, experts) in steering.force.iter() {
+        for (layer, of) in meant("force", shape, layers)? {
+            for expert in experts {
+                check("force", layer, of, *expert)?;
+                by_layer.entry(layer).or_default().insert(*expert);
+            }
+        }
+    }
+    let masked = masked(shape, &steering.mask)?;
+    for (layer, experts) in by_layer {
+        if experts.len() > top_k {
+            let n = experts.len();
+            return Err(refused(format!(
+                "layer {layer} has {n} forced experts, and a token gets {top_k}"
+            )));
+        }
+        let gone = masked.get(&layer).map_or(&[][..], Vec::as_slice);
+        if let Some(expert) = experts.iter().find(|expert| gone.contains(expert)) {
+            return Err(refused(format!(
+                "expert {expert} of layer {layer} is masked, too"
+            )));
+        }
+        let name = format!("model.layers.{layer}.mlp.gate.e_score_correction_bias");
+        let stored = tensor(source, &name)?;
+        let most = stored.iter().fold(0.0f32, |most, value| most.max(*value));
+        // Scores that are corrected are between 0 and 1; the rest is for formats of few digits.
+        let above = most + 4.0 + most / 64.0;
+        corrections.extend(
+            experts
+                .into_iter()
+                .map(|expert| ((layer, usize::from(expert)), above)),
+        );
+    }
+    Ok(corrections)
 }
 
 fn refuse_what_looks_at_tokens(steering: &Steering) -> Result<()> {
     let Steering {
-        top_k,
+        top_k: _,
         top_p,
         ranks,
         min_weight,
         min_experts,
         mask: _,
-        force,
+        force: _,
         mute,
         damp,
         bias,
         gain: _,
     } = steering;
     let share = "what the other picks gain by it depends on the token; a gain of 0 leaves an expert out without that";
-    let number =
-        "the number of picks is a key of the configuration; edit it there, or keep the flag";
     let rule = "the rule of a router is its architecture's; keep the flag";
     let refused = [
-        ("top_k", top_k.is_some(), number),
         ("top_p", top_p.is_some(), rule),
         ("ranks", ranks.is_some(), rule),
         ("min_weight", min_weight.is_some(), rule),
         ("min_experts", min_experts.is_some(), rule),
-        (
-            "force",
-            !force.is_empty(),
-            "no weight of a router makes it pick an expert always and weigh it as before",
-        ),
         ("mute", !mute.is_empty(), share),
         ("damp", !damp.is_empty(), share),
         (
             "bias",
             !bias.is_empty(),
-            "it moves the ranking and no weight, and a bias in a router would move both",
+            "it moves the logit that experts are ranked by and no weight: a bias in a router moves both, and a correction of the choice \
+             (`e_score_correction_bias`) moves what the score function has made of the logit",
         ),
     ];
     match refused.into_iter().find(|(_, is_said, _)| *is_said) {
@@ -89,17 +186,23 @@ fn refuse_what_looks_at_tokens(steering: &Steering) -> Result<()> {
     }
 }
 
-/// The plan that drops what is masked.
-fn kept(shape: &ModelShape, mask: &Experts) -> Result<Plan> {
-    let mut dropped: BTreeMap<usize, Vec<u16>> = BTreeMap::new();
+/// Masked experts by layer.
+fn masked(shape: &ModelShape, mask: &Experts) -> Result<BTreeMap<usize, Vec<u16>>> {
+    let mut masked: BTreeMap<usize, Vec<u16>> = BTreeMap::new();
     for (layers, experts) in mask.iter() {
         for (layer, of) in meant("mask", shape, layers)? {
             for expert in experts {
                 check("mask", layer, of, *expert)?;
-                dropped.entry(layer).or_default().push(*expert);
+                masked.entry(layer).or_default().push(*expert);
             }
         }
     }
+    Ok(masked)
+}
+
+/// The plan that drops what is masked.
+fn kept(shape: &ModelShape, mask: &Experts) -> Result<Plan> {
+    let dropped = masked(shape, mask)?;
     let layers = shape.layers.iter().map(|(layer, of)| {
         let gone = dropped.get(layer).map_or(&[][..], Vec::as_slice);
         let stay = (0..*of as u16).filter(|expert| !gone.contains(expert));

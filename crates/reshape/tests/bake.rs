@@ -199,6 +199,90 @@ fn every_layout_of_folders_takes_a_gain_or_says_why_not() {
     );
 }
 
+fn golden(name: &str) -> Checkpoint {
+    Checkpoint::open(&golden_dir().join(name)).unwrap()
+}
+
+#[test]
+fn the_number_of_experts_is_written_into_the_configuration() {
+    let folder = TinyMoe::default().dtype(Dtype::F32).build().unwrap();
+    let tiny = folder.open().unwrap();
+    for (source, json, top_k) in [
+        (&tiny, r#"{"top_k": 1}"#, 1),
+        (
+            &tiny,
+            r#"{"top_k": 5, "mask": {"*": [3]}, "gain": {"*": {"0": 2}}}"#,
+            5,
+        ),
+        (&golden("cadre_moe/group_limited"), r#"{"top_k": 1}"#, 1),
+        (&golden("glm4_moe/plain"), r#"{"top_k": 4}"#, 4),
+        (&golden("mixtral/plain"), r#"{"top_k": 1}"#, 1),
+        (
+            &golden("gguf_models/qwen3_moe-plain/model.gguf"),
+            r#"{"top_k": 1}"#,
+            1,
+        ),
+    ] {
+        let (made, effect) = check(source, json, 1e-6);
+        assert!(effect > 1e-4, "{}: {json}: {effect}", source.origin());
+        assert_eq!(made.config().moe.top_k, top_k, "{}", source.origin());
+    }
+}
+
+#[test]
+fn a_forced_expert_is_one_whose_choice_is_corrected() {
+    for (name, json) in [
+        (
+            "deepseek_v3/no_q_lora",
+            r#"{"force": {"*": [5], "0": [0]}}"#,
+        ),
+        ("glm4_moe/plain", r#"{"force": {"1": [3]}}"#),
+        (
+            "glm4_moe/plain",
+            r#"{"force": {"1": [3, 5]}, "mask": {"1": [0]}, "top_k": 3}"#,
+        ),
+        (
+            "gguf_models/glm4_moe-plain/model.gguf",
+            r#"{"force": {"1": [3]}}"#,
+        ),
+    ] {
+        let (_, effect) = check(&golden(name), json, 1e-6);
+        assert!(effect > 1e-4, "{name}: {json}: {effect}");
+    }
+    let options = |source: &Checkpoint| Applying {
+        target: target(source),
+        pad: false,
+    };
+    for (name, json, said) in [
+        (
+            "deepseek_v3/yarn",
+            r#"{"force": {"1": [3]}}"#,
+            "compete in groups",
+        ),
+        (
+            "glm4_moe/plain",
+            r#"{"force": {"1": [0, 1, 2]}}"#,
+            "layer 1 has 3 forced experts, and a token gets 2",
+        ),
+        (
+            "glm4_moe/plain",
+            r#"{"force": {"1": [3]}, "mask": {"*": [3]}}"#,
+            "expert 3 of layer 1 is masked, too",
+        ),
+        ("glm4_moe/plain", r#"{"top_k": 7}"#, "num_experts_per_tok"),
+        (
+            "cadre_moe/top_p",
+            r#"{"top_k": 2}"#,
+            "as many experts as a token needs",
+        ),
+    ] {
+        let source = golden(name);
+        let error = bake(&source, &steering(json), options(&source)).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains(said), "{name}: {json}: {error}");
+    }
+}
+
 #[test]
 fn what_a_checkpoint_cannot_say_is_refused_by_name() {
     let folder = TinyMoe::default().build().unwrap();
@@ -209,18 +293,18 @@ fn what_a_checkpoint_cannot_say_is_refused_by_name() {
     };
     for (json, said) in [
         (
-            r#"{"top_k": 1}"#,
-            "`top_k` of the steering cannot be written into a checkpoint: the number of picks",
+            r#"{"top_p": 0.5}"#,
+            "`top_p` of the steering cannot be written into a checkpoint: the rule",
         ),
         (
             r#"{"mute": {"0": [1]}}"#,
             "a gain of 0 leaves an expert out",
         ),
         (r#"{"damp": {"0": {"1": 0.5}}}"#, "`damp`"),
-        (r#"{"force": {"0": [1]}}"#, "`force`"),
+        (r#"{"force": {"0": [1]}}"#, "no correction of the choice"),
         (
             r#"{"bias": {"0": {"1": 2}}}"#,
-            "moves the ranking and no weight",
+            "moves the logit that experts are ranked by and no weight",
         ),
         (
             r#"{"mask": {"7": [1]}}"#,

@@ -28,6 +28,8 @@ fn whole_and_half(folder: &Path) -> [PathBuf; 2] {
         rows: Vec::new(),
         factors: None,
         mixer: None,
+        top_k: None,
+        corrections: std::collections::BTreeMap::new(),
     };
     let target = ConvertTo::Folder {
         max_shard_bytes: 1 << 30,

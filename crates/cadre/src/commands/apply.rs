@@ -25,8 +25,9 @@ pub(crate) struct Args {
     /// The plan, made by `cadre plan`; it may have been edited.
     #[arg(long, value_name = "FILE", required_unless_present = "steer")]
     plan: Option<PathBuf>,
-    /// A steering, as --steer of other commands reads it, to write into the model: masked experts are left out, and gains become part of
-    /// the weights. What looks at each token (mute, bias, force, numbers of picks) is refused.
+    /// A steering, as --steer of other commands reads it, to write into the model: masked experts are left out, gains become part of
+    /// the weights, top_k a number of the configuration, and forced experts a correction, where routers have one. What looks at each token (mute,
+    /// damp, bias and others) is refused.
     #[arg(long, value_name = "FILE", conflicts_with = "plan")]
     steer: Option<PathBuf>,
     /// How much of the steering, see --steer-scale of `cadre run`.

@@ -629,7 +629,7 @@ fn a_steering_is_written_into_a_model() {
     let model = tiny();
     fs::write(
         &steer,
-        r#"{"mask": {"*": [2]}, "gain": {"1": {"3": 0.5, "4": 0}}}"#,
+        r#"{"mask": {"*": [2]}, "gain": {"1": {"3": 0.5, "4": 0}}, "top_k": 1}"#,
     )
     .unwrap();
     let apply = |steer: &str, output: &str| {

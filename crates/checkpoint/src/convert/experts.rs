@@ -1,6 +1,7 @@
 //! The experts of an output in the words of its source: kept, mixed of several, or padding; and the pieces of which their
 //! tensors are put together.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -26,6 +27,11 @@ pub struct NewExperts {
     pub factors: Option<Factors>,
     /// Who makes [`NewExpert::Mixed`]; needed only where there are some.
     pub mixer: Option<Arc<dyn Mixer>>,
+    /// Experts that a token gets, where not as many as before.
+    pub top_k: Option<usize>,
+    /// What corrects the choice of an expert (`e_score_correction_bias`), where it is not what it was: by decoder layer and expert
+    /// of the source. Routers that are not corrected so have no place for it.
+    pub corrections: BTreeMap<(usize, usize), f32>,
 }
 
 /// One expert of the output.

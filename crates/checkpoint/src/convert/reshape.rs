@@ -10,7 +10,7 @@ use super::reshape_meta::{self, MTP};
 use super::{Conversion, ConvertOptions, ConvertTo, Output, Planned, QuantizeOptions, in_layer};
 use crate::Dtype;
 use crate::checkpoint::Checkpoint;
-use crate::config::{Activation, Factors, ModelConfig, RouterConfig};
+use crate::config::{Activation, Factors, ModelConfig};
 use crate::decoupled_router::HEAD;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::TensorPlan;
@@ -126,14 +126,7 @@ fn new_config(source: &Checkpoint, experts: &NewExperts) -> Result<ModelConfig> 
         );
         return Err(CheckpointError::experts(source.origin(), problem));
     }
-    let has_bias = old.moe.router_bias
-        || matches!(
-            old.moe.router,
-            RouterConfig::GroupLimited {
-                correction_bias: true,
-                ..
-            }
-        );
+    let has_bias = old.moe.router_bias || old.moe.router.has_correction();
     for (list, layer) in experts.layers.iter().zip(&old.moe.layers) {
         let n = old.n_experts_in(*layer);
         for one in list {
@@ -183,8 +176,24 @@ fn new_config(source: &Checkpoint, experts: &NewExperts) -> Result<ModelConfig> 
     } else {
         new.moe.shared_weights.clone_from(&experts.rows);
     }
-    if new.moe.router.may_pick_all() {
-        new.moe.top_k = new.moe.n_experts;
+    match (new.moe.router.may_pick_all(), experts.top_k) {
+        (true, None) => new.moe.top_k = new.moe.n_experts,
+        (false, Some(top_k)) => new.moe.top_k = top_k,
+        (false, None) => {}
+        (true, Some(_)) => {
+            let problem = "its routers pick as many experts as a token needs: there is no number of them to set";
+            return Err(CheckpointError::experts(
+                source.origin(),
+                problem.to_owned(),
+            ));
+        }
+    }
+    if !experts.corrections.is_empty() && !old.moe.router.has_correction() {
+        let problem = "its routers have no correction of the choice (`e_score_correction_bias`)";
+        return Err(CheckpointError::experts(
+            source.origin(),
+            problem.to_owned(),
+        ));
     }
     new.check(source.origin())?;
     Ok(new)
@@ -198,6 +207,16 @@ struct Planner<'a> {
     tensors: Vec<Planned>,
     /// Tensors for multi-token prediction that are left out.
     n_dropped: usize,
+}
+
+/// What a router has of each expert.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Row {
+    Weight,
+    /// Added to the logit.
+    Bias,
+    /// Added to the score that experts are chosen by.
+    Correction,
 }
 
 /// A layer with experts.
@@ -291,8 +310,9 @@ impl<'a> Planner<'a> {
                 return self.stack(&stack, place);
             }
             match stem {
-                "ffn_gate_inp" => return self.rows(raw, place, ending == "bias"),
-                "exp_probs_b" => return self.rows(raw, place, true),
+                "ffn_gate_inp" if ending == "bias" => return self.rows(raw, place, Row::Bias),
+                "ffn_gate_inp" => return self.rows(raw, place, Row::Weight),
+                "exp_probs_b" => return self.rows(raw, place, Row::Correction),
                 _ => {}
             }
         }
@@ -317,8 +337,9 @@ impl<'a> Planner<'a> {
     /// A tensor of a layer with experts, `rest` being its canonical name after `mlp.`.
     fn in_moe(&mut self, raw: &Raw, place: Place<'_>, rest: &str) -> Result<()> {
         match rest {
-            "gate.weight" => return self.rows(raw, place, false),
-            "gate.bias" | "gate.e_score_correction_bias" => return self.rows(raw, place, true),
+            "gate.weight" => return self.rows(raw, place, Row::Weight),
+            "gate.bias" => return self.rows(raw, place, Row::Bias),
+            "gate.e_score_correction_bias" => return self.rows(raw, place, Row::Correction),
             _ => {}
         }
         let lone = rest
@@ -520,7 +541,7 @@ impl<'a> Planner<'a> {
     }
 
     /// The rows of a router, or its biases. Those of null experts follow the others and stay.
-    fn rows(&mut self, raw: &Raw, place: Place<'_>, is_bias: bool) -> Result<()> {
+    fn rows(&mut self, raw: &Raw, place: Place<'_>, what: Row) -> Result<()> {
         if !self.experts.rows.is_empty() {
             self.copy(raw);
             return Ok(());
@@ -534,10 +555,18 @@ impl<'a> Planner<'a> {
         };
         let size = self.piece_bytes(raw, place, n_rows)?;
         let row = |row: usize| Piece::Stored(raw.bytes.slice(row * size..(row + 1) * size));
+        let corrections = &self.experts.corrections;
+        let corrected = |id: usize| {
+            let value = corrections.get(&(place.layer, id));
+            value.filter(|_| what == Row::Correction)
+        };
         let new = place.new.iter().map(|new| match new {
-            NewExpert::Kept(id) | NewExpert::Mixed(id) => row(*id),
-            NewExpert::Never if is_bias => Piece::Values(vec![NEVER]),
-            NewExpert::Never => Piece::Zeros(size),
+            NewExpert::Kept(id) | NewExpert::Mixed(id) => match corrected(*id) {
+                Some(value) => Piece::Values(vec![*value]),
+                None => row(*id),
+            },
+            NewExpert::Never if what == Row::Weight => Piece::Zeros(size),
+            NewExpert::Never => Piece::Values(vec![NEVER]),
         });
         let null = (place.n_old..n_rows).map(row);
         let pieces: Vec<Piece> = new.chain(null).collect();

@@ -9,7 +9,9 @@ use crate::config::ModelConfig;
 use crate::error::{CheckpointError, Result};
 use crate::gguf::{Array, Gguf, GgufTensor, Value};
 use crate::gguf_models;
-use crate::models::{EXPERT_MAP, FACTORS, LAYER_EXPERTS, N_EXPERTS, expert_map_json, factors_json};
+use crate::models::{
+    EXPERT_MAP, FACTORS, LAYER_EXPERTS, N_EXPERTS, TOP_K, expert_map_json, factors_json,
+};
 
 use super::experts::Piece;
 use super::recipe::Recipe;
@@ -81,6 +83,9 @@ fn set_counts(json: &mut Map<String, Json>, new: &ModelConfig, drops_mtp: bool) 
     if let Some(ours) = json.get_mut("cadre_moe").and_then(Json::as_object_mut) {
         let counts: Vec<usize> = new.moe.counts().collect();
         ours.insert("n_experts".to_owned(), json!(counts));
+        if let Some(top_k) = ours.get_mut("top_k").filter(|top_k| top_k.is_number()) {
+            *top_k = json!(new.moe.top_k);
+        }
         return;
     }
     let mut n_known = 0;
@@ -92,6 +97,12 @@ fn set_counts(json: &mut Map<String, Json>, new: &ModelConfig, drops_mtp: bool) 
     }
     if n_known == 0 {
         json.insert("num_experts".to_owned(), json!(new.moe.n_experts));
+    }
+    // Where the number goes without saying it need not be said, unless it is another.
+    for key in TOP_K {
+        if let Some(value) = json.get_mut(*key).filter(|value| !value.is_null()) {
+            *value = json!(new.moe.top_k);
+        }
     }
     json.remove(LAYER_EXPERTS);
     if !new.moe.uneven.is_empty() {
@@ -125,6 +136,8 @@ pub(super) fn entries(
     for (known, value) in gguf.entries() {
         let value = if *known == key("expert_count") {
             expert_count(new)
+        } else if *known == key("expert_used_count") {
+            used_count(value, new)
         } else if drops_mtp && *known == key("nextn_predict_layers") {
             continue;
         } else if drops_mtp && *known == key("block_count") {
@@ -157,6 +170,14 @@ pub(super) fn entries(
     let theirs = Gguf::planned(gguf.origin(), entries.clone(), planned.collect())?;
     expect_same(gguf.origin(), &gguf_models::read_config(&theirs)?, new)?;
     Ok(entries)
+}
+
+/// As many of `new` in the form of `old`.
+fn used_count(old: &Value, new: &ModelConfig) -> Value {
+    match old {
+        Value::Array(_) => old.clone(),
+        _ => (new.moe.top_k as u32).into(),
+    }
 }
 
 /// One number for all layers, or one for each.

@@ -20,7 +20,7 @@ pub(crate) const N_EXPERTS: &[&str] = &[
 ];
 
 /// Spellings of the number of experts per token.
-const TOP_K: &[&str] = &[
+pub(crate) const TOP_K: &[&str] = &[
     "num_experts_per_tok",
     "num_experts_per_token",
     "moe_k",

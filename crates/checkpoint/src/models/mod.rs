@@ -24,7 +24,7 @@ use crate::Dtype;
 use crate::config::{Factors, ModelConfig};
 use crate::error::{CheckpointError, Result};
 use crate::keys::Keys;
-pub(crate) use common::N_EXPERTS;
+pub(crate) use common::{N_EXPERTS, TOP_K};
 
 /// Experts of every decoder layer, 0 for dense ones, where layers differ: a key of ours in any `config.json`. Programs that
 /// do not know it find tensors of other shapes than they expect.
