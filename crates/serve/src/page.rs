@@ -41,6 +41,7 @@ pub(crate) const FILES: &[File] = &[
     file("/colours.js", SCRIPT, include_bytes!("../web/colours.js")),
     file("/files.js", SCRIPT, include_bytes!("../web/files.js")),
     file("/map.js", SCRIPT, include_bytes!("../web/map.js")),
+    file("/markdown.js", SCRIPT, include_bytes!("../web/markdown.js")),
     file("/routing.js", SCRIPT, include_bytes!("../web/routing.js")),
     file("/stats.js", SCRIPT, include_bytes!("../web/stats.js")),
     file("/steering.js", SCRIPT, include_bytes!("../web/steering.js")),

@@ -1,5 +1,6 @@
 // The conversation as it is seen: what was asked, answers side by side, and their tokens, which can be pointed at.
 
+import { parse } from "./markdown.js";
 import { said } from "./steering.js";
 
 function node(tag, name, text) {
@@ -29,9 +30,10 @@ export class Talk {
     this.bodies = new Map();
   }
 
-  /** Draws everything anew. */
+  /** Draws everything anew. What is said in conversations is Markdown, texts that go on are not. */
   show(turns, isText, isBusy) {
     this.bodies.clear();
+    this.isText = isText;
     this.root.classList.toggle("is-text", isText);
     this.root.replaceChildren(...turns.map((turn, at) => this.#turn(turn, isBusy, at === turns.length - 1)));
     if (turns.length === 0) this.root.append(this.#empty(isText));
@@ -62,11 +64,11 @@ export class Talk {
     section.addEventListener("focusin", () => this.on.focus(turn, answer));
     section.addEventListener("pointerdown", () => this.on.focus(turn, answer));
     if (turn.answers.length > 1 || !answer.steering.isEmpty) section.append(this.#head(turn, answer, at, isBusy));
-    const body = node("p", "body");
+    const body = node("div", "body");
     body.tabIndex = 0;
     body.setAttribute("aria-label", "Answer; arrow keys go from token to token");
-    this.bodies.set(answer, { body, at: -1, apart: apart(turn, at) });
-    answer.pieces.forEach((_, piece) => this.#span(answer, piece));
+    this.bodies.set(answer, { body, at: -1, apart: apart(turn, at), starts: [], end: 0, blocks: [] });
+    this.#write(answer);
     this.#listen(body, answer);
     section.append(body, this.#foot(turn, answer, isBusy, isLast));
     return section;
@@ -103,11 +105,27 @@ export class Talk {
     return foot;
   }
 
-  #span(answer, piece) {
-    const { body, apart } = this.bodies.get(answer);
-    const span = node("span", piece >= apart ? "token apart" : "token", answer.pieces[piece].text);
-    span.dataset.at = piece;
-    body.append(span);
+  /** Draws the pieces that are not drawn yet. */
+  #write(answer) {
+    const entry = this.bodies.get(answer);
+    const { body, starts, blocks } = entry;
+    const first = starts.length;
+    for (const { text } of answer.pieces.slice(first)) {
+      starts.push(entry.end);
+      entry.end += text.length;
+    }
+    if (this.isText) {
+      for (let piece = first; piece < starts.length; piece++) body.append(span(entry, piece, answer.pieces[piece].text));
+      return;
+    }
+    // More text may change the last block, and what the one before it is: those are drawn anew.
+    const from = blocks.at(-2)?.from ?? blocks.at(-1)?.from ?? 0;
+    for (const block of blocks.splice(-2)) block.made.remove();
+    for (const block of parse(answer.text, from)) {
+      const made = built(entry, block);
+      blocks.push({ from: block.from, made });
+      body.append(made);
+    }
   }
 
   #listen(body, answer) {
@@ -130,19 +148,31 @@ export class Talk {
 
   /** Marks a token as the one that is looked at; again, or -1, takes the mark back. */
   mark(answer, piece) {
+    const spans = ({ body, at }) => body.querySelectorAll(`.token[data-at="${at}"]`);
     for (const [other, entry] of this.bodies) {
-      entry.body.children[entry.at]?.classList.remove("marked");
+      for (const span of spans(entry)) span.classList.remove("marked");
       entry.at = other === answer && entry.at !== piece ? piece : -1;
-      entry.body.children[entry.at]?.classList.add("marked");
+      for (const span of spans(entry)) span.classList.add("marked");
     }
     this.on.point(answer, this.bodies.get(answer)?.at ?? -1);
   }
 
-  /** The newest piece of an answer has come. */
+  /** Pieces of an answer have come. */
   append(answer) {
     const entry = this.bodies.get(answer);
     if (!entry) return;
-    this.#span(answer, answer.pieces.length - 1);
+    if (this.isText) {
+      this.#write(answer);
+    } else if (!entry.isDue) {
+      // Drawing a long block anew takes time: once per frame.
+      entry.isDue = true;
+      requestAnimationFrame(() => {
+        entry.isDue = false;
+        if (this.bodies.get(answer) !== entry) return;
+        this.#write(answer);
+        this.follow(false);
+      });
+    }
     const writing = entry.body.nextElementSibling?.querySelector(".writing");
     if (writing && writing.textContent !== "writing") writing.textContent = "writing";
     this.follow(false);
@@ -151,7 +181,7 @@ export class Talk {
   /** Tints tokens by a value from 0 to 1, `of(answer, piece)`. */
   tint(of) {
     for (const [answer, { body }] of this.bodies) {
-      for (const span of body.children) {
+      for (const span of body.querySelectorAll(".token")) {
         const value = of(answer, Number(span.dataset.at));
         if (value > 0) span.style.setProperty("--tint", `${Math.round(12 + 58 * value)}%`);
         else span.style.removeProperty("--tint");
@@ -166,6 +196,38 @@ export class Talk {
     const left = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
     if (always || left < 160) scroller.scrollTop = scroller.scrollHeight;
   }
+}
+
+/** A token, or the part of it that stands in one place. */
+function span(entry, piece, text) {
+  const made = node("span", piece >= entry.apart ? "token apart" : "token", text);
+  made.dataset.at = piece;
+  made.classList.toggle("marked", piece === entry.at);
+  return made;
+}
+
+/** The elements of a block of Markdown, with tokens in them. */
+function built(entry, { tag, children, href, start, language }) {
+  const made = document.createElement(tag);
+  if (href) Object.assign(made, { href, target: "_blank", rel: "noopener noreferrer" });
+  if (start > 1) made.start = start;
+  if (language) made.dataset.language = language;
+  for (const child of children) made.append(...(child.leaf ? tokens(entry, child.leaf) : [built(entry, child)]));
+  return made;
+}
+
+/** The tokens of a text that lies in an answer. */
+function tokens({ starts, ...entry }, { text, at }) {
+  const made = [];
+  for (let from = 0; from < text.length; ) {
+    const piece = starts.findLastIndex((start) => start <= at[from]);
+    const end = starts[piece + 1] ?? Infinity;
+    let to = from + 1;
+    while (to < text.length && at[to] < end) to += 1;
+    made.push(span(entry, piece, text.slice(from, to)));
+    from = to;
+  }
+  return made;
 }
 
 /** The piece from which an answer says something else than the first one. */

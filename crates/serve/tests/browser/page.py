@@ -21,11 +21,60 @@ from browser import Browser
 ROOT = Path(__file__).resolve().parents[4]
 PROMPT = "Once upon a time, there was a little"
 IDLE = "document.getElementById('send').textContent !== 'Stop'"
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+MARKDOWN = """# A *title* with `code`
+
+Some **bold
+words**, [a link](https://example.org/a), [no link](javascript:alert(1)) and snake_case_names.
+
+1. one
+   - inner
+2. two
+
+| a | b |
+|---|---|
+| 1 | ~~2~~ |
+
+> quoted
+
+```html
+<b>no **tag**</b>
+```
+
+<img src=x onerror="window.harmed = true"> <script>window.harmed = true</script>"""
+# What becomes of it, without the elements of tokens.
+RENDERED = """<h3>A <em>title</em> with <code>code</code></h3><p>Some <strong>bold
+words</strong>, <a>a link</a>, [no link](javascript:alert(1)) and snake_case_names.</p><ol><li><p>one</p><ul><li><p>inner</p></li></ul></li>\
+<li><p>two</p></li></ol><table><thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td>1</td><td><del>2</del></td></tr></tbody></table>\
+<blockquote><p>quoted</p></blockquote><pre><code><b>no **tag**</b></code></pre>\
+<p><img src=x onerror="window.harmed = true"> <script>window.harmed = true</script></p>"""
+# Answers of the server are replaced by pieces of a text.
+WRITE = """window.asked = fetch, window.fetch = (path, options) => path !== '/v1/chat/completions' ? asked(path, options) : new Response(new ReadableStream({
+  async start(stream) {
+    const send = (data) => stream.enqueue(new TextEncoder().encode(`data: ${data}\\n\\n`));
+    for (const content of PIECES) {
+      send(JSON.stringify({ choices: [{ delta: { content } }] }));
+      await new Promise((go) => setTimeout(go, 1));
+    }
+    await new Promise((go) => setTimeout(go, 50));
+    window.streamed = rendered();
+    send('[DONE]');
+    stream.close();
+  },
+}))"""
+SHOWN = """window.rendered = () => {
+  const told = (node) => {
+    if (node.nodeType === 3 || node.classList.contains('token')) return node.textContent;
+    const tag = node.tagName.toLowerCase();
+    return `<${tag}>${[...node.childNodes].map(told).join('')}</${tag}>`;
+  };
+  return [...document.querySelector('.answer .body').childNodes].map(told).join('');
+}"""
 
 
 @contextlib.contextmanager
-def server(program):
-    command = [program, "serve", "--port", "0"]
+def server(program, *options):
+    command = [program, "serve", "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         yield process.stdout.readline().strip()
@@ -157,6 +206,35 @@ def made(program, folder):
     return [(ROOT / "models/nano/profile.json", "Profile"), (statistics, "Trace of qwen3_moe"), (plan, "Plan by router-mass")]
 
 
+def formats(browser, program):
+    """Answers of a conversation are Markdown, as they come and afterwards; HTML in them is text."""
+    with tempfile.NamedTemporaryFile("w", suffix=".jinja") as template:
+        template.write(TEMPLATE)
+        template.flush()
+        with server(program, "--chat-template-file", template.name) as url:
+            browser.open(url + "/")
+            browser.wait("!document.getElementById('send').disabled", about="the page connects")
+            browser.value(SHOWN)
+            pieces = [MARKDOWN[at : at + 3] for at in range(0, len(MARKDOWN), 3)]
+            browser.value(WRITE.replace("PIECES", json.dumps(pieces)) + ", 0")
+            browser.click("#prompt")
+            browser.type("Show me")
+            browser.key("Enter", 13, "\r")
+            browser.wait(f"window.streamed && {IDLE}", about="the answer is complete")
+            for shown in (browser.value("streamed"), browser.value("rendered()")):
+                assert shown == RENDERED, shown
+            link = browser.value("(({ href, target, rel }) => [href, target, rel])(document.querySelector('.body a'))")
+            assert link == ["https://example.org/a", "_blank", "noopener noreferrer"], link
+            # Tokens can be pointed at wherever they stand; one of them may stand in two places.
+            browser.click(".body strong .token")
+            assert browser.value("document.querySelectorAll('.token.marked').length") >= 1
+            browser.open(url + "/")
+            browser.wait("document.querySelectorAll('.answer').length === 1", about="the conversation comes back")
+            browser.value(SHOWN)
+            assert browser.value("rendered()") == RENDERED
+            assert browser.value("window.harmed === undefined && !document.querySelector('.answer :is(img, script)')")
+
+
 def files(browser, program):
     """Files are shown; what a plan drops is masked."""
     with tempfile.TemporaryDirectory() as folder:
@@ -219,6 +297,9 @@ def check(program, chromium, pictures):
             look(browser, pictures)
             assert browser.troubles == [], browser.troubles
             refuse(browser)
+            before = list(browser.troubles)
+            formats(browser, program)
+            assert browser.troubles == before, browser.troubles
         except Exception:
             if pictures:
                 browser.picture(f"{pictures}/failed.png")
@@ -236,7 +317,7 @@ def main():
     if not given.chromium:
         sys.exit("page: chromium is not installed")
     check(given.cadre, given.chromium, given.pictures)
-    print("page: ok (text streams, the map fills, a muted expert is picked no more, a reload keeps the conversation, files, dark, phone, refusals)")
+    print("page: ok (text streams, the map fills, a muted expert is picked no more, a reload keeps the conversation, files, dark, phone, refusals, Markdown)")
 
 
 if __name__ == "__main__":
