@@ -1,4 +1,4 @@
-"""The clients of OpenAI and Anthropic against `cadre serve`: answers, streams, scores, forms and errors as they understand them.
+"""The clients of OpenAI and Anthropic against `cadre serve`: answers, streams, scores, forms, tools, vectors, experts and errors as they understand them.
 
     PY="$(bash bench/peers/clients.sh)" && "$PY" bench/peers/serve_clients.py [path of cadre]
 
@@ -15,7 +15,11 @@ import tempfile
 import anthropic
 import openai
 
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+TEMPLATE = """{% if tools %}tools: {{ tools | tojson }}
+{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content or "" }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}
+{% endfor %}assistant:"""
+# What a tool is called with; any answer that fits is short.
+PLACE = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"], "additionalProperties": False}
 
 
 def check(what, holds, found=""):
@@ -48,8 +52,13 @@ def main():
         completions(client)
         chats(client)
         forms(client)
+        tools(client)
+        vectors(client)
+        experts(client)
         errors(client, url)
-        messages(anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0, timeout=120))
+        talker = anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0, timeout=120)
+        messages(talker)
+        message_tools(talker)
     finally:
         server.terminate()
         check("the server ends in good order", server.wait(60) == 0)
@@ -102,6 +111,48 @@ def forms(client):
     check("an answer of a schema", set(value) == {"mood", "n"} and value["mood"] in ("glad", "sad"), answer)
 
 
+def tools(client):
+    """A model that was not trained for tools calls them where it has to."""
+    known = [{"type": "function", "function": {"name": name, "description": "Tells it.", "parameters": PLACE}} for name in ("weather", "news")]
+    talk = [{"role": "user", "content": "How is the weather in Rome?"}]
+    must = {"type": "function", "function": {"name": "weather"}}
+    ask = {"model": "nano", "messages": talk, "tools": known, "temperature": 0, "max_completion_tokens": 80}
+    whole = client.chat.completions.create(**ask, tool_choice=must)
+    choice = whole.choices[0]
+    call = choice.message.tool_calls[0]
+    check("a call of a tool", choice.finish_reason == "tool_calls" and call.function.name == "weather", whole)
+    check("its arguments fit", json.loads(call.function.arguments)["city"] in ("Rome", "Oslo"), call)
+    parts = [part for event in client.chat.completions.create(**ask, tool_choice=must, stream=True)
+             for part in event.choices[0].delta.tool_calls or []]
+    streamed = "".join(part.function.arguments or "" for part in parts)
+    check("a stream of it", (parts[0].function.name, streamed) == ("weather", call.function.arguments), parts)
+    some = client.chat.completions.create(**ask, tool_choice="required").choices[0].message.tool_calls
+    check("a call of any tool", some[0].function.name in ("weather", "news"), some)
+    talk += [choice.message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "Rain."}]
+    after = client.chat.completions.create(model="nano", messages=talk, tools=known, tool_choice="none", max_completion_tokens=8)
+    check("an answer after its result", bool(after.choices[0].message.content), after)
+
+
+def vectors(client):
+    """The client asks for base64 unless told otherwise."""
+    answer = client.embeddings.create(model="nano", input=["the cat", "the dog"])
+    plain = client.embeddings.create(model="nano", input="the dog", encoding_format="float")
+    check("vectors", [one.index for one in answer.data] == [0, 1] and abs(sum(x * x for x in answer.data[0].embedding) - 1) < 1e-5)
+    check("the same as numbers", max(abs(a - b) for a, b in zip(answer.data[1].embedding, plain.data[0].embedding, strict=True)) < 1e-7)
+
+
+def experts(client):
+    """What is beyond OpenAI's interface goes through `extra_body`, and comes back."""
+    ask = {"model": "nano", "prompt": "Once upon a time", "max_tokens": 4, "temperature": 0}
+    steered = client.completions.create(**ask, extra_body={"cadre": {"mask": {"2": [5, 7]}, "top_k": 2, "return_routing": True}})
+    tokens = steered.choices[0].cadre["routing"]["tokens"]
+    picked = [layer for token in tokens for layer in token["experts"]]
+    check("experts of an answer", len(tokens) == 4 and all(len(layer) == 2 for layer in picked), tokens)
+    check("masked ones are not among them", not {5, 7} & {expert for token in tokens for expert in token["experts"][2]}, tokens)
+    refused("an expert that is not there", openai.BadRequestError,
+            lambda: client.completions.create(**ask, extra_body={"cadre": {"mask": {"2": [99]}}}), "cadre.mask")
+
+
 def errors(client, url):
     make = client.completions.create
     refused("a wrong temperature", openai.BadRequestError,
@@ -129,6 +180,22 @@ def messages(client):
         check("a wrong temperature, told to it", error.body["error"]["type"] == "invalid_request_error", error)
     else:
         check("a wrong temperature, told to it", False, "no error")
+
+
+def message_tools(client):
+    known = [{"name": "weather", "description": "Tells it.", "input_schema": PLACE}]
+    talk = [{"role": "user", "content": "How is the weather in Rome?"}]
+    ask = {"model": "nano", "max_tokens": 80, "tools": known, "tool_choice": {"type": "tool", "name": "weather"}}
+    whole = client.messages.create(**ask, messages=talk)
+    used = next(block for block in whole.content if block.type == "tool_use")
+    check("a call of a tool", whole.stop_reason == "tool_use" and used.input["city"] in ("Rome", "Oslo"), whole)
+    with client.messages.stream(**ask, messages=talk) as stream:
+        final = stream.get_final_message()
+    check("a stream of one", [block.name for block in final.content if block.type == "tool_use"] == ["weather"], final)
+    result = {"type": "tool_result", "tool_use_id": used.id, "content": "Rain."}
+    talk += [{"role": "assistant", "content": whole.content}, {"role": "user", "content": [result]}]
+    after = client.messages.create(model="nano", max_tokens=8, messages=talk, tools=known, tool_choice={"type": "none"})
+    check("an answer after its result", after.usage.output_tokens > 0, after)
 
 
 if __name__ == "__main__":
