@@ -277,7 +277,7 @@ impl Checkpoint {
     }
 
     /// Takes all mapped pages out of the process's memory; see [`Checkpoint::release`].
-    pub(crate) fn release_all(&self) {
+    pub fn release_all(&self) {
         for map in self.maps() {
             map.release(&map.bytes());
         }

@@ -35,6 +35,8 @@ pub(crate) struct Served {
     /// Tokens that a sequence may have.
     pub(crate) n_ctx: usize,
     pub(crate) origin: String,
+    /// Tells one checkpoint from another; plans and traces name it, too.
+    pub(crate) digest: String,
     /// Steerings that requests may name.
     pub(crate) plans: Vec<(String, Steering)>,
     /// What holds answers to forms.
@@ -64,6 +66,9 @@ impl Served {
                 source: Box::new(source),
             })?;
         }
+        let digest = checkpoint.digest().to_owned();
+        // It has looked into every tensor, and the system maps more around each look.
+        checkpoint.release_all();
         let tokenizer = checkpoint.tokenizer()?;
         let chat = checkpoint.chat(&tokenizer)?;
         // A broken template keeps nobody from using the model without it.
@@ -85,6 +90,7 @@ impl Served {
             tool_template: choose(true),
             created: unix_seconds(),
             origin: checkpoint.origin().to_owned(),
+            digest,
             model,
             tokenizer,
             names,

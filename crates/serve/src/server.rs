@@ -49,6 +49,10 @@ pub struct ServeOptions {
     pub plans: Vec<(String, Steering)>,
     /// Tokens that are computed in one pass.
     pub batch: usize,
+    /// Of these, tokens of prompts in a pass in which somebody generates: fewer let generated tokens wait less, more read prompts faster. By
+    /// default a 64th of what is left of all prompts, at least 8 for a dense model and `n_experts / top_k` times as many for one with
+    /// experts, at most a quarter of `batch`.
+    pub prompt_batch: Option<usize>,
     /// Sequences that may wait for a session.
     pub queue: usize,
     /// What clients may send, and how long they may take.
@@ -84,6 +88,7 @@ impl Server {
         let schedule = ScheduleOptions {
             n_slots: options.parallel,
             n_batch: options.batch,
+            n_beside: options.prompt_batch,
             n_waiting: options.queue,
             session: options.session,
             kv_bytes: options.kv_memory,
@@ -196,6 +201,7 @@ fn check(options: &ServeOptions) -> Result<()> {
     let checks = [
         ("parallel", options.parallel),
         ("batch size", options.batch),
+        ("prompt batch size", options.prompt_batch.unwrap_or(1)),
         ("queue", options.queue),
     ];
     match checks.into_iter().find(|(_, value)| *value == 0) {

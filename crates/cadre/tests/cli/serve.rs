@@ -119,6 +119,35 @@ fn a_completion_is_what_run_prints() {
     );
 }
 
+/// `golden/embeddings/`, by transformers.
+#[test]
+fn vectors_are_those_of_transformers() {
+    let golden = cadre_testkit::golden_dir().join("embeddings/expected.json");
+    let golden: Value = serde_json::from_slice(&fs::read(golden).unwrap()).unwrap();
+    let numbers = |value: &Value| -> Vec<f64> {
+        let values = value.as_array().unwrap();
+        values.iter().map(|x| x.as_f64().unwrap()).collect()
+    };
+    let server = Server::start(&[]);
+    let mut worst = 0.0f64;
+    for case in golden["cases"].as_array().unwrap() {
+        for pooling in ["mean", "last"] {
+            let body = json!({"input": case["text"], "pooling": pooling});
+            let answer = server.post("/v1/embeddings", &body);
+            let got = numbers(&answer["data"][0]["embedding"]);
+            let expected = numbers(&case[pooling]);
+            assert_eq!(got.len(), expected.len());
+            for (got, expected) in got.iter().zip(&expected) {
+                worst = worst.max((got - expected).abs());
+            }
+            let n_tokens = case["tokens"].as_array().unwrap().len();
+            assert_eq!(answer["usage"]["prompt_tokens"], n_tokens);
+        }
+    }
+    assert!(worst < 2e-6, "{worst:e}");
+    assert!(server.end("-TERM").0.success());
+}
+
 /// From disk, with room for a few experts, eight at a time, and a cache in 8 bits: the same as `run` with these flags.
 #[test]
 fn a_streamed_model_is_served_alike() {
@@ -272,7 +301,12 @@ fn what_cannot_be_served_is_said_at_once() {
     assert!(code == 2 && errors.contains("no.such.host"), "{errors}");
     let (code, errors) = failure(&["serve", "--port", "0", "-c", "100000"]);
     assert!(code == 1 && errors.contains("512"), "{errors}");
-    for flag in ["--parallel", "--batch-size", "--max-queue"] {
+    for flag in [
+        "--parallel",
+        "--batch-size",
+        "--prompt-batch-size",
+        "--max-queue",
+    ] {
         let (code, errors) = failure(&["serve", "--port", "0", flag, "0"]);
         assert!(code == 2, "{errors}");
     }

@@ -188,6 +188,17 @@ impl Choice {
         self.with_record(piece)
     }
 
+    /// The score of the token that ends the text, which is no part of it.
+    pub(crate) fn ending(&mut self, scored: Scored, tokenizer: &Tokenizer) -> Piece {
+        let piece = self.begin(tokenizer);
+        self.waiting.push_back(Entry {
+            token: scored.token,
+            scored: Some(scored),
+            offset: self.n_chars,
+        });
+        self.with_record(piece)
+    }
+
     /// There are no more tokens.
     pub(crate) fn end(&mut self, finish: Finish, tokenizer: &Tokenizer) -> Piece {
         let mut piece = self.begin(tokenizer);

@@ -1,7 +1,7 @@
 //! `/v1/embeddings`: texts as vectors.
 //!
-//! A text's vector is the mean over its tokens of what the last layer hands to the head, scaled to length 1. Models that were
-//! not trained for it give vectors of little use.
+//! A text's vector is the mean over its tokens of what the last layer hands to the head (after the last norm), or what it hands over for the last
+//! token, scaled to length 1. Models that were not trained for it give vectors of little use.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -11,7 +11,7 @@ use super::completions::{Prompt, prompts};
 use super::error::{ApiError, Result};
 use super::fields::Fields;
 use super::generation::{IGNORED, Wanted, room};
-use crate::schedule::{Event, Job, JobError, Jobs};
+use crate::schedule::{Event, Job, JobError, Jobs, Pooling};
 use crate::served::Served;
 
 /// A request, understood.
@@ -35,6 +35,11 @@ pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Asked> {
             ));
         }
     };
+    let pooling = match fields.text("pooling")?.as_deref() {
+        None | Some("mean") => Pooling::Mean,
+        Some("last") => Pooling::Last,
+        Some(_) => return Err(ApiError::field("pooling", "is neither mean nor last")),
+    };
     fields.refuse("dimensions", "vectors are as wide as the model")?;
     // The model's name, and how it is steered; what is drawn does not matter, since nothing is.
     let wanted = Wanted::for_model(&mut fields, served)?;
@@ -42,7 +47,7 @@ pub(crate) fn prepare(body: &[u8], served: &Served) -> Result<Asked> {
     let job = |prompt: &Prompt| {
         room(served, prompt.tokens.len(), Some(0), 0)?;
         Ok(Job {
-            embeds: true,
+            embeds: Some(pooling),
             ..wanted.job(&prompt.tokens, 0, 0)
         })
     };

@@ -130,7 +130,7 @@ impl Wanted {
             draw,
             alternatives: self.alternatives,
             scores_prompt: false,
-            embeds: false,
+            embeds: None,
             steering: self.experts.steering.clone(),
             contrast: self.experts.contrast.clone(),
             routed_from: self.experts.told.map(|told| told.from(prompt.len())),

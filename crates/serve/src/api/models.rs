@@ -21,6 +21,7 @@ pub(crate) fn one(served: &Served, name: &str) -> Value {
         "max_model_len": served.n_ctx,
         "meta": {
             "origin": served.origin,
+            "digest": served.digest,
             "model_type": info.model_type,
             "n_vocab": info.vocab_size,
             "n_ctx_train": info.max_context,

@@ -88,6 +88,7 @@ impl Growing {
                 Event::Token { token, scored } => {
                     choice.token(token, scored.map(|scored| *scored), tokenizer)
                 }
+                Event::Ending(scored) => choice.ending(*scored, tokenizer),
                 Event::Done(finish) => choice.end(finish, tokenizer),
                 Event::Failed(error) => return Some(Err(error.into())),
             };

@@ -30,15 +30,29 @@ pub(crate) struct Job {
     pub(crate) alternatives: Option<usize>,
     /// Whether the tokens of the prompt are scored, too.
     pub(crate) scores_prompt: bool,
-    /// Whether the prompt is to become a vector, and nothing else is done.
-    pub(crate) embeds: bool,
+    /// How the prompt is to become a vector, if nothing else is done.
+    pub(crate) embeds: Option<Pooling>,
+}
+
+/// How the vectors of a text's tokens become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pooling {
+    /// Their mean.
+    Mean,
+    /// The last one's.
+    Last,
 }
 
 impl Job {
+    /// Whether something is wanted of every token of the prompt.
+    pub(crate) fn wants_all(&self) -> bool {
+        self.scores_prompt || self.embeds == Some(Pooling::Mean)
+    }
+
     /// What of the prompt need not be read where it is known: never the last token, whose logits start the answer, and
     /// nothing that something is told of.
     pub(crate) fn reusable(&self) -> &[u32] {
-        let n = match self.scores_prompt || self.embeds {
+        let n = match self.wants_all() {
             true => 0,
             false => self.prompt.len().saturating_sub(1),
         };
@@ -74,7 +88,10 @@ pub(crate) enum Event {
         /// Its score, where scores are wanted.
         scored: Option<Box<Scored>>,
     },
-    /// The mean of what the last layer made of the tokens of the prompt.
+    /// The score of the token that ends the text, where those of the prompt are wanted, too: clients that ask for a
+    /// prompt's scores count on one of a token that was drawn.
+    Ending(Box<Scored>),
+    /// What the last layer made of the tokens of the prompt.
     Embedding(Vec<f32>),
     /// There are no more tokens.
     Done(Finish),

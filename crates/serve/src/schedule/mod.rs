@@ -24,7 +24,7 @@ mod worker;
 
 pub(crate) use door::Scheduler;
 pub(crate) use draw::{Constraint, DrawOptions, Scored};
-pub(crate) use job::{Client, Event, Finish, Job, JobError, Jobs, Refusal};
+pub(crate) use job::{Client, Event, Finish, Job, JobError, Jobs, Pooling, Refusal};
 pub(crate) use picks::LayerUse;
 pub use steps::{StepOptions, StepOrder};
 pub(crate) use watch::Routed;
@@ -36,6 +36,8 @@ pub(crate) struct ScheduleOptions {
     pub(crate) n_slots: usize,
     /// Tokens of a pass.
     pub(crate) n_batch: usize,
+    /// Of these, tokens of prompts while somebody generates; by default what suits the model.
+    pub(crate) n_beside: Option<usize>,
     /// Jobs that may wait.
     pub(crate) n_waiting: usize,
     /// The sessions.

@@ -1,8 +1,44 @@
 //! What a pass computes: who generates gets a token, and prompts share the rest.
 
-/// Of the tokens of a pass, the share of prompts while somebody generates: it bounds how long a token waits for other
-/// people's prompts.
+/// Of the tokens of a pass, the most that are of prompts while somebody generates.
 const PROMPT_SHARE: usize = 4;
+/// Tokens of prompts that a matrix sees at least: a pass with 8 more takes hardly longer than one without.
+const PROMPT_ROWS: usize = 8;
+/// Passes in which as many tokens of prompts as are left would be read, if there came no more; so that long prompts go on faster than short ones.
+const PROMPT_PASSES: usize = 64;
+
+/// Rows of prompts in a pass in which somebody generates: they bound how long a token waits for other people's prompts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RowsBeside {
+    least: usize,
+    most: usize,
+}
+
+impl RowsBeside {
+    /// Always as many.
+    pub(super) fn fixed(n: usize) -> Self {
+        // A prompt of two sessions goes on by two rows.
+        let n = n.max(2);
+        Self { least: n, most: n }
+    }
+
+    /// As suits a model. All rows meet a dense matrix (no experts, and 0 of them picked), but of experts each only `top_k` of
+    /// `n_experts`.
+    pub(super) fn of((n_experts, top_k): (usize, usize), n_tokens: usize) -> Self {
+        let n_experts = n_experts.max(1);
+        let per_row = n_experts.div_ceil(top_k.clamp(1, n_experts));
+        let most = (n_tokens / PROMPT_SHARE).max(2);
+        Self {
+            least: (PROMPT_ROWS * per_row).min(most),
+            most,
+        }
+    }
+
+    /// Of `left` that prompts need.
+    fn rows(self, left: usize) -> usize {
+        left.div_ceil(PROMPT_PASSES).clamp(self.least, self.most)
+    }
+}
 
 /// What a slot could do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +60,8 @@ pub(crate) struct Need {
 pub(crate) struct PassLimits {
     /// Rows; at least two for every slot.
     pub(crate) n_tokens: usize,
+    /// Of these, rows of prompts while somebody generates.
+    pub(crate) beside: RowsBeside,
     /// Rows of logits of prompts that are scored.
     pub(crate) n_rows: usize,
 }
@@ -49,8 +87,9 @@ pub(crate) fn plan(needs: &[Option<Need>], limits: PassLimits) -> Vec<usize> {
         n_rows: limits.n_rows,
     };
     if n_generating > 0 {
-        let share = (limits.n_tokens / PROMPT_SHARE).max(1);
-        room.n_tokens = room.n_tokens.min(share);
+        let rows = |(_, need): &(usize, Need)| need.n_tokens * need.n_lanes;
+        let left = prompts.iter().map(rows).sum();
+        room.n_tokens = room.n_tokens.min(limits.beside.rows(left));
     }
     prompts.sort_by_key(|(_, need)| need.since);
     let Some(oldest) = prompts.first().copied() else {
@@ -92,6 +131,10 @@ mod tests {
 
     const LIMITS: PassLimits = PassLimits {
         n_tokens: 64,
+        beside: RowsBeside {
+            least: 16,
+            most: 16,
+        },
         n_rows: 8,
     };
 
@@ -130,11 +173,39 @@ mod tests {
         assert_eq!(plan(&needs, LIMITS), [1, 16, 1]);
         let full = PassLimits {
             n_tokens: 2,
+            beside: RowsBeside::fixed(1),
             n_rows: 1,
         };
         assert_eq!(plan(&needs, full), [1, 0, 1]);
         let needs = [generating(), prompt(9, 1)];
         assert_eq!(plan(&needs, full), [1, 1]);
+    }
+
+    #[test]
+    fn models_with_experts_read_more_of_a_prompt_at_a_time() {
+        let rows = |model, n_tokens, left| RowsBeside::of(model, n_tokens).rows(left);
+        assert_eq!(rows((0, 0), 512, 100), 8);
+        assert_eq!(rows((8, 2), 512, 100), 32);
+        assert_eq!(rows((16, 5), 512, 100), 32);
+        // A quarter of a pass at most.
+        assert_eq!(rows((256, 8), 512, 100), 128);
+        assert_eq!(rows((8, 2), 32, 100), 8);
+        assert_eq!(RowsBeside::fixed(1).rows(10_000), 2);
+    }
+
+    #[test]
+    fn long_prompts_go_on_faster() {
+        let beside = RowsBeside::of((0, 0), 512);
+        assert_eq!(beside.rows(512), 8);
+        assert_eq!(beside.rows(4096), 64);
+        assert_eq!(beside.rows(100_000), 128);
+        let limits = PassLimits {
+            n_tokens: 512,
+            beside,
+            n_rows: 8,
+        };
+        let needs = [generating(), prompt(30, 2), prompt(2000, 1)];
+        assert_eq!(plan(&needs, limits), [1, 16, 16]);
     }
 
     #[test]

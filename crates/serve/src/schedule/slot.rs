@@ -4,7 +4,7 @@ use cadre_engine::{KV_BLOCK, Logits, Model, Sequence};
 use cadre_routing::Routing;
 
 use super::draw::{Draw, Drawn, score};
-use super::job::{Event, Finish, Job, JobError, Teller, failed};
+use super::job::{Event, Finish, Job, JobError, Pooling, Teller, failed};
 use super::lane::{Lane, Rooms};
 use super::plan::Need;
 use super::watch::Routed;
@@ -125,7 +125,7 @@ impl Slot {
                 return teller.tell(Event::Failed(failed(&error)));
             }
         };
-        let reads = job.scores_prompt || job.embeds || job.routed_from.is_some();
+        let reads = job.scores_prompt || job.embeds.is_some() || job.routed_from.is_some();
         if job.max_new_tokens == 0 && !reads {
             clock.ended(Ended::Length, 0);
             return teller.tell(Event::Done(Finish::Length));
@@ -392,10 +392,11 @@ impl Slot {
     pub(crate) fn embeds(&self) -> bool {
         self.running
             .as_ref()
-            .is_some_and(|running| running.job.embeds)
+            .is_some_and(|running| running.job.embeds.is_some())
     }
 
-    /// Takes note of what was computed: `rows` are the vectors of the piece that was read last, `[n, d_model]`.
+    /// Takes note of what was computed: `rows` are the vectors of the piece that was read last, `[n, d_model]`, or of its last token
+    /// where no other counts.
     pub(crate) fn embed(&mut self, rows: &[f32], d_model: usize, now: u64) {
         let Some((_, to)) = self.note() else {
             return;
@@ -412,7 +413,11 @@ impl Slot {
         }
         let n = running.job.prompt.len();
         if to >= n {
-            let mean = running.sum.iter().map(|sum| (sum / n as f64) as f32);
+            let n_rows = match running.job.embeds {
+                Some(Pooling::Last) => 1,
+                _ => n,
+            };
+            let mean = running.sum.iter().map(|sum| (sum / n_rows as f64) as f32);
             running.teller.tell(Event::Embedding(mean.collect()));
             running.teller.tell(Event::Done(Finish::Length));
             self.release(Ended::Length, now);
@@ -446,7 +451,7 @@ impl Slot {
 impl Running {
     /// Whether something is wanted of every token of the prompt.
     fn wants_all(&self) -> bool {
-        self.job.scores_prompt || self.job.embeds
+        self.job.wants_all()
     }
 
     /// Scores and draws from the logits of the piece that ends before position `to`; why the job has ended, if so.
@@ -500,13 +505,17 @@ impl Running {
             contrast.mix(row, weak);
         }
         let Drawn { token, is_last } = self.draw.draw(row)?;
-        if self.draw.is_stop(token) {
+        let is_stop = self.draw.is_stop(token);
+        let alternatives = self.job.alternatives;
+        let scored = alternatives
+            .filter(|_| self.job.scores_prompt || !is_stop)
+            .and_then(|n| score(desk.model, desk.scratch, n, token));
+        if is_stop {
+            if let Some(scored) = scored {
+                self.teller.tell(Event::Ending(Box::new(scored)));
+            }
             return Ok(Some(Finish::Stop));
         }
-        let scored = self
-            .job
-            .alternatives
-            .and_then(|n| score(desk.model, desk.scratch, n, token));
         self.teller.tell(Event::Token {
             token,
             scored: scored.map(Box::new),

@@ -11,7 +11,7 @@ use super::door::{Ending, Shared, Waiting};
 use super::job::{Event, JobError, failed};
 use super::lane::Rooms;
 use super::picks::Picks;
-use super::plan::{Need, PassLimits, plan};
+use super::plan::{Need, PassLimits, RowsBeside, plan};
 use super::prefixes::Prefixes;
 use super::room::{KvLimits, make_room};
 use super::slot::{Desk, Slot};
@@ -81,6 +81,11 @@ impl Worker {
             std::iter::repeat_with(lane).take(options.n_slots).collect();
         // A slot may have two sessions.
         let n_tokens = options.n_batch.max(2 * options.n_slots);
+        let info = model.info();
+        let beside = match options.n_beside {
+            Some(n) => RowsBeside::fixed(n),
+            None => RowsBeside::of((info.n_ids(), info.top_k), n_tokens),
+        };
         let row_bytes = (model.info().vocab_size * size_of::<f32>()).max(1);
         Ok(Self {
             slots: slots?,
@@ -93,6 +98,7 @@ impl Worker {
             workspace: model.workspace(n_tokens)?,
             limits: PassLimits {
                 n_tokens,
+                beside,
                 n_rows: (LOGIT_BYTES / row_bytes).max(1),
             },
             kv,

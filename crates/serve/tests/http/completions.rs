@@ -103,6 +103,46 @@ fn prompts_and_choices_come_in_their_order() {
     setup.end();
 }
 
+/// lm_eval leaves the score of the last token out, as that of one that was drawn.
+#[test]
+fn an_echo_has_the_score_of_the_token_that_ends_it() {
+    let setup = Setup::new();
+    let prompt = [3, 141, 59];
+    let body = json!({"prompt": prompt, "max_tokens": 1, "echo": true, "logprobs": 1, "temperature": 0,
+        "logit_bias": {"26": 100}, "stop_token_ids": [26]});
+    let mut streamed = body.clone();
+    streamed["stream"] = json!(true);
+    let answer = post(setup.address(), PATH, &body).json();
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["finish_reason"], "stop");
+    assert_eq!(choice["text"], setup.tokenizer.decode(&prompt));
+    let scores = choice["logprobs"]["token_logprobs"].as_array().unwrap();
+    assert_eq!(scores.len(), 4);
+    assert!(
+        scores[0].is_null()
+            && scores[1..]
+                .iter()
+                .all(|score| score.as_f64().unwrap() < 0.0)
+    );
+    assert_eq!(
+        choice["logprobs"]["tokens"][3],
+        setup.tokenizer.token_str(26).into_owned()
+    );
+    assert_eq!(answer["usage"]["completion_tokens"], 0);
+    let events = post(setup.address(), PATH, &streamed).events();
+    let in_events = events.iter().flat_map(|event| {
+        let scores = &event["choices"][0]["logprobs"]["token_logprobs"];
+        scores.as_array().cloned().unwrap_or_default()
+    });
+    assert_eq!(in_events.collect::<Vec<_>>(), *scores);
+    // Without an echo it is no part of the answer.
+    let mut alone = body;
+    alone["echo"] = json!(false);
+    let alone = post(setup.address(), PATH, &alone).json();
+    assert_eq!(alone["choices"][0]["logprobs"]["token_logprobs"], json!([]));
+    setup.end();
+}
+
 /// What lm_eval asks: how probable a continuation is, token by token.
 #[test]
 fn an_echo_carries_the_scores_of_the_prompt() {

@@ -8,8 +8,8 @@ use crate::setup::Setup;
 
 const PATH: &str = "/v1/embeddings";
 
-/// The mean of the vectors of a text's tokens, of length 1.
-fn expected(setup: &Setup, text: &str) -> Vec<f64> {
+/// The mean of the vectors of a text's tokens, or of the last `n` of them, of length 1.
+fn expected(setup: &Setup, text: &str, n: usize) -> Vec<f64> {
     let ids = setup.tokenizer.encode(text).unwrap();
     let mut session = setup.model.session(&setup.session).unwrap();
     let mut workspace = setup.model.workspace(ids.len()).unwrap();
@@ -25,7 +25,8 @@ fn expected(setup: &Setup, text: &str) -> Vec<f64> {
     let d_model = setup.model.info().d_model;
     assert_eq!(workspace.hidden().len(), ids.len() * d_model);
     let mut sum = vec![0.0; d_model];
-    for row in workspace.hidden().chunks_exact(d_model) {
+    let rows = workspace.hidden().chunks_exact(d_model);
+    for row in rows.rev().take(n) {
         sum.iter_mut()
             .zip(row)
             .for_each(|(sum, x)| *sum += f64::from(*x));
@@ -64,9 +65,17 @@ fn vectors_are_means_of_what_the_last_layer_gives() {
         );
         for (got, want) in vector(&data["embedding"])
             .iter()
-            .zip(expected(&setup, text))
+            .zip(expected(&setup, text, usize::MAX))
         {
             assert!((got - want).abs() < 1e-6, "{got} {want}");
+        }
+        let last = json!({"input": text, "pooling": "last"});
+        let last = post(setup.address(), PATH, &last).json();
+        for (got, want) in vector(&last["data"][0]["embedding"])
+            .iter()
+            .zip(expected(&setup, text, 1))
+        {
+            assert!((got - want).abs() < 1e-6, "last: {got} {want}");
         }
         n_tokens += setup.tokenizer.encode(text).unwrap().len();
     }
@@ -85,6 +94,7 @@ fn vectors_are_means_of_what_the_last_layer_gives() {
             json!({"input": "x", "encoding_format": "int8"}),
             "encoding_format",
         ),
+        (json!({"input": "x", "pooling": "max"}), "pooling"),
         (json!({"input": "x", "temperature": 1}), "temperature"),
     ] {
         assert_eq!(

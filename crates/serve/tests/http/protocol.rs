@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::client::{connect, get, post, read, send};
-use crate::setup::Setup;
+use crate::setup::{Setup, checkpoint};
 
 /// Reads one answer with a length from a connection that stays.
 fn next(stream: &mut std::net::TcpStream) -> (u16, Value) {
@@ -39,6 +39,14 @@ fn paths_and_methods() {
     assert_eq!(models["data"][0]["id"], "tiny");
     assert_eq!(models["data"][1]["id"], "also");
     assert_eq!(models["data"][0]["max_model_len"], 1024);
+    let meta = &models["data"][0]["meta"];
+    assert_eq!(meta["digest"], checkpoint().digest());
+    let info = setup.model.info();
+    assert_eq!(
+        (&meta["n_params"], &meta["n_active_params"]),
+        (&json!(info.n_params), &json!(info.n_active_params))
+    );
+    assert_eq!(meta["n_ctx_train"], info.max_context);
     assert_eq!(get(address, "/v1/models/also").json()["id"], "also");
     assert_eq!(
         get(address, "/v1/models/other").error(),

@@ -43,6 +43,7 @@ pub(crate) fn options() -> ServeOptions {
         steps: None,
         plans: Vec::new(),
         batch: 32,
+        prompt_batch: None,
         queue: 256,
         http: HttpLimits::default(),
         heeds_sigterm: false,
