@@ -573,7 +573,23 @@ mod tests {
                 let mut c = start.clone();
                 gemm.gemm(MatMut::new(&mut c, m, n), write, mat(&a, m, k), mat(&b, k, n), threads);
                 prop_assert_eq!(&c, &expected, "{:?} {} x {} x {}", gemm, m, n, k);
+                if !add {
+                    let c = gemm.product(mat(&a, m, k), mat(&b, k, n), threads);
+                    prop_assert_eq!(&c, &expected, "{:?} {} x {} x {}", gemm, m, n, k);
+                }
             }
+        }
+    }
+
+    #[test]
+    fn more_columns_and_words_than_are_multiplied_at_a_time() {
+        let [m, n, k] = [3, 2 * COLS + 5, 2 * 2 * WORDS + 3];
+        let (a, b) = (values(1, m * k), values(2, k * n));
+        let mut expected = vec![0.0; m * n];
+        naive(&mut expected, [m, n, k], Write::Set, &a, &b);
+        for gemm in all() {
+            let c = gemm.product(Mat::new(&a, m, k), Mat::new(&b, k, n), 2);
+            assert!(c == expected, "{gemm:?}");
         }
     }
 
