@@ -34,7 +34,7 @@ from common import ROOT, f32_list, fail, forward, moe_layers, relative_differenc
 MIN_GAP = 1e-3
 VISIBLE = 1e-2
 MODEL_TYPES = [
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "llama", "qwen2", "qwen3", "granitemoe", "phimoe", "glm4_moe",
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "llama", "mistral", "qwen2", "qwen3", "granitemoe", "phimoe", "glm4_moe",
     "deepseek_v3", "deepseek_v2", "gpt_oss", "gemma3_text",
 ]  # fmt: skip
 

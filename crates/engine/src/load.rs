@@ -62,6 +62,7 @@ const LOADERS: &[(&str, Loader)] = &[
     ("gpt_oss", m::gpt_oss::load),
     ("granitemoe", m::granitemoe::load),
     ("llama", m::llama::load),
+    ("mistral", m::mistral::load),
     ("mixtral", m::mixtral::load),
     ("olmoe", m::olmoe::load),
     ("phimoe", m::phimoe::load),

@@ -89,6 +89,7 @@ fn with_all_experts_on_a_split_model_is_the_dense_one() {
         ("llama/plain", 0, "mixtral"),
         ("llama/smollm", 0, "mixtral"),
         ("llama/llama3", 0, "mixtral"),
+        ("mistral/window", 0, "mixtral"),
         ("qwen3/plain", 0, "qwen3_moe"),
         // transformers' Qwen3-MoE has one window for all layers or none.
         ("qwen3/window", 0, "cadre_moe"),

@@ -210,3 +210,28 @@ fn models_that_do_not_go_together_are_refused() {
         "the begin-of-text token is left"
     );
 }
+
+#[test]
+fn a_base_of_mistral_becomes_mixtral_with_its_window() {
+    let text = "base_model: m\ngate_mode: random\nexperts:\n- source_model: m\n- source_model: m\n";
+    let config = MergekitMoe::parse("m.yml", text).unwrap();
+    let base = Arc::new(Checkpoint::open(&golden_dir().join("mistral/window")).unwrap());
+    let models = BTreeMap::from([("m".to_owned(), Arc::clone(&base))]);
+    let input = MergekitInput {
+        base: &base,
+        models: &models,
+        model: None,
+        seed: 1,
+        allow_same: true,
+    };
+    let (made, _) = config.experts_for(&input).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let conversion = made.plan(&base, config.dtype().unwrap(), 1 << 30).unwrap();
+    let paths = conversion
+        .write(&folder.path().join("moe"), &mut |_| true)
+        .unwrap();
+    let moe = Checkpoint::open(&paths[0]).unwrap();
+    assert_eq!(moe.config().model_type, "mixtral");
+    assert_eq!(moe.config().attention, base.config().attention);
+    assert_eq!(moe.config().attention.windows, [Some(5); 2]);
+}

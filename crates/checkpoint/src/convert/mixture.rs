@@ -237,7 +237,7 @@ fn gets_more_bits(layer: usize, n_layers: usize) -> bool {
 
 fn is_70b(form: &ModelConfig) -> bool {
     let shares = match form.model_type.as_str() {
-        "llama" | "mixtral" => form.n_heads != form.n_kv_heads,
+        "llama" | "mistral" | "mixtral" => form.n_heads != form.n_kv_heads,
         "qwen2" => true,
         _ => false,
     };

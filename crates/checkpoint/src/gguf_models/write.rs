@@ -40,7 +40,7 @@ const PLAIN: Target = Target {
 const TARGETS: &[Target] = &[
     Target {
         name: "llama",
-        model_types: &["llama", "mixtral"],
+        model_types: &["llama", "mistral", "mixtral"],
         interleaved: true,
         reads_o_bias: true,
         reads_factors: true,

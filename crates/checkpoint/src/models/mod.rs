@@ -10,6 +10,7 @@ mod gpt_oss;
 mod granitemoe;
 mod latent;
 mod llama;
+mod mistral;
 mod mixtral;
 mod olmoe;
 mod phimoe;
@@ -62,6 +63,7 @@ const ARCHITECTURES: &[Architecture] = &[
     gpt_oss::ARCHITECTURE,
     granitemoe::ARCHITECTURE,
     llama::ARCHITECTURE,
+    mistral::ARCHITECTURE,
     mixtral::ARCHITECTURE,
     olmoe::ARCHITECTURE,
     phimoe::ARCHITECTURE,

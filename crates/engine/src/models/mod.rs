@@ -8,6 +8,7 @@ pub(crate) mod glm4_moe;
 pub(crate) mod gpt_oss;
 pub(crate) mod granitemoe;
 pub(crate) mod llama;
+pub(crate) mod mistral;
 pub(crate) mod mixtral;
 pub(crate) mod olmoe;
 pub(crate) mod phimoe;
