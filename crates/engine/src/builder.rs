@@ -7,7 +7,7 @@ use cadre_kernels::Matrix;
 
 use crate::blocks::{
     Attention, Experts, Factored, FactoredExpert, FeedForward, GruCell, LatentAttention,
-    LossyRules, Moe, Norm, QueryProjection, Residual, Shared,
+    LossyRules, Moe, Norm, QueryProjection, Residual, Shared, factored_rows,
 };
 use crate::error::{EngineError, Result};
 use crate::lossy::Weighing;
@@ -286,17 +286,6 @@ impl<'a> Builder<'a> {
                 0 => Vec::new(),
                 n => self.weights.vector(&name("rows"), n)?,
             };
-            let is_row = |row: &f32| *row >= 0.0 && row.fract() == 0.0 && (*row as usize) < n_out;
-            if let Some(at) = rows.iter().position(|row| !is_row(row)) {
-                return Err(EngineError::Configuration {
-                    model_type: self.config.model_type.clone(),
-                    problem: format!(
-                        "tensor `{}` holds {} at {at}, expected rows below {n_out}",
-                        name("rows"),
-                        rows[at]
-                    ),
-                });
-            }
             let inner = self
                 .weights
                 .linear(&name("inner"), [rank + n_rows, n_in], false)?;
@@ -304,7 +293,7 @@ impl<'a> Builder<'a> {
             Ok(Factored {
                 inner: inner.weight,
                 outer: outer.weight,
-                rows: rows.into_iter().map(|row| row as u32).collect(),
+                rows: factored_rows(&self.config.model_type, &name("rows"), rows, n_out)?,
             })
         };
         Ok(FactoredExpert {

@@ -4,17 +4,20 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use cadre_checkpoint::{Checkpoint, FileRange, ModelConfig, TensorOnDisk};
+use cadre_checkpoint::{Checkpoint, Factors, FileRange, ModelConfig, TensorOnDisk};
 use cadre_kernels::{Bytes, Compute, Matrix, PlacedMemory};
 use cadre_store::{AheadKind, ExpertId, Form, Piece, Store, StoreError, StoreOptions};
 
-use crate::blocks::{FeedForward, Linear};
+use crate::blocks::{Factored, FactoredExpert, FeedForward, Linear, factored_rows};
 use crate::error::{EngineError, Result};
 use crate::load::{LoadOptions, Quant};
 use crate::weights::{self, weight_error};
 
 /// The three matrices of an expert, in the order of [`FeedForward`].
 const PARTS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+
+/// Of experts in factors, the two of each of these.
+const THIN: [&str; 2] = ["inner", "outer"];
 
 /// How a model runs that is larger than the memory it may take.
 #[derive(Clone, Copy, Debug)]
@@ -52,14 +55,28 @@ pub(crate) struct StoredExperts {
     activation: cadre_checkpoint::Activation,
 }
 
+/// An expert that has been read.
+#[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "all experts of a model are of one kind, and a slot holds one"
+)]
+pub(crate) enum MadeExpert {
+    Whole(FeedForward),
+    Factored(FactoredExpert),
+}
+
 #[derive(Debug)]
 struct StoredExpert {
-    tensors: [TensorOnDisk; 3],
+    /// One for each of [`PARTS`], or in factors two.
+    tensors: Vec<TensorOnDisk>,
     biases: Option<[Vec<f32>; 3]>,
+    /// Of experts in factors, by part: where rows of their own are added.
+    rows: Option<[Vec<u32>; 3]>,
     /// In the order of the files.
     pieces: Vec<Piece>,
     /// Which pieces each tensor is put together from.
-    pieces_of: [Vec<u8>; 3],
+    pieces_of: Vec<Vec<u8>>,
     n_bytes: usize,
     float_activations: bool,
     /// Whether its values have been found to be finite.
@@ -114,14 +131,6 @@ pub(crate) fn open(
                 dense,
             }),
         };
-    }
-    if moe.factors.is_some() {
-        return Err(EngineError::BadOption {
-            name: "memory budget",
-            value: stream.budget.to_string(),
-            expected: "none, for experts in factors, which are read whole: `cadre apply --compat` writes them multiplied"
-                .to_owned(),
-        });
     }
     if options.quant != Quant::AsStored {
         return Err(EngineError::BadOption {
@@ -202,7 +211,11 @@ fn same_sizes(checkpoint: &Checkpoint, other: &Checkpoint) -> Result<()> {
         let layers = config.moe_layers();
         let counts: Vec<usize> = layers.iter().map(|l| config.n_experts_in(*l)).collect();
         let (d, width) = (config.hidden_size, config.moe.intermediate_size);
-        let kind = (config.model_type.clone(), config.activation);
+        let kind = (
+            config.model_type.clone(),
+            config.activation,
+            config.moe.factors,
+        );
         (kind, config.n_layers, layers, counts, d, width)
     };
     let (wanted, found) = (sizes(checkpoint), sizes(other));
@@ -242,6 +255,24 @@ impl StoredExperts {
     fn get(&self, id: ExpertId) -> &StoredExpert {
         &self.experts[usize::from(id.layer)][usize::from(id.expert)]
     }
+
+    /// The `N` matrices of `stored`, in `memory`.
+    fn placed<const N: usize>(
+        &self,
+        stored: &StoredExpert,
+        pieces: &[Bytes],
+        memory: &mut PlacedMemory,
+    ) -> Result<[Matrix; N]> {
+        let read = (0..N)
+            .map(|at| stored.matrix(at, pieces))
+            .collect::<Result<Vec<Matrix>>>()?;
+        stored.is_checked.store(true, Ordering::Relaxed);
+        let placed = self
+            .compute
+            .place(memory, std::array::from_fn::<_, N, _>(|at| &read[at]));
+        let n_bytes = stored.n_bytes;
+        placed.ok_or_else(|| StoreError::NoMemory { n_bytes }.into())
+    }
 }
 
 impl StoredExpert {
@@ -251,9 +282,16 @@ impl StoredExpert {
         (prefix, compute): (&str, &Compute),
         files: &mut Vec<PathBuf>,
     ) -> Result<Self> {
-        let tensor = |part: &str| checkpoint.tensor_on_disk(&format!("{prefix}.{part}.weight"));
-        let [gate, up, down] = PARTS.map(tensor);
-        let tensors = [gate?, up?, down?];
+        let tensor = |part: String| checkpoint.tensor_on_disk(&format!("{prefix}.{part}.weight"));
+        let factors = config.moe.factors;
+        let tensors: Vec<TensorOnDisk> = PARTS
+            .iter()
+            .flat_map(|part| match factors {
+                None => vec![(*part).to_owned()],
+                Some(_) => THIN.map(|thin| format!("{part}.{thin}")).to_vec(),
+            })
+            .map(tensor)
+            .collect::<cadre_checkpoint::Result<_>>()?;
         let mut pieces: Vec<Piece> = Vec::new();
         for source in tensors.iter().flat_map(TensorOnDisk::sources) {
             let piece = piece(source, files);
@@ -262,8 +300,8 @@ impl StoredExpert {
             }
         }
         pieces.sort_by_key(|piece| (piece.file, piece.range.start));
-        let pieces_of = std::array::from_fn(|at| {
-            let sources = tensors[at].sources().iter();
+        let places = |tensor: &TensorOnDisk| {
+            let sources = tensor.sources().iter();
             let places = sources.map(|source| {
                 let wanted = piece(source, files);
                 pieces
@@ -272,7 +310,8 @@ impl StoredExpert {
                     .unwrap_or(0) as u8
             });
             places.collect()
-        });
+        };
+        let pieces_of = tensors.iter().map(places).collect();
         let n_bytes = tensors.iter().map(|tensor| {
             let &[n_out, n_in] = tensor.shape() else {
                 return 0;
@@ -291,8 +330,21 @@ impl StoredExpert {
                 ])
             }
         };
+        let rows = |factors: Factors| {
+            let [gate, up, down] = PARTS.map(|part| {
+                let n_out = if part == PARTS[2] { d } else { width };
+                let name = format!("{prefix}.{part}.rows");
+                let values = match factors.rows(part) {
+                    0 => Vec::new(),
+                    n => checkpoint.tensor_f32(&name, &[n])?,
+                };
+                factored_rows(&config.model_type, &name, values, n_out)
+            });
+            Ok::<_, EngineError>([gate?, up?, down?])
+        };
         Ok(Self {
             n_bytes: n_bytes.sum(),
+            rows: factors.map(rows).transpose()?,
             tensors,
             biases,
             pieces,
@@ -341,7 +393,7 @@ fn piece(source: &FileRange, files: &mut Vec<PathBuf>) -> Piece {
 }
 
 impl Form for StoredExperts {
-    type Expert = FeedForward;
+    type Expert = MadeExpert;
     type Memory = PlacedMemory;
     type Error = EngineError;
 
@@ -367,25 +419,33 @@ impl Form for StoredExperts {
         expert: ExpertId,
         pieces: &[Bytes],
         memory: &mut PlacedMemory,
-    ) -> Result<FeedForward> {
+    ) -> Result<MadeExpert> {
         let stored = self.get(expert);
-        let matrix = |at| stored.matrix(at, pieces);
-        let read = [matrix(0)?, matrix(1)?, matrix(2)?];
-        stored.is_checked.store(true, Ordering::Relaxed);
-        let placed = self.compute.place(memory, [&read[0], &read[1], &read[2]]);
-        let Some([gate, up, down]) = placed else {
-            let n_bytes = stored.n_bytes;
-            return Err(StoreError::NoMemory { n_bytes }.into());
-        };
+        if let Some(rows) = &stored.rows {
+            let [gate, gate_outer, up, up_outer, down, down_outer] =
+                self.placed(stored, pieces, memory)?;
+            let part = |at: usize, inner, outer| Factored {
+                inner,
+                outer,
+                rows: rows[at].clone(),
+            };
+            return Ok(MadeExpert::Factored(FactoredExpert {
+                gate_proj: part(0, gate, gate_outer),
+                up_proj: part(1, up, up_outer),
+                down_proj: part(2, down, down_outer),
+                activation: self.activation,
+            }));
+        }
+        let [gate, up, down] = self.placed(stored, pieces, memory)?;
         let linear = |at: usize, weight| Linear {
             weight,
             bias: stored.biases.as_ref().map(|biases| biases[at].clone()),
         };
-        Ok(FeedForward {
+        Ok(MadeExpert::Whole(FeedForward {
             gate_proj: linear(0, gate),
             up_proj: linear(1, up),
             down_proj: linear(2, down),
             activation: self.activation,
-        })
+        }))
     }
 }

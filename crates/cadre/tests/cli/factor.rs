@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use cadre_testkit::{TinyMoe, assert_close};
 use serde_json::Value;
 
-use crate::common::{arg, failure, json, stdout};
+use crate::common::{arg, failure, json, output, stdout};
 
 const DATA: &str = "{\"domain\": \"code\", \"text\": \"let x = 12 + 30; let y = x * 2; fn main() { print(x); }\"}\n";
 
@@ -126,19 +126,44 @@ fn factors_run_as_what_they_multiply_to() {
         let (_, errors) = failure(args);
         assert!(errors.contains(words), "{args:?}: {errors}");
     };
-    let thin = arg(&thin);
-    refused(
-        &[
-            "logits",
-            "-m",
-            thin,
-            "--tokens",
-            "1",
+    // From disk they are the same to the bit, also in the least memory that will do.
+    let run = |budget: usize| {
+        let budget = format!("{budget}KiB");
+        let args = [
+            "-p",
+            "the cat",
+            "-n",
+            "4",
+            "--stats",
+            "-o",
+            "json",
             "--mem-budget",
-            "4MiB",
-        ],
-        "read whole",
-    );
+        ];
+        output(
+            &[
+                &["run", "-m", arg(&thin)][..],
+                &args[..],
+                &[budget.as_str()][..],
+            ]
+            .concat(),
+        )
+    };
+    let (mut too_small, mut enough) = (0, 4096);
+    while enough - too_small > 1 {
+        let half = (too_small + enough) / 2;
+        match run(half).status.success() {
+            true => enough = half,
+            false => too_small = half,
+        }
+    }
+    for budget in [enough, 4096] {
+        let budget = format!("{budget}KiB");
+        assert_eq!(thin_logits, logits(&thin, &["--mem-budget", &budget]));
+    }
+    let said: Value = serde_json::from_slice(&run(enough).stdout).unwrap();
+    let streamed = |key: &str| said["streaming"][key].as_u64().unwrap();
+    assert!(streamed("evictions") + streamed("refused") > 0, "{said}");
+    let thin = arg(&thin);
     let gguf = path("x.gguf");
     refused(
         &["convert", "-m", thin, "-o", arg(&gguf)],

@@ -8,7 +8,7 @@ use cadre_store::Pass;
 
 use super::{FactoredExpert, FeedForward, FeedForwardScratch};
 use crate::error::EngineError;
-use crate::streaming::{ExpertStore, StoredExperts};
+use crate::streaming::{ExpertStore, MadeExpert, StoredExperts};
 
 /// The experts of one layer.
 #[derive(Debug)]
@@ -146,9 +146,18 @@ impl Turn<'_> {
             Self::Factored { .. } => {}
             Self::Streamed(pass) => {
                 while let Some(batch) = pass.next_batch()? {
-                    let experts: Vec<&FeedForward> =
-                        batch.clone().map(|at| pass.expert(at)).collect();
-                    batches.forward(batch, &|g| experts[g]);
+                    let (mut whole, mut factored) = (Vec::new(), Vec::new());
+                    for at in batch.clone() {
+                        match pass.expert(at) {
+                            MadeExpert::Whole(expert) => whole.push(expert),
+                            MadeExpert::Factored(expert) => factored.push(expert),
+                        }
+                    }
+                    // All experts of a model are of one kind.
+                    match factored.is_empty() {
+                        true => batches.forward(batch, &|g| whole[g]),
+                        false => batches.forward_factored(batch, &|g| factored[g]),
+                    }
                 }
             }
         }
@@ -172,6 +181,21 @@ struct Batches<'a> {
 }
 
 impl Batches<'_> {
+    /// As [`Self::forward`], of experts in factors.
+    fn forward_factored<'w>(
+        &mut self,
+        batch: Range<usize>,
+        expert: &dyn Fn(usize) -> &'w FactoredExpert,
+    ) {
+        let rows = ExpertRows {
+            offsets: &self.rows.offsets[batch.start..=batch.end],
+            ..self.rows
+        };
+        let scratch = (&mut self.ffn.factored, &mut *self.matmul);
+        let values = (self.x_td, &mut *self.y_pd);
+        FactoredExpert::forward_groups(self.compute, rows, expert, values, scratch);
+    }
+
     /// Computes the rows of the experts `batch` of the order; `expert(0)` is the first of these.
     fn forward<'w>(
         &mut self,

@@ -8,6 +8,7 @@ use cadre_kernels::{Compute, MatmulScratch, Matrix};
 
 use super::experts::ExpertRows;
 use super::feed_forward::activate;
+use crate::error::{EngineError, Result};
 
 /// `[n_out, n_in]`.
 #[derive(Debug)]
@@ -40,6 +41,29 @@ pub(crate) struct FactoredScratch {
     /// `[rows, f]`.
     gate: Vec<f32>,
     up: Vec<f32>,
+}
+
+/// The rows that tensor `name` of a `model_type` model holds.
+///
+/// # Errors
+/// Numbers that are no rows below `n_out`.
+pub(crate) fn factored_rows(
+    model_type: &str,
+    name: &str,
+    rows: Vec<f32>,
+    n_out: usize,
+) -> Result<Vec<u32>> {
+    let is_row = |row: &f32| *row >= 0.0 && row.fract() == 0.0 && (*row as usize) < n_out;
+    if let Some(at) = rows.iter().position(|row| !is_row(row)) {
+        return Err(EngineError::Configuration {
+            model_type: model_type.to_owned(),
+            problem: format!(
+                "tensor `{name}` holds {} at {at}, expected rows below {n_out}",
+                rows[at]
+            ),
+        });
+    }
+    Ok(rows.into_iter().map(|row| row as u32).collect())
 }
 
 impl Factored {

@@ -29,7 +29,7 @@ pub(crate) use attention_experts::{AttentionExperts, AttentionExpertsScratch};
 pub(crate) use decoupled::{DecoupledRouter, DecoupledScratch, DecoupledShape, RouterLayer};
 pub(crate) use embedding::Embedding;
 pub(crate) use experts::Experts;
-pub(crate) use factored::{Factored, FactoredExpert, FactoredScratch};
+pub(crate) use factored::{Factored, FactoredExpert, FactoredScratch, factored_rows};
 pub(crate) use feed_forward::{FeedForward, FeedForwardScratch};
 pub(crate) use kv_cache::{KvCache, KvShape, LayerKv};
 pub(crate) use latent_attention::{LatentAttention, LatentScratch, QueryProjection};
