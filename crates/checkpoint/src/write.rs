@@ -212,6 +212,14 @@ fn encode(dtype: Dtype, values: &[f32]) -> std::io::Result<Vec<u8>> {
         .ok_or_else(|| std::io::Error::other(format!("{dtype} cannot hold these values")))
 }
 
+/// Numbers of rows must be exact, and those of experts in factors are the only ones that are no weights.
+fn held_as(dtype: Dtype, name: &str) -> Dtype {
+    match name.ends_with("_proj.rows") {
+        true => Dtype::F32,
+        false => dtype,
+    }
+}
+
 /// Header, then the data tensor by tensor, so that only one converted tensor is in memory.
 fn write_tensors(path: &Path, dtype: Dtype, tensors: &[&TensorData<'_>]) -> Result<()> {
     let mut header = Map::new();
@@ -219,6 +227,7 @@ fn write_tensors(path: &Path, dtype: Dtype, tensors: &[&TensorData<'_>]) -> Resu
     let mut end = 0;
     for tensor in tensors {
         let start = end;
+        let dtype = held_as(dtype, &tensor.name);
         end += tensor.values.len() * dtype.block_bytes();
         let entry = json!({
             "dtype": dtype.to_string(),
@@ -233,9 +242,9 @@ fn write_tensors(path: &Path, dtype: Dtype, tensors: &[&TensorData<'_>]) -> Resu
     write_synced(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
-        tensors
-            .iter()
-            .try_for_each(|tensor| file.write_all(&encode(dtype, &tensor.values)?))
+        tensors.iter().try_for_each(|tensor| {
+            file.write_all(&encode(held_as(dtype, &tensor.name), &tensor.values)?)
+        })
     })
 }
 

@@ -33,6 +33,8 @@ pub struct MoeLayer {
     pub router: Box<dyn Route>,
     /// How many pairs an expert takes in training, and whose; `None` for all.
     pub capacity: Option<(Capacity, Order)>,
+    /// For each expert the one whose weights it has, as they are stored; `None` where all have their own.
+    pub shared_weights: Option<Vec<u16>>,
 }
 
 /// What MoE layers have beside routed experts; the same in all of them.
@@ -113,8 +115,8 @@ impl Architecture {
         parts: MoeParts,
     ) -> Result<Self, RoutingError> {
         let (top_k, norm_topk_prob) = (config.moe.top_k, config.moe.norm_topk_prob());
-        let layers = config.moe.layers.iter().zip(counts);
-        let moe = layers.map(|(&layer, &n_experts)| {
+        let layers = config.moe.layers.iter().zip(counts).enumerate();
+        let moe = layers.map(|(at, (&layer, &n_experts))| {
             let sizes = RouterSizes {
                 n_experts,
                 top_k,
@@ -129,6 +131,7 @@ impl Architecture {
                     false => router.build(sizes)?,
                 },
                 capacity: router.capacity(),
+                shared_weights: config.moe.shared_weights.get(at).cloned(),
             })
         });
         let attention = config.attention.experts;
@@ -203,7 +206,18 @@ impl Architecture {
             Some((Residual::Learned, width)) => feed_forward(width) + 2 * d + 2,
         };
         let shared = self.parts.shared.map_or(0, feed_forward);
-        router + n_experts * feed_forward(self.config.moe.intermediate_size) + shared + residual
+        let width = self.config.moe.intermediate_size;
+        let n_stored = match &moe.shared_weights {
+            None => n_experts,
+            Some(map) => map.iter().max().map_or(0, |most| usize::from(*most) + 1),
+        };
+        let expert = match self.config.moe.factors {
+            None => feed_forward(width),
+            Some(factors) => {
+                3 * factors.rank * (d + width) + 2 * factors.up_rows * d + factors.down_rows * width
+            }
+        };
+        router + n_stored * expert + shared + residual
     }
 
     /// Number of parameters.

@@ -13,11 +13,25 @@ pub type Result<T, E = TrainError> = std::result::Result<T, E>;
 pub enum TrainError {
     /// A checkpoint that the training model cannot continue.
     #[error(
-        "training continues plain qwen3, qwen3_moe, glm4_moe and cadre_moe checkpoints (norms on query and key heads; no attention biases, windows, partial rotation or rope scaling); this one is {model_type}"
+        "training continues plain qwen3, qwen3_moe, glm4_moe, llama, mixtral and cadre_moe checkpoints (no biases, windows, partial rotation or rope scaling); this one is {model_type}"
     )]
     Untrainable {
         /// Architecture of the checkpoint.
         model_type: String,
+    },
+    /// Experts in factors whose rows belong nowhere.
+    #[error(
+        "tensor `{tensor}` holds {value} at {at}, expected rows below {n_out}; write the checkpoint again"
+    )]
+    NoRow {
+        /// Its name.
+        tensor: String,
+        /// Place in it.
+        at: usize,
+        /// What is there.
+        value: f32,
+        /// Rows of the matrix.
+        n_out: usize,
     },
     /// A trained model that no known checkpoint layout holds.
     #[error(

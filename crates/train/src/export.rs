@@ -4,6 +4,7 @@ use crate::architecture::{Architecture, Residual};
 use crate::error::{Result, TrainError};
 use crate::layers::attention::SelfAttention;
 use crate::layers::decoupled::DecoupledRouter;
+use crate::layers::factored::Factored;
 use crate::layers::moe::Moe;
 use crate::lm::{FeedForward, LanguageModel, Layer};
 use crate::params::values;
@@ -56,8 +57,15 @@ pub fn export(
     Ok(())
 }
 
-/// Layouts in order of preference.
-const LAYOUTS: [&str; 4] = ["qwen3", "qwen3_moe", "glm4_moe", "cadre_moe"];
+/// The layouts that the trainer reads and writes, in order of preference.
+pub(crate) const LAYOUTS: [&str; 6] = [
+    "qwen3",
+    "qwen3_moe",
+    "glm4_moe",
+    "llama",
+    "mixtral",
+    "cadre_moe",
+];
 
 /// The description of the checkpoint that computes what the model was trained to compute: the first of the known layouts
 /// that says all of it.
@@ -75,6 +83,10 @@ pub fn stored_config(exported: Exported<'_>) -> Result<ModelConfig> {
     config.moe = stored_moe(exported)?;
     for layout in LAYOUTS {
         config.model_type = layout.to_owned();
+        if layout == "mixtral" && config.moe.layers.len() == config.n_layers {
+            // It has one width for both, and nothing is dense.
+            config.intermediate_size = config.moe.intermediate_size;
+        }
         // transformers makes a shared expert of GLM-4 in any case.
         let missing = layout == "glm4_moe" && config.moe.shared.is_none();
         if !missing && says_all(&config) {
@@ -132,6 +144,8 @@ fn stored_moe(exported: Exported<'_>) -> Result<MoeConfig> {
             }),
         recurrent_router: architecture.recurrent_router(),
         decoupled_router: architecture.parts.decoupled,
+        factors: base.factors,
+        shared_weights: base.shared_weights.clone(),
         ..MoeConfig::default()
     };
     moe.set_counts(counts);
@@ -343,8 +357,11 @@ fn push_attention(out: &mut Vec<TensorData<'_>>, name: &str, attention: &SelfAtt
     if let Some(gate) = &attention.gate {
         push(out, format!("{name}.self_attn.gate"), gate);
     }
-    push(out, format!("{name}.self_attn.q_norm"), &attention.q_norm);
-    push(out, format!("{name}.self_attn.k_norm"), &attention.k_norm);
+    for (part, norm) in [("q_norm", &attention.q_norm), ("k_norm", &attention.k_norm)] {
+        if let Some(norm) = norm {
+            push(out, format!("{name}.self_attn.{part}"), norm);
+        }
+    }
 }
 
 fn push_moe(out: &mut Vec<TensorData<'_>>, name: &str, moe: &Moe) {
@@ -354,9 +371,14 @@ fn push_moe(out: &mut Vec<TensorData<'_>>, name: &str, moe: &Moe) {
     if let Some(router_in) = &moe.router_in {
         push(out, format!("{name}.router_in"), router_in);
     }
-    push_experts(out, &moe.gate_up, &moe.down, |e| {
-        format!("{name}.experts.{e}")
-    });
+    if let (Some(gate_up), Some(down)) = (&moe.gate_up, &moe.down) {
+        push_experts(out, gate_up, down, |e| format!("{name}.experts.{e}"));
+    }
+    if let Some(thin) = &moe.thin {
+        for (part, matrix) in thin.parts() {
+            push_factored(out, matrix, |e| format!("{name}.experts.{e}.{part}"));
+        }
+    }
     if let Some(shared) = &moe.shared {
         let prefix = format!("{name}.shared_experts");
         push_experts(out, &shared.gate_up, &shared.down, |_| prefix.clone());
@@ -378,6 +400,37 @@ fn push_moe(out: &mut Vec<TensorData<'_>>, name: &str, moe: &Moe) {
                 &coefficient.bias,
             );
         }
+    }
+}
+
+/// Splits the factors of a matrix of every expert.
+fn push_factored(
+    out: &mut Vec<TensorData<'_>>,
+    matrix: &Factored,
+    prefix: impl Fn(usize) -> String,
+) {
+    for (part, param) in [("inner", &matrix.inner), ("outer", &matrix.outer)] {
+        let tensor = param.val();
+        let [_, rows, cols] = tensor.dims();
+        for (e, values) in values(&tensor).chunks_exact(rows * cols).enumerate() {
+            out.push(TensorData {
+                name: format!("{}.{part}.weight", prefix(e)),
+                shape: vec![rows, cols],
+                values: Cow::Owned(values.to_vec()),
+            });
+        }
+    }
+    for (e, rows) in matrix
+        .rows
+        .iter()
+        .enumerate()
+        .filter(|(_, rows)| !rows.is_empty())
+    {
+        out.push(TensorData {
+            name: format!("{}.rows", prefix(e)),
+            shape: vec![rows.len()],
+            values: Cow::Owned(rows.iter().map(|row| *row as f32).collect()),
+        });
     }
 }
 

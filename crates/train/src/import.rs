@@ -2,9 +2,11 @@
 
 use crate::architecture::Architecture;
 use crate::error::{Result, TrainError};
+use crate::export::LAYOUTS;
 use crate::init::Init;
 use crate::layers::attention::SelfAttention;
 use crate::layers::decoupled::DecoupledRouter;
+use crate::layers::factored::Factored;
 use crate::layers::moe::Moe;
 use crate::lm::{FeedForward, LanguageModel, Layer};
 use burn::module::Param;
@@ -93,15 +95,19 @@ pub fn import_biases(checkpoint: &Checkpoint) -> Result<Vec<Vec<f32>>> {
 }
 
 /// Refuses what the training model would compute otherwise than the checkpoint asks for.
-fn check_trainable(config: &ModelConfig) -> Result<()> {
+pub(crate) fn check_trainable(config: &ModelConfig) -> Result<()> {
     let attention = &config.attention;
-    let known = ["qwen3", "qwen3_moe", "glm4_moe", "cadre_moe"];
-    let plain = known.contains(&config.model_type.as_str())
-        && !attention.qkv_bias
-        && attention.qk_norm == QkNorm::PerHead
+    // Mistral without a window is Llama.
+    let known = LAYOUTS.contains(&config.model_type.as_str()) || config.model_type == "mistral";
+    let plain = known
+        && !(attention.qkv_bias || attention.o_bias || config.mlp_bias)
+        && attention.qk_norm != QkNorm::WholeProjection
         && attention.windows.iter().all(Option::is_none)
         && config.rope.scaling == RopeScaling::None
-        && config.rope.dim == config.head_dim;
+        && config.rope.dim == config.head_dim
+        // GGUF files of Llama have the rows of queries and keys in another order.
+        && !config.rope.interleaved
+        && attention.scale == 1.0 / (config.head_dim as f64).sqrt();
     if plain {
         return Ok(());
     }
@@ -165,8 +171,15 @@ fn import_attention(
     if let Some(gate) = &mut attention.gate {
         set(gate, |shape| load(&named("gate"), shape))?;
     }
-    set(&mut attention.q_norm, |shape| load(&named("q_norm"), shape))?;
-    set(&mut attention.k_norm, |shape| load(&named("k_norm"), shape))
+    for (part, norm) in [
+        ("q_norm", &mut attention.q_norm),
+        ("k_norm", &mut attention.k_norm),
+    ] {
+        if let Some(norm) = norm {
+            set(norm, |shape| load(&named(part), shape))?;
+        }
+    }
+    Ok(())
 }
 
 /// The router that runs before the layers.
@@ -206,7 +219,18 @@ fn import_moe(moe: &mut Moe, name: &str, load: &impl Fn(&str, &[usize]) -> Loade
         set(router_in, |shape| load(&part, shape))?;
     }
     let prefix = |e: usize| format!("{name}.experts.{e}");
-    import_experts([&mut moe.gate_up, &mut moe.down], prefix, load)?;
+    if let (Some(gate_up), Some(down)) = (&mut moe.gate_up, &mut moe.down) {
+        import_experts([gate_up, down], prefix, load)?;
+    }
+    if let Some(thin) = &mut moe.thin {
+        for (part, matrix) in thin.parts_mut() {
+            import_factored(
+                matrix,
+                |expert, what| format!("{}.{part}.{what}", prefix(expert)),
+                load,
+            )?;
+        }
+    }
     if let Some(shared) = &mut moe.shared {
         let prefix = |_| format!("{name}.shared_experts");
         import_experts([&mut shared.gate_up, &mut shared.down], prefix, load)?;
@@ -223,6 +247,42 @@ fn import_moe(moe: &mut Moe, name: &str, load: &impl Fn(&str, &[usize]) -> Loade
             load(&part("weight"), shape)
         })?;
         set(&mut coefficient.bias, |shape| load(&part("bias"), shape))?;
+    }
+    Ok(())
+}
+
+/// Stacks the factors of a matrix of every expert; `name` is told the expert and `inner.weight`, `outer.weight` or `rows`.
+fn import_factored(
+    matrix: &mut Factored,
+    name: impl Fn(usize, &str) -> String,
+    load: &impl Fn(&str, &[usize]) -> Loaded,
+) -> Result<()> {
+    let stack = |what: &str, shape: &[usize]| {
+        let mut values = Vec::with_capacity(shape.iter().product());
+        for expert in 0..shape[0] {
+            values.extend(load(&name(expert, what), &shape[1..])?);
+        }
+        Ok(values)
+    };
+    set(&mut matrix.inner, |shape| stack("inner.weight", shape))?;
+    set(&mut matrix.outer, |shape| stack("outer.weight", shape))?;
+    let n_out = matrix.outer.val().dims()[1];
+    for (expert, rows) in matrix.rows.iter_mut().enumerate() {
+        if rows.is_empty() {
+            continue;
+        }
+        let name = name(expert, "rows");
+        let found = load(&name, &[rows.len()])?;
+        let is_row = |row: &f32| *row >= 0.0 && row.fract() == 0.0 && (*row as usize) < n_out;
+        if let Some(at) = found.iter().position(|row| !is_row(row)) {
+            return Err(TrainError::NoRow {
+                tensor: name,
+                at,
+                value: found[at],
+                n_out,
+            });
+        }
+        *rows = found.into_iter().map(|row| row as usize).collect();
     }
     Ok(())
 }

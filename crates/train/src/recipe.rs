@@ -253,6 +253,15 @@ impl Recipe {
         let architecture = self.architecture();
         let architecture = architecture.map_err(|e| format!("[router]: {e}"))?;
         decoupled::check(self, &architecture)?;
+        let model = &self.model;
+        let is_made = model.factors.is_some() || !model.shared_weights.is_empty();
+        if is_made && (self.evolve.is_some() || self.cut.is_some()) {
+            return Err(
+                "`model.factors` and `model.shared_weights` are of experts that are there already; they do not go with `[evolve]` and \
+                 `[cut]`"
+                    .to_owned(),
+            );
+        }
         if !options.allow_non_causal {
             check_causal(&options, &architecture)?;
         }
@@ -300,6 +309,12 @@ impl Recipe {
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(format!("`{key}` = 0, expected at least 1"));
+        }
+        let eps = self.model.rms_norm_eps;
+        if !(eps > 0.0 && eps < 1.0) {
+            return Err(format!(
+                "`model.rms_norm_eps` = {eps}, expected more than 0 and less than 1"
+            ));
         }
         let (seq, longest) = (self.train.seq_len, self.model.max_position_embeddings);
         if seq > longest {

@@ -9,6 +9,7 @@
 //! Check: tests/recover.rs.
 
 use crate::error::{Result, TrainError};
+use crate::import::check_trainable;
 use crate::losses::LossWeights;
 use crate::methods::distill::Distill;
 use crate::methods::start::{Part, Start};
@@ -53,6 +54,7 @@ impl Recovery {
     /// A folder that is no checkpoint, or one that the trainer cannot compute, and values that a recipe cannot have.
     pub fn recipe(&self) -> Result<Recipe> {
         let checkpoint = Checkpoint::open(&self.model)?;
+        check_trainable(checkpoint.config())?;
         let fail = |message: String| TrainError::Recipe {
             path: self.model.clone(),
             message,

@@ -13,11 +13,12 @@ use crate::methods::distill::Teacher;
 use crate::methods::router_distill::Guide;
 use crate::methods::start;
 use crate::objective::{Objective, value};
-use crate::ops::Numerics;
+use crate::ops::{Numerics, Recompute};
 use crate::optimizer::{AdamW, GradientSum};
 use crate::recipe::Recipe;
 use crate::snapshot;
 use burn::module::Module;
+use cadre_checkpoint::ModelConfig;
 use cadre_kernels::doctor::processor_time;
 use cadre_routing::{Loads, RoutingError};
 use std::collections::BTreeMap;
@@ -76,11 +77,7 @@ impl<'a> Run<'a> {
         if let Some(folder) = recipe.start.as_ref().and_then(|s| s.from.as_ref()) {
             let opened = start::load(folder, &architecture, &model, &device)?;
             (model, biases) = (opened.model, opened.biases);
-            // What stops a text is a matter of the tokenizer, which is the checkpoint's.
-            let theirs = opened.architecture.config;
-            architecture.config.eos_token_ids = theirs.eos_token_ids;
-            architecture.config.bos_token_id = theirs.bos_token_id;
-            architecture.config.pad_token_id = theirs.pad_token_id;
+            take_special_tokens(&mut architecture.config, opened.architecture.config);
         }
         if biases.is_empty() && recipe.balance_bias.is_some() {
             biases = balance_bias::zeros(&architecture);
@@ -101,9 +98,10 @@ impl<'a> Run<'a> {
                 seed: recipe.seed,
                 device: &device,
             };
-            let (cut, found) = cut::load(options, &architecture, &model, around)?;
-            model = cut;
-            neurons = Some((found, options.sharpness));
+            let made = cut::load(options, &architecture, &model, around)?;
+            model = made.model;
+            take_special_tokens(&mut architecture.config, made.dense);
+            neurons = Some((made.neurons, options.sharpness));
         }
         // Without text nothing is cut, and nobody can be followed.
         let taught = recipe.router_distill.as_ref();
@@ -264,10 +262,17 @@ impl<'a> Run<'a> {
                 counted.map_err(|e| self.routing_error(step, e))?;
             }
         }
+        let model = self.model().clone();
+        // Computing layers again begins at each of them, whoever learns.
+        let all = self.recipe.train.recompute == Recompute::Layer;
+        let model = match &self.recipe.start {
+            Some(start) if !all => start.held_still(model),
+            _ => model,
+        };
         let mut gradients = GradientSum::default();
         for micro in 0..n_micro {
             let (batch, pass) = (next(micro), self.pass(step, micro));
-            let parts = objective.of(self.model(), &batch, &pass, &mut scoped);
+            let parts = objective.of(&model, &batch, &pass, &mut scoped);
             let parts = parts.map_err(|e| self.routing_error(step, e))?;
             let loss = value(parts.loss.clone());
             if !loss.is_finite() {
@@ -283,7 +288,7 @@ impl<'a> Run<'a> {
             }
             merge(&mut totals.loads, parts.loads.iter())?;
             merge(&mut totals.attention, parts.attention.iter())?;
-            let of = (self.model(), &batch, &pass);
+            let of = (&model, &batch, &pass);
             let added = objective.add_gradients(of, parts, share, &mut gradients);
             added.map_err(|e| self.routing_error(step, e))?;
         }
@@ -371,6 +376,13 @@ fn idle(seconds: f64, before: Option<Duration>, n_threads: usize) -> f64 {
     };
     let busy = now.saturating_sub(before).as_secs_f64();
     (seconds - busy / n_threads.max(1) as f64).max(0.0)
+}
+
+/// What begins and stops a text is a matter of the tokenizer, which is that of the checkpoint `theirs`.
+fn take_special_tokens(ours: &mut ModelConfig, theirs: ModelConfig) {
+    ours.eos_token_ids = theirs.eos_token_ids;
+    ours.bos_token_id = theirs.bos_token_id;
+    ours.pad_token_id = theirs.pad_token_id;
 }
 
 /// What the log says of the attention of each layer.

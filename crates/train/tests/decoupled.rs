@@ -100,9 +100,9 @@ fn a_router_before_the_layers_learns_what_those_of_layers_do() {
 }
 
 /// A dense model of 8 neurons, and the changes of a recipe that cuts it into experts of `width`, one for each domain.
-fn dense(folder: &Path) -> PathBuf {
+fn dense(folder: &Path, keys: &str) -> PathBuf {
     let of_experts = "n_experts = 4\n        top_k = 2\n        moe_intermediate_size = 8";
-    let wide = format!("{MODEL}\ninitializer_range = 0.3");
+    let wide = format!("{MODEL}\ninitializer_range = 0.3\n{keys}");
     let changes = [
         (of_experts, "n_experts = 0\nintermediate_size = 8"),
         (MODEL, wide.as_str()),
@@ -147,21 +147,35 @@ fn losses(folder: &Path) -> f32 {
 
 #[test]
 fn one_domain_and_all_neurons_are_the_dense_model() {
-    let folder = tempfile::tempdir().unwrap();
-    let dense = dense(folder.path());
-    let text = cut(folder.path(), "whole", &dense, [1, 8]).replace("lr = 1e-2", "lr = 1e-30");
-    let lines = text.lines().filter(|line| !line.contains("domain = \"b\""));
-    let text: Vec<&str> = lines.collect();
-    let recipe = Recipe::parse(Path::new("tiny.toml"), &text.join("\n")).unwrap();
-    run(&recipe, None);
-    let (ours, theirs) = (losses(&recipe.output.dir.join("model")), losses(&dense));
-    assert!((ours - theirs).abs() < 1e-5, "{ours} {theirs}");
+    for (keys, layout) in [
+        ("", "qwen3"),
+        ("qk_norm = false\nrms_norm_eps = 1e-5", "llama"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let dense = dense(folder.path(), keys);
+        let text = cut(folder.path(), "whole", &dense, [1, 8])
+            .replace("lr = 1e-2", "lr = 1e-30")
+            .replace(MODEL, &format!("{MODEL}\n{keys}"));
+        let lines = text.lines().filter(|line| !line.contains("domain = \"b\""));
+        let text: Vec<&str> = lines.collect();
+        let recipe = Recipe::parse(Path::new("tiny.toml"), &text.join("\n")).unwrap();
+        run(&recipe, None);
+        let model = recipe.output.dir.join("model");
+        let (ours, theirs) = (losses(&model), losses(&dense));
+        assert!((ours - theirs).abs() < 1e-5, "{layout}: {ours} {theirs}");
+        let read = |folder: &Path| Checkpoint::open(folder).unwrap();
+        assert_eq!(read(&dense).config().model_type, layout);
+        assert_eq!(
+            read(&model).config().attention,
+            read(&dense).config().attention
+        );
+    }
 }
 
 #[test]
 fn experts_are_neurons_of_the_dense_model_and_their_router_follows_it() {
     let folder = tempfile::tempdir().unwrap();
-    let dense = dense(folder.path());
+    let dense = dense(folder.path(), "");
     let frozen = "[start]\nfreeze = [\"experts\", \"dense\"]\n[cut]";
     let parse = |name: &str| {
         let text = cut(folder.path(), name, &dense, [2, 4])

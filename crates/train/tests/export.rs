@@ -173,6 +173,31 @@ const KINDS: &[(&str, &str, bool, &str)] = &[
         false,
         "cadre_moe",
     ),
+    // Attention as in Llama; the first layer is dense, which Mixtral does not say.
+    (
+        "n_experts = 0\nqk_norm = false\nrms_norm_eps = 1e-4",
+        "",
+        false,
+        "llama",
+    ),
+    (
+        "n_experts = 4\ntop_k = 2\nqk_norm = false",
+        "",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = 4\ntop_k = 2\nqk_norm = false\nnorm_topk_prob = false",
+        "",
+        false,
+        "cadre_moe",
+    ),
+    (
+        "n_experts = 4\ntop_k = 1\nqk_norm = false\nn_kv_heads = 2\nattention_experts = { n_experts = 2, top_k = 2 }\nnorm_topk_prob = false\ndecoupled_router = { hidden_size = 10, n_heads = 2, head_dim = 6, intermediate_size = 7 }",
+        "",
+        false,
+        "cadre_moe",
+    ),
 ];
 
 /// Says nothing of interest here.
@@ -259,4 +284,20 @@ fn what_nothing_can_generate_with_is_refused() {
         let text = export::stored_config(exported).unwrap_err().to_string();
         assert!(text.contains(name), "{text}");
     }
+}
+
+#[test]
+fn a_mixture_in_every_layer_with_the_attention_of_llama_is_mixtral() {
+    let mut config = recipe("n_experts = 4\ntop_k = 2\nqk_norm = false", "").model_config();
+    config.moe.layers = (0..config.n_layers).collect();
+    let router = cadre_train::routers::RouterOptions::named("top_k");
+    let architecture = Architecture::new(config, &router).unwrap();
+    let exported = Exported {
+        architecture: &architecture,
+        biases: &[],
+        step: 1,
+    };
+    let stored = export::stored_config(exported).unwrap();
+    assert_eq!(stored.model_type, "mixtral");
+    assert_eq!(stored.intermediate_size, 6);
 }

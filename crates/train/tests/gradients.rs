@@ -318,6 +318,30 @@ fn attention() {
 }
 
 #[test]
+fn attention_without_norms() {
+    for sizes in [[2, 7, 4, 2, 6], [1, 65, 2, 1, 4]] {
+        let s = attention_sizes(sizes);
+        let n_tokens = s.batch * s.seq_len;
+        let of = |seed, n_heads| values(seed, n_tokens * n_heads * s.head_dim, 1.0);
+        Case {
+            name: format!("attention {sizes:?} without norms"),
+            inputs: vec![
+                ("q", of(6, s.n_heads)),
+                ("k", of(7, s.n_kv_heads)),
+                ("v", of(8, s.n_kv_heads)),
+            ],
+            naive: &|v| naive::attention(&[v, &[Vec::new(), Vec::new()]].concat(), s),
+            ours: &|v| {
+                let qkv = std::array::from_fn(|i| v[i].clone().reshape([n_tokens as i32, -1]));
+                let none = || Tensor::zeros([0], &v[0].device());
+                ops::attention(qkv, [none(), none()], attention_shape(s)).flatten(0, 1)
+            },
+        }
+        .hold();
+    }
+}
+
+#[test]
 fn attention_of_one_tensor_in_all_roles() {
     let s = attention_sizes([2, 5, 1, 1, 4]);
     Case {

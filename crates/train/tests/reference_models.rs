@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use burn::tensor::Device;
-use cadre_checkpoint::Checkpoint;
+use cadre_checkpoint::{Checkpoint, QkNorm};
 use cadre_train::architecture::Architecture;
 use cadre_train::export::{import, import_biases};
 use cadre_train::lm::{Batch, Pass};
@@ -11,8 +11,16 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The layouts that the trainer writes.
-const LAYOUTS: [&str; 4] = ["qwen3", "qwen3_moe", "glm4_moe", "cadre_moe"];
+/// The layouts that the trainer reads.
+const LAYOUTS: [&str; 7] = [
+    "qwen3",
+    "qwen3_moe",
+    "glm4_moe",
+    "llama",
+    "mistral",
+    "mixtral",
+    "cadre_moe",
+];
 
 /// Checkpoint folders with expected logits.
 fn folders() -> Vec<PathBuf> {
@@ -39,9 +47,26 @@ fn cross_entropy(tokens: &[u32], logits: &[Vec<f64>]) -> f64 {
 }
 
 #[test]
+fn what_would_be_computed_otherwise_is_refused() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden");
+    for name in [
+        "llama/bias",
+        "llama/llama3",
+        "mistral/window",
+        "mixtral/window",
+    ] {
+        let checkpoint = Checkpoint::open(&golden.join(name)).unwrap();
+        let error = import(&checkpoint, &Device::flex())
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("training continues"), "{name}: {error}");
+    }
+}
+
+#[test]
 fn losses_are_those_of_the_reference_logits() {
     let device = Device::flex();
-    let mut n_compared = 0;
+    let (mut n_compared, mut without_norms) = (0, 0);
     for folder in folders() {
         let checkpoint = Checkpoint::open(&folder).unwrap();
         // Biases, windows and scaled positions, which the trainer refuses.
@@ -82,7 +107,9 @@ fn losses_are_those_of_the_reference_logits() {
                 folder.display()
             );
             n_compared += 1;
+            without_norms += usize::from(checkpoint.config().attention.qk_norm == QkNorm::None);
         }
     }
-    assert!(n_compared >= 20, "only {n_compared} cases were compared");
+    assert!(n_compared >= 24, "only {n_compared} cases were compared");
+    assert!(without_norms >= 4, "only {without_norms} as Llama");
 }

@@ -415,3 +415,77 @@ fn a_pruned_model_recovers() {
     ]);
     assert_eq!(code, 2, "--recover says what is meant");
 }
+
+/// The German text of the sample, in two files: to learn from, and to judge by.
+fn german(bench: &Bench) -> [PathBuf; 2] {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let text = fs::read_to_string(root.join("recipes/data/sample.jsonl")).unwrap();
+    let lines = text
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let texts: Vec<String> = lines
+        .filter(|one| one["domain"] == "german")
+        .map(|one| one["text"].as_str().unwrap().to_owned())
+        .collect();
+    let all: Vec<char> = texts.join("\n").chars().collect();
+    let (train, judge) = all.split_at(all.len() / 2);
+    [("train", train), ("judge", judge)].map(|(name, chars)| {
+        let path = bench.path(&format!("{name}.jsonl"));
+        let text: String = chars.iter().collect();
+        let line = serde_json::json!({"domain": "german", "text": text});
+        fs::write(&path, format!("{line}\n")).unwrap();
+        path
+    })
+}
+
+/// MC-SMoE whole, on the embedded model: half of the experts merged, their matrices in factors, and these tuned as such.
+#[test]
+fn the_embedded_model_in_factors_recovers() {
+    let bench = Bench::new();
+    let nano = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/nano");
+    let [text, judge] = german(&bench);
+    let (trace, plan) = (bench.path("t.parquet"), bench.path("plan.json"));
+    let (thin, folded) = (bench.path("thin"), bench.path("folded"));
+    let (nano, text, judge) = (arg(&nano), arg(&text), arg(&judge));
+    let (trace, plan) = (arg(&trace), arg(&plan));
+    stdout(&["trace", "-m", nano, "--data", text, "-o", trace, "--logits"]);
+    let factor = ["plan", "factor", "--trace", trace, "-o", plan];
+    stdout(
+        &[
+            &factor[..],
+            &["--keep", "0.5", "--rank", "16", "--rest", "0.1"],
+        ]
+        .concat(),
+    );
+    let apply = ["apply", "-m", nano, "--plan", plan, "-o"];
+    stdout(&[&apply[..], &[arg(&thin)]].concat());
+    stdout(&[&apply[..], &[arg(&folded), "--compat"]].concat());
+    let tune = |model: &Path, run: &str, steps: &str| {
+        let run = bench.path(run);
+        let of = ["tune", "--recover", "-m", arg(model), "--teacher", nano];
+        let on = ["--data", text, "--heldout", judge, "-o", arg(&run)];
+        let how = ["--batch-size", "2", "--seq-len", "128", "--lr", "1e-3"];
+        let more = ["--steps", steps, "--format", "json"];
+        json(&[&of[..], &on, &how, &more].concat())
+    };
+    let nll = |said: &serde_json::Value, when: &str| said[when]["train"]["nll"].as_f64().unwrap();
+    let (whole, tuned) = (tune(&folded, "a", "1"), tune(&thin, "b", "12"));
+    let before = [&whole, &tuned].map(|said| nll(said, "before"));
+    assert!((before[0] - before[1]).abs() < 0.02, "{before:?}");
+    assert!(nll(&tuned, "after") < before[1] - 0.05, "{tuned}");
+    // It is as small as it was, and runs.
+    let model = bench.path("b/model");
+    let size = |folder: &Path| {
+        fs::metadata(folder.join("model.safetensors"))
+            .unwrap()
+            .len()
+    };
+    assert!(size(&model).abs_diff(size(&thin)) < 4096);
+    let eval = ["eval", "perplexity", "-m", arg(&model), "--data", judge];
+    let said = json(&[&eval[..], &["-c", "128", "-o", "json"]].concat());
+    let found = said["nll"].as_f64().unwrap();
+    assert!(
+        (found - nll(&tuned, "after")).abs() < 0.1,
+        "{found} {tuned}"
+    );
+}

@@ -1,4 +1,4 @@
-//! `cadre_moe`: what Cadre's trainer makes and no published architecture can hold; Qwen3's attention, and under the key
+//! `cadre_moe`: what Cadre's trainer makes and no published architecture can hold; Qwen3's or Llama's attention, and under the key
 //! `cadre_moe` any router, uneven layers, null experts, shared experts, a feed-forward beside them, a recurrent router, a
 //! router before the model, experts of attention.
 //!
@@ -39,6 +39,7 @@ const KEYS: &[&str] = &[
     "recurrent_router",
     DECOUPLED,
     ATTENTION,
+    QK_NORM,
 ];
 
 /// Inside of it, the router that runs before the model.
@@ -46,6 +47,9 @@ const DECOUPLED: &str = "decoupled_router";
 
 /// Inside of it, the experts of attention.
 const ATTENTION: &str = "attention_experts";
+
+/// Inside of it, whether queries and keys have norms; as in Qwen3 they have where nothing is said.
+const QK_NORM: &str = "qk_norm";
 
 /// Rules and their options, beside `name`.
 const ROUTERS: &[(&str, &[&str])] = &[
@@ -79,11 +83,14 @@ fn defaults() -> Value {
 fn from_json(keys: &Keys) -> Result<ModelConfig> {
     let mut config = common::base(keys)?;
     common::attention_bias(keys, &mut config, false)?;
-    config.attention.qk_norm = QkNorm::PerHead;
     let window = common::switched_window(keys)?;
     config.attention.windows = common::windows(keys, config.n_layers, window, |_| true)?;
     let Some(ours) = keys.object(KEY)? else {
         return Err(keys.problem(KEY, "is missing".to_owned()));
+    };
+    config.attention.qk_norm = match ours.flag_or(QK_NORM, true)? {
+        true => QkNorm::PerHead,
+        false => QkNorm::None,
     };
     config.attention.experts = attention_experts(&ours)?;
     config.moe = match config.attention.experts {
@@ -126,7 +133,10 @@ fn attention_experts(keys: &Keys) -> Result<Option<AttentionExperts>> {
 fn no_moe(keys: &Keys) -> Result<MoeConfig> {
     keys.refuse_others(KEYS)?;
     let empty = [json!([]), json!(0)];
-    for key in KEYS.iter().filter(|key| **key != ATTENTION) {
+    for key in KEYS
+        .iter()
+        .filter(|key| ![ATTENTION, QK_NORM].contains(key))
+    {
         keys.only(key, &empty, "`layers` names no layer with experts")?;
     }
     Ok(MoeConfig::default())
@@ -376,6 +386,9 @@ fn to_json(config: &ModelConfig, map: &mut Map<String, Value>) {
         } = experts;
         ours[ATTENTION] = json!({"n_experts": n_experts, "top_k": top_k, "eps": eps});
     }
+    if config.attention.qk_norm == QkNorm::None {
+        ours[QK_NORM] = json!(false);
+    }
     common::put_windows(config, map);
     let bias = json!(config.attention.qkv_bias);
     common::put(map, [("attention_bias", bias), (KEY, ours)]);
@@ -481,6 +494,7 @@ mod tests {
             json!({"residual": "sum", "residual_intermediate_size": 7}),
             json!({"attention_experts": {"n_experts": 2, "top_k": 1, "eps": 0.25}}),
             attention_alone(),
+            json!({"qk_norm": false, "decoupled_router": decoupled(false)}),
             json!({"residual": "learned", "residual_intermediate_size": 7, "recurrent_router": 5}),
             json!({"decoupled_router": decoupled(false)}),
             json!({"decoupled_router": decoupled(true), "n_experts": [4, 6], "shared_intermediate_size": 10}),
@@ -620,6 +634,7 @@ mod tests {
             json!({"attention_experts": {"n_experts": 2, "top_k": 1}}),
             "eps",
         );
+        refused(json!({"qk_norm": "no"}), "qk_norm");
         let keep = json!({"n_experts": 2, "top_k": 1, "eps": 1.0, "keep": 0.5});
         refused(json!({"attention_experts": keep}), "keep");
         let mut alone = attention_alone();

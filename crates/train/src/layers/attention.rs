@@ -1,10 +1,10 @@
-//! Grouped-query attention with q/k norm, in the Qwen3 layout.
+//! Grouped-query attention, with norms on queries and keys (Qwen3) or without (Llama).
 
 use crate::init::Init;
 use crate::ops::{self, AttentionShape};
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use cadre_checkpoint::ModelConfig;
+use cadre_checkpoint::{ModelConfig, QkNorm};
 
 /// Parameters; matrices are `[out, in]`.
 #[derive(Module, Debug)]
@@ -17,10 +17,10 @@ pub struct SelfAttention {
     pub v_proj: Param<Tensor<2>>,
     /// `[d_model, n_heads * head_dim]`
     pub o_proj: Param<Tensor<2>>,
-    /// `[head_dim]`, per head, before RoPE
-    pub q_norm: Param<Tensor<1>>,
-    /// `[head_dim]`, per head, before RoPE
-    pub k_norm: Param<Tensor<1>>,
+    /// `[head_dim]`, per head, before RoPE; absent where queries are taken as they are
+    pub q_norm: Option<Param<Tensor<1>>>,
+    /// As `q_norm`, for keys
+    pub k_norm: Option<Param<Tensor<1>>>,
     /// Router, `[n_experts, d_model]`; absent where all tokens use all heads
     pub gate: Option<Param<Tensor<2>>>,
 }
@@ -35,7 +35,8 @@ impl SelfAttention {
         let matrix = |part: &str, shape, scale| {
             Param::from_tensor(init.normal(&format!("{name}.{part}"), shape, scale))
         };
-        let norm = || Param::from_tensor(init.ones(config.head_dim));
+        let normed = config.attention.qk_norm == QkNorm::PerHead;
+        let norm = || normed.then(|| Param::from_tensor(init.ones(config.head_dim)));
         let experts = config.attention.experts;
         Self {
             q_proj: matrix("q_proj", [q_width, d], 1.0),
@@ -62,11 +63,15 @@ impl SelfAttention {
         [q_proj, k_proj, v_proj, o_proj]: [Tensor<2>; 4],
         shape: AttentionShape,
     ) -> Tensor<2> {
+        let norm = |norm: &Option<Param<Tensor<1>>>| match norm {
+            Some(norm) => norm.val(),
+            None => Tensor::zeros([0], &x.device()),
+        };
+        let norms = [norm(&self.q_norm), norm(&self.k_norm)];
         let precision = shape.precision;
         let q = precision.linear(x.clone(), q_proj);
         let k = precision.linear(x.clone(), k_proj);
         let v = precision.linear(x, v_proj);
-        let norms = [self.q_norm.val(), self.k_norm.val()];
         precision.linear(ops::attention([q, k, v], norms, shape), o_proj)
     }
 }

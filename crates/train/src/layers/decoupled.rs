@@ -20,7 +20,7 @@ use crate::ops::{self, AttentionShape, Numerics, Precision, Recompute};
 use crate::recipe::Recipe;
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use cadre_checkpoint::{DecoupledRouter as Sizes, ModelConfig};
+use cadre_checkpoint::{DecoupledRouter as Sizes, ModelConfig, QkNorm};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -151,6 +151,7 @@ impl DecoupledRouter {
         (own.n_heads, own.n_kv_heads, own.head_dim) =
             (sizes.n_heads, sizes.n_heads, sizes.head_dim);
         own.attention.experts = None;
+        own.attention.qk_norm = QkNorm::PerHead;
         let r = sizes.hidden_size;
         let norm = || Param::from_tensor(init.ones(r));
         let layers = (0..sizes.n_layers).map(|layer| {

@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod attention_experts;
 pub mod decoupled;
+pub mod factored;
 pub mod mlp;
 pub mod moe;
 pub mod recurrent;

@@ -1,5 +1,6 @@
 //! The MoE layer, cut at its four seams: router, dispatch, experts, combine; and what stands beside the experts.
 
+use super::factored::Thin;
 use super::mlp::Mlp;
 use super::recurrent::RouterGru;
 use super::residual::ResidualMlp;
@@ -20,10 +21,13 @@ pub struct Moe {
     /// Router, `[n_experts, d_model]` or `[n_experts, p]`, null experts included; absent for rules without logits, and where
     /// a router before the layers makes them
     pub gate: Option<Param<Tensor<2>>>,
-    /// `[n_real_experts, 2 I, d_model]`, gate rows first
-    pub gate_up: Param<Tensor<3>>,
-    /// `[n_real_experts, d_model, I]`
-    pub down: Param<Tensor<3>>,
+    /// `[n_stored, 2 I, d_model]`, gate rows first; absent for experts in factors. `n_stored` are the real experts, or those
+    /// whose weights they share
+    pub gate_up: Option<Param<Tensor<3>>>,
+    /// `[n_stored, d_model, I]`; absent for experts in factors
+    pub down: Option<Param<Tensor<3>>>,
+    /// Experts in factors
+    pub thin: Option<Thin>,
     /// `[p, d_model]`, what the recurrent router reads
     pub router_in: Option<Param<Tensor<2>>>,
     /// Experts that every token uses, as one
@@ -60,13 +64,22 @@ impl Moe {
         let named = |part: &str| format!("{name}.{part}");
         let matrix = |part: &str, shape| Param::from_tensor(init.normal(&named(part), shape, 1.0));
         let recurrent = parts.recurrent_router.filter(|_| layer.router.has_gate());
-        let gate_up = init.normal(&named("gate_up"), [n_real, 2 * width, d], 1.0);
-        let down = init.normal(&named("down"), [n_real, d, width], residual_scale);
+        let n_stored = match config.moe.shared_weights.is_empty() {
+            true => n_real,
+            false => config.n_stored_in(layer.layer),
+        };
+        let stack = |part: &str, shape, scale| {
+            let whole = config.moe.factors.is_none();
+            whole.then(|| Param::from_tensor(init.normal(&named(part), shape, scale)))
+        };
         Self {
             gate: (layer.router.has_gate() && parts.decoupled.is_none())
                 .then(|| matrix("gate", [n, recurrent.unwrap_or(d)])),
-            gate_up: Param::from_tensor(gate_up),
-            down: Param::from_tensor(down),
+            gate_up: stack("gate_up", [n_stored, 2 * width, d], 1.0),
+            down: stack("down", [n_stored, d, width], residual_scale),
+            thin: config.moe.factors.map(|factors| {
+                Thin::init([n_stored, d, width], factors, init, (name, residual_scale))
+            }),
             router_in: recurrent.map(|p| matrix("router_in", [p, d])),
             shared: parts
                 .shared
@@ -91,8 +104,9 @@ impl Moe {
     ) -> Result<(Tensor<2>, Routed), RoutingError> {
         let logits = self.logits(&x, layer, from);
         let mut routed = layer.router.route(logits, context)?;
-        let dispatch = Arc::new(dispatch(&mut routed, layer, context));
-        let (gate_up, down) = (self.gate_up.val(), self.down.val());
+        let [gate_up, down] = self.matrices();
+        let n_stored = down.dims()[0];
+        let dispatch = Arc::new(dispatch(&mut routed, layer, context, n_stored));
         let mut y = numerics.experts(x.clone(), gate_up, down, routed.weights.clone(), dispatch);
         if let Some(shared) = &self.shared {
             y = y + shared.forward(x.clone(), numerics);
@@ -101,6 +115,15 @@ impl Moe {
             y = residual.forward(x, y, numerics);
         }
         Ok((y, routed))
+    }
+
+    /// `[n_stored, 2 I, d_model]`, gate rows first, and `[n_stored, d_model, I]`.
+    fn matrices(&self) -> [Tensor<3>; 2] {
+        match (&self.gate_up, &self.down, &self.thin) {
+            (Some(gate_up), Some(down), _) => [gate_up.val(), down.val()],
+            (.., Some(thin)) => thin.whole(),
+            _ => unreachable!("experts are whole or in factors"),
+        }
     }
 
     /// Router logits `[T, n_experts]`; zeros for rules that do not look at them.
@@ -119,18 +142,41 @@ impl Moe {
 }
 
 /// The dispatch of all pairs, or in training of those that the layer's capacity lets through; the others are counted.
-fn dispatch(routed: &mut Routed, layer: &MoeLayer, context: &RouteContext<'_>) -> Dispatch {
+fn dispatch(
+    routed: &mut Routed,
+    layer: &MoeLayer,
+    context: &RouteContext<'_>,
+    n_stored: usize,
+) -> Dispatch {
     let n_real = layer.router.n_real_experts();
+    let shared = layer.shared_weights.as_deref();
+    // The weights of experts that share some come once, and every pick goes to them.
+    let stored = shared.map(|map| with_weights_of(&routed.routing, map, n_stored));
     match layer.capacity {
         Some((capacity, order)) if context.training => {
             let seed = context.stream("capacity").random();
             let keep = within_capacity(&routed.routing, n_real, capacity, order, seed);
             let n_dropped = keep.iter().filter(|keep| !**keep).count();
             routed.loads.add_dropped(n_dropped as u64);
-            Dispatch::kept(&routed.routing, n_real, &keep)
+            Dispatch::kept(stored.as_ref().unwrap_or(&routed.routing), n_stored, &keep)
         }
-        _ => Dispatch::of(&routed.routing, n_real),
+        _ => Dispatch::of(stored.as_ref().unwrap_or(&routed.routing), n_stored),
     }
+}
+
+/// `routing` with the stored expert of each pick; null ones stay behind the last of these.
+fn with_weights_of(routing: &Routing, map: &[u16], n_stored: usize) -> Routing {
+    let mut stored = Routing::new();
+    for (experts, weights) in routing.iter() {
+        let of = |id: &u16| {
+            map.get(usize::from(*id))
+                .copied()
+                .unwrap_or(n_stored as u16)
+        };
+        let experts: Vec<u16> = experts.iter().map(of).collect();
+        stored.push_token(&experts, weights);
+    }
+    stored
 }
 
 /// One flag per pair. Null picks take no slot and do not raise the capacity.
@@ -172,6 +218,7 @@ mod tests {
             layer: 0,
             router: options.build(sizes).unwrap(),
             capacity: Some((capacity, Order::Position)),
+            shared_weights: None,
         };
         // Best experts 3 4 0 1 3 3.
         let rows: Vec<f32> = [3, 4, 0, 1, 3, 3]
@@ -188,7 +235,7 @@ mod tests {
                 ..RouteContext::default()
             };
             let mut routed = layer.router.route(logits.clone(), &context).unwrap();
-            let dispatch = dispatch(&mut routed, &layer, &context);
+            let dispatch = dispatch(&mut routed, &layer, &context, 8);
             assert_eq!(dispatch.loads(), loads);
             let summary = routed.loads.summary().unwrap();
             assert!((summary.dropped - dropped).abs() < 1e-12);

@@ -25,8 +25,10 @@ use crate::methods::start;
 use crate::params;
 use crate::recipe::{Experts, Recipe};
 use burn::tensor::Device;
+use cadre_checkpoint::ModelConfig;
 use cadre_routing::RoutingError;
 use rand::Rng;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -135,7 +137,18 @@ pub struct Around<'a> {
 /// Which neurons experts have, by layer, then expert; ascending.
 pub type Neurons = Vec<Vec<Vec<usize>>>;
 
-/// The parameters of a run that begins with the experts of `cut`, and which neurons these are; `fresh` are random ones.
+/// Where a run begins that cuts a dense model.
+#[derive(Debug)]
+pub struct CutModel {
+    /// Its parameters.
+    pub model: LanguageModel,
+    /// Which neurons its experts have.
+    pub neurons: Neurons,
+    /// The description of the dense model.
+    pub dense: ModelConfig,
+}
+
+/// Where a run begins with the experts of `cut`; `fresh` are random parameters.
 ///
 /// # Errors
 /// A folder that is no dense checkpoint of the recipe's sizes, and a domain with too little text.
@@ -144,7 +157,7 @@ pub fn load(
     architecture: &Architecture,
     fresh: &LanguageModel,
     around: Around<'_>,
-) -> Result<(LanguageModel, Neurons)> {
+) -> Result<CutModel> {
     let plain = around.device.clone().without_autodiff();
     let opened = export::open(&cut.dense, &plain)?;
     let misfit = |differences: Vec<String>| TrainError::DoesNotFit {
@@ -216,7 +229,11 @@ pub fn load(
     if !differences.is_empty() {
         return Err(misfit(differences));
     }
-    Ok((start::with_new_router(fresh, &found), neurons))
+    Ok(CutModel {
+        model: start::with_new_router(fresh, &found),
+        neurons,
+        dense: opened.architecture.config,
+    })
 }
 
 /// Mean magnitude of every neuron over the tokens of `text`, by layer.
@@ -266,9 +283,11 @@ fn inner(opened: &Opened, batch: &Batch) -> Result<Vec<(usize, Vec<f32>)>, Routi
 /// The `n` largest, ascending; of equals the first.
 fn largest(values: &[f32], n: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_by(|a, b| values[*b].total_cmp(&values[*a]).then(a.cmp(b)));
-    order.truncate(n);
-    order.sort_unstable();
+    if n < order.len() {
+        order.select_nth_unstable_by(n, |a, b| values[*b].total_cmp(&values[*a]).then(a.cmp(b)));
+        order.truncate(n);
+        order.sort_unstable();
+    }
     order
 }
 
@@ -285,8 +304,8 @@ pub(crate) fn wanted(
     let layers = inner(opened, batch)?.into_iter().zip(neurons);
     Ok(layers
         .map(|((width, values), experts)| {
-            let rows = values.chunks_exact(width);
-            rows.flat_map(|row| probabilities(row, experts, sharpness))
+            let rows = values.par_chunks_exact(width);
+            rows.flat_map_iter(|row| probabilities(row, experts, sharpness))
                 .collect()
         })
         .collect())

@@ -14,7 +14,8 @@ use crate::error::{Result, TrainError};
 use crate::export::{self, Opened};
 use crate::lm::LanguageModel;
 use crate::params;
-use burn::tensor::Device;
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{Device, Tensor};
 use cadre_checkpoint::ModelConfig;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -60,6 +61,7 @@ impl Part {
         }
         match name {
             "gate" | "router_in" if path.contains(".Moe.") => Self::Router,
+            _ if path.contains(".Moe.thin.") => Self::Experts,
             "gate_up" | "down" if path.ends_with(&format!(".Moe.{name}")) => Self::Experts,
             _ => Self::Dense,
         }
@@ -83,6 +85,37 @@ impl Start {
     #[must_use]
     pub fn is_frozen(&self, path: &str) -> bool {
         self.freeze.contains(&Part::of(path))
+    }
+
+    /// `model`, whose frozen parameters have no gradient: what only leads to them is not computed.
+    #[must_use]
+    pub(crate) fn held_still(&self, model: LanguageModel) -> LanguageModel {
+        model.map(&mut Still {
+            path: Vec::new(),
+            start: self,
+        })
+    }
+}
+
+struct Still<'a> {
+    path: Vec<String>,
+    start: &'a Start,
+}
+
+impl ModuleMapper for Still<'_> {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.start.is_frozen(&self.path.join(".")) {
+            true => param.set_require_grad(false),
+            false => param,
+        }
     }
 }
 
@@ -208,6 +241,7 @@ mod tests {
             ("router.layers.0.mlp.gate_up", Part::Router),
             ("layers.0.mlp.Moe.gate_up", Part::Experts),
             ("layers.0.mlp.Moe.down", Part::Experts),
+            ("layers.0.mlp.Moe.thin.gate.inner", Part::Experts),
             ("layers.0.mlp.Moe.shared.gate_up", Part::Dense),
             ("layers.0.mlp.Dense.gate_up", Part::Dense),
             ("layers.0.self_attn.q_proj", Part::Dense),

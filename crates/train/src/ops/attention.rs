@@ -1,4 +1,5 @@
-//! Causal grouped-query attention with q/k RMSNorm and RoPE, one task per sequence.
+//! Causal grouped-query attention with RoPE, one task per sequence; queries and keys are normed (RMSNorm) before it where
+//! their norms have elements, and taken as they are where these are `[0]`.
 //!
 //! Scores live in blocks of query rows that stop at the diagonal. The backward pass rebuilds the
 //! probabilities from the saved log-sum-exp (FlashAttention, Dao et al. 2022, arXiv 2205.14135).
@@ -118,7 +119,11 @@ impl<'a> Head<'a> {
             #[inline(always)]
             || {
                 for (l, out) in out.chunks_exact_mut(self.dim).enumerate() {
-                    rms_norm::row(out, self.row(l), w, eps);
+                    if w.is_empty() {
+                        out.copy_from_slice(self.row(l));
+                    } else {
+                        rms_norm::row(out, self.row(l), w, eps);
+                    }
                     rope.rotate(out, l, 1.0);
                     out.iter_mut().for_each(|x| *x *= scale);
                 }
@@ -142,9 +147,13 @@ impl<'a> Head<'a> {
                     grad.iter_mut().for_each(|g| *g *= scale);
                     rope.rotate(grad, l, -1.0);
                     let x = self.row(l);
-                    let inverse = 1.0 / (dot(x, x) / self.dim as f32 + eps).sqrt();
                     let start = l * self.stride + self.offset;
                     let dx = &mut dx[start..start + self.dim];
+                    if w.is_empty() {
+                        dx.copy_from_slice(grad);
+                        continue;
+                    }
+                    let inverse = 1.0 / (dot(x, x) / self.dim as f32 + eps).sqrt();
                     rms_norm::row_backward(dx, dw, [x, w, grad], inverse);
                 }
             },
@@ -162,8 +171,10 @@ fn check(inputs: &[Dense; 5], shape: &AttentionShape) {
     assert_eq!(inputs[0].dims(), [n_tokens, shape.q_width()], "q");
     assert_eq!(inputs[1].dims(), [n_tokens, shape.kv_width()], "k");
     assert_eq!(inputs[2].dims(), [n_tokens, shape.kv_width()], "v");
-    assert_eq!(inputs[3].dims(), [shape.head_dim], "q_norm");
-    assert_eq!(inputs[4].dims(), [shape.head_dim], "k_norm");
+    for (norm, name) in [(&inputs[3], "q_norm"), (&inputs[4], "k_norm")] {
+        let [width] = norm.dims();
+        assert!([0, shape.head_dim].contains(&width), "{name}");
+    }
 }
 
 /// Returns the output `[T, n_heads * head_dim]` and the log-sum-exp `[batch, n_heads, seq_len]`.
@@ -241,7 +252,8 @@ pub(super) fn backward(
     dy: &Dense,
 ) -> [FlexTensor; 5] {
     let seq = shape.seq_len;
-    let (qw, kvw, dim) = (shape.q_width(), shape.kv_width(), shape.head_dim);
+    let (qw, kvw) = (shape.q_width(), shape.kv_width());
+    let norms = [3, 4].map(|norm| inputs[norm].values().len());
     let n_tokens = shape.batch * seq;
     let rope = Rope::new(&shape);
     let mut dq = zeros(n_tokens * qw);
@@ -269,8 +281,8 @@ pub(super) fn backward(
         tensor(dq, [n_tokens, qw]),
         tensor(dk, [n_tokens, kvw]),
         tensor(dv, [n_tokens, kvw]),
-        tensor(sum_in_order(dq_norms, dim), [dim]),
-        tensor(sum_in_order(dk_norms, dim), [dim]),
+        tensor(sum_in_order(dq_norms, norms[0]), [norms[0]]),
+        tensor(sum_in_order(dk_norms, norms[1]), [norms[1]]),
     ]
 }
 
@@ -306,8 +318,8 @@ impl<'a> Sequence<'a> {
             ..
         } = self.shape;
         let [q, k, _, q_norm, k_norm] = self.inputs;
-        let mut dq_norm = vec![0.0; head_dim];
-        let mut dk_norm = vec![0.0; head_dim];
+        let mut dq_norm = vec![0.0; q_norm.len()];
+        let mut dk_norm = vec![0.0; k_norm.len()];
         for kv in 0..self.shape.n_kv_heads {
             let k = self.head(k, self.shape.kv_width(), kv);
             let k_hat = k.prepared(k_norm, self.rope, eps, 1.0);

@@ -43,7 +43,7 @@ pub trait Fused: Backend {
     fn rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
     /// Rows of `w` by token id.
     fn embed(w: FloatTensor<Self>, ids: Arc<Vec<u32>>) -> FloatTensor<Self>;
-    /// Causal grouped-query attention with q/k norm and RoPE.
+    /// Causal grouped-query attention with RoPE, and norms of queries and keys where these are not empty.
     fn attend(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -153,7 +153,7 @@ pub fn embedding(w: Tensor<2>, ids: Arc<Vec<u32>>) -> Tensor<2> {
     Tensor::from_dispatch(Routed::embed(w.into_dispatch(), ids))
 }
 
-/// Causal grouped-query attention; q, k and v are `[T, heads * head_dim]`, the norms `[head_dim]`.
+/// Causal grouped-query attention; q, k and v are `[T, heads * head_dim]`, the norms `[head_dim]`, or `[0]` for none.
 #[must_use]
 pub fn attention(
     [q, k, v]: [Tensor<2>; 3],

@@ -83,8 +83,12 @@ pub(super) fn attention(
         x.repeat_dim(2, group)
             .reshape([batch, n_heads, seq_len, head_dim])
     };
-    let q = rotate(rms_norm(heads(q, n_heads), q_norm, eps), &angles).swap_dims(1, 2);
-    let k = spread(rotate(rms_norm(heads(k, n_kv_heads), k_norm, eps), &angles));
+    let normed = |x: Tensor<4>, norm: Tensor<1>| match norm.dims() {
+        [0] => x,
+        _ => rms_norm(x, norm, eps),
+    };
+    let q = rotate(normed(heads(q, n_heads), q_norm), &angles).swap_dims(1, 2);
+    let k = spread(rotate(normed(heads(k, n_kv_heads), k_norm), &angles));
     let v = spread(heads(v, n_kv_heads));
     let later = |i: usize| i % seq_len > i / seq_len;
     let mask = (0..seq_len * seq_len).map(|i| if later(i) { NEVER } else { 0.0 });
@@ -225,6 +229,7 @@ mod tests {
                 "[router]\nname = 'switch'\ncapacity = { factor = 0.5, min = 1 }",
             ),
             ("", "[router]\nname = 'top_p'\ntop_p = 0.6"),
+            ("top_k = 2\nqk_norm = false", ""),
         ] {
             let text = TINY.replace("KEYS", keys).replace("ROUTER", router);
             let recipe = Recipe::parse(Path::new("tiny.toml"), &text).unwrap();

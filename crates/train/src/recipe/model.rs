@@ -4,7 +4,7 @@ use crate::architecture::{Architecture, Residual};
 use crate::layers::{attention_experts, decoupled};
 use crate::routers::RouterOptions;
 use cadre_checkpoint::{
-    Activation, AttentionConfig, ModelConfig, MoeConfig, NormKind, QkNorm, RopeConfig,
+    Activation, AttentionConfig, Factors, ModelConfig, MoeConfig, NormKind, QkNorm, RopeConfig,
     RouterConfig, Scales,
 };
 use serde::{Deserialize, Serialize};
@@ -36,6 +36,13 @@ pub struct Model {
     /// Total width of the experts that every token uses; absent for none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shared_intermediate_size: Option<usize>,
+    /// For each layer with experts, and each of its experts, the number of the weights that it has, as `cadre apply` makes of a merge;
+    /// empty where all have their own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shared_weights: Vec<Vec<u16>>,
+    /// Matrices of experts as products of two thin ones and a few rows (MC-SMoE); absent for whole ones.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub factors: Option<FactorSizes>,
     /// A dense feed-forward beside the experts, `sum` or `learned` (PR-MoE); absent for none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub residual: Option<Residual>,
@@ -63,6 +70,12 @@ pub struct Model {
     /// Whether picked weights are divided by their sum.
     #[serde(default = "yes")]
     pub norm_topk_prob: bool,
+    /// Whether queries and keys have norms, as in Qwen3; Llama's have none.
+    #[serde(default = "yes")]
+    pub qk_norm: bool,
+    /// Added to the mean square in norms.
+    #[serde(default = "millionth")]
+    pub rms_norm_eps: f64,
     /// Whether the output head is the embedding.
     #[serde(default)]
     pub tie_word_embeddings: bool,
@@ -74,6 +87,18 @@ pub struct Model {
     /// Standard deviation of initial matrices.
     #[serde(default = "two_hundredths")]
     pub initializer_range: f32,
+}
+
+/// `model.factors` of a recipe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FactorSizes {
+    /// Width of the products.
+    pub rank: usize,
+    /// Rows of their own of gate and up matrices.
+    pub up_rows: usize,
+    /// Rows of their own of down matrices.
+    pub down_rows: usize,
 }
 
 /// Experts of the MoE layers.
@@ -99,6 +124,9 @@ impl Experts {
 
 fn yes() -> bool {
     true
+}
+fn millionth() -> f64 {
+    1e-6
 }
 fn ten_thousand() -> f64 {
     10_000.0
@@ -193,6 +221,12 @@ impl Model {
             top_k: architecture.config.moe.top_k,
             moe_intermediate_size: moe.intermediate_size,
             shared_intermediate_size: architecture.parts.shared,
+            shared_weights: moe.shared_weights.clone(),
+            factors: moe.factors.map(|factors| FactorSizes {
+                rank: factors.rank,
+                up_rows: factors.up_rows,
+                down_rows: factors.down_rows,
+            }),
             residual,
             residual_intermediate_size: residual_width,
             recurrent_router: moe.recurrent_router,
@@ -204,6 +238,8 @@ impl Model {
                 .filter(|layer| !is_dense && !config.is_moe_layer(*layer))
                 .collect(),
             norm_topk_prob: moe.norm_topk_prob(),
+            qk_norm: config.attention.qk_norm == QkNorm::PerHead,
+            rms_norm_eps: config.norm_eps,
             tie_word_embeddings: config.tie_word_embeddings,
             max_position_embeddings: config.max_position_embeddings,
             rope_theta: config.rope.theta,
@@ -230,7 +266,7 @@ impl Model {
             tie_word_embeddings: m.tie_word_embeddings,
             lm_head_bias: false,
             norm: NormKind::Rms,
-            norm_eps: 1e-6,
+            norm_eps: m.rms_norm_eps,
             post_norms: false,
             n_heads: m.n_heads,
             n_kv_heads: m.n_kv_heads,
@@ -238,7 +274,10 @@ impl Model {
             attention: AttentionConfig {
                 qkv_bias: false,
                 o_bias: false,
-                qk_norm: QkNorm::PerHead,
+                qk_norm: match m.qk_norm {
+                    true => QkNorm::PerHead,
+                    false => QkNorm::None,
+                },
                 sinks: false,
                 clip_qkv: None,
                 scale: 1.0 / (m.head_dim as f64).sqrt(),
@@ -265,6 +304,12 @@ impl Model {
                     norm: m.norm_topk_prob,
                 },
                 decoupled_router: m.decoupled_router.map(|options| options.stored()),
+                shared_weights: m.shared_weights.clone(),
+                factors: m.factors.map(|factors| Factors {
+                    rank: factors.rank,
+                    up_rows: factors.up_rows,
+                    down_rows: factors.down_rows,
+                }),
                 ..MoeConfig::default()
             },
             scales: Scales::default(),

@@ -68,7 +68,7 @@ fn rotated(x: &[f64], position: usize, theta: f64) -> Vec<f64> {
     y
 }
 
-/// Causal grouped-query attention; inputs are q, k, v, q_norm, k_norm.
+/// Causal grouped-query attention; inputs are q, k, v, q_norm, k_norm, the latter two empty where nothing is normed.
 pub(crate) fn attention(inputs: &[Vec<f64>], s: AttentionSizes) -> Vec<f64> {
     let [q, k, v, q_norm, k_norm] = inputs else {
         panic!("five inputs")
@@ -80,7 +80,11 @@ pub(crate) fn attention(inputs: &[Vec<f64>], s: AttentionSizes) -> Vec<f64> {
     let prepared = |x: &[f64], w: &[f64], n_heads: usize| -> Vec<Vec<f64>> {
         let of = |i: usize| {
             let (token, head) = (i / n_heads, i % n_heads);
-            let normed = rms_normed(&at(x, token, head, n_heads), w, s.eps);
+            let row = at(x, token, head, n_heads);
+            let normed = match w {
+                [] => row,
+                _ => rms_normed(&row, w, s.eps),
+            };
             rotated(&normed, token % s.seq_len, s.rope_theta)
         };
         (0..s.batch * s.seq_len * n_heads).map(of).collect()
