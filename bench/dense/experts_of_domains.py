@@ -5,13 +5,16 @@
 
 Read-ME's extraction (arXiv 2410.19123): of every layer the part of the neurons that a domain uses most. Every held-out text is
 read with every token sent to one expert. Beside them: random parts of the same size (`cadre split --by random`, the first part
-of each seed). Nothing is trained. Prints Markdown: nats per token.
+of each seed). Nothing is trained. Prints Markdown, nats per token, and appends a record to bench/record/experts-of-domains.jsonl.
 """
 
 import argparse
 import tempfile
+from pathlib import Path
 
 from bed import Bench, arguments, moments
+
+from common import append_record, machine, now, pin, revision
 
 
 def main():
@@ -20,7 +23,9 @@ def main():
     parser.add_argument("--width", type=int, default=768, help="neurons of an expert; half of SmolLM2-135M's")
     parser.add_argument("--parts", type=int, default=2, help="parts of that size in a feed-forward, for comparison")
     parser.add_argument("--look-tokens", type=int, default=8192)
+    parser.add_argument("--no-record", action="store_true")
     args = parser.parse_args()
+    host = machine(args.threads, pin(args.threads))
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, folder)
         rows = {"dense": [bench.nll(args.model, d) for d in args.domains]}
@@ -49,6 +54,12 @@ def main():
         own = [rows[d][at] for at, d in enumerate(args.domains)]
         others = all(own[at] < rows[o][at] for at, d in enumerate(args.domains) for o in args.domains if o != d)
         chance = all(own[at] < min(row[at] for row in random) for at in range(len(own)))
+        if not args.no_record:
+            record = {
+                "date": now(), "commit": revision(), "machine": host, "model": Path(args.model).name, "domains": args.domains,
+                "width": args.width, "look_tokens": args.look_tokens, "judge_chars": args.judge_chars, "nats": rows, "random": random,
+            }  # fmt: skip
+            append_record("experts-of-domains", record)
         print(f"\nown expert better than every other: {others}; than every random part: {chance}")
 
 
