@@ -4,7 +4,10 @@ use anyhow::{Context, Result};
 use cadre_checkpoint::Checkpoint;
 use cadre_engine::{ModelInfo, RoutingEvent};
 use cadre_trace::ansi::{ColourMode, Painter};
-use cadre_trace::{Profile, Stats, StatsBuilder, StatsOptions, Step, TraceMeta};
+use cadre_trace::{
+    AttentionExperts, Part, Profile, Stats, StatsBuilder, StatsOptions, Step, TraceMeta,
+};
+use serde::Serialize;
 
 use crate::cli::App;
 use crate::env::Env;
@@ -17,6 +20,16 @@ pub(crate) const PROFILE: &str = "profile.json";
 
 /// Experts listed per domain.
 const N_TOP: usize = 6;
+
+/// Statistics of a model's experts, in the form of `-o json`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Shown {
+    #[serde(flatten)]
+    pub(crate) stats: Stats,
+    /// Those of the experts of its attention, if it has any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) attention_experts: Option<Stats>,
+}
 
 /// How the experts of one model are shown.
 pub(crate) struct ExpertView {
@@ -46,8 +59,11 @@ impl ExpertView {
 
     /// Starts watching a sequence that begins with `prompt`.
     pub(crate) fn watch(&self, prompt: &[u32]) -> Result<ExpertWatch> {
+        let builder = |meta: &TraceMeta| StatsBuilder::new(meta, &StatsOptions::default());
+        let attention = self.meta.of(Part::Attention);
         Ok(ExpertWatch {
-            builder: StatsBuilder::new(&self.meta, &StatsOptions::default())?,
+            builder: builder(&self.meta)?,
+            attention: attention.as_ref().map(builder).transpose()?,
             layer: self.layer,
             tokens: prompt.to_vec(),
             leading: Vec::new(),
@@ -60,12 +76,17 @@ impl ExpertView {
     }
 
     /// The strip, its legend, and what the profile knows.
-    pub(crate) fn summary(&self, stats: &Stats) -> Result<String> {
+    pub(crate) fn summary(&self, shown: &Shown) -> Result<String> {
+        let stats = &shown.stats;
         let mut text = format!(
             "\nlayer x expert, {} tokens (the text is coloured by layer {})\n",
             stats.n_tokens, self.layer
         );
         text += &self.painter.strip(stats, self.width, Some(self.layer));
+        if let Some(attention) = &shown.attention_experts {
+            text += "\nlayer x expert of attention\n";
+            text += &self.painter.strip(attention, self.width, None);
+        }
         text += &format!("\nexperts of layer {}\n", self.layer);
         let profile = self.profile.as_ref();
         text += &self.painter.legend(stats, self.layer, profile, self.width);
@@ -101,6 +122,10 @@ pub(crate) fn meta(loaded: &Loaded) -> TraceMeta {
         layer_experts,
         n_null: info.n_null,
         top_k: info.top_k,
+        attention: info.attention_experts.map(|sizes| AttentionExperts {
+            n_experts: sizes.n_experts,
+            top_k: sizes.top_k,
+        }),
         lossy: Said::of(info).rules().map(str::to_owned),
     }
 }
@@ -171,6 +196,8 @@ fn colour_mode(app: &App) -> ColourMode {
 /// What was seen of one sequence.
 pub(crate) struct ExpertWatch {
     builder: StatsBuilder,
+    /// Of the experts of the attention.
+    attention: Option<StatsBuilder>,
     layer: usize,
     tokens: Vec<u32>,
     /// Leading expert of each position in the chosen layer, as far as it is routed.
@@ -185,18 +212,8 @@ impl ExpertWatch {
 
     /// A layer routed some positions.
     pub(crate) fn routed(&mut self, event: &RoutingEvent<'_>) -> Result<()> {
-        let first = event.first_position;
-        let n_tokens = event.routing.n_tokens();
-        self.builder.push(&Step {
-            seq: 0,
-            first_pos: u32::try_from(first).context("the sequence is too long to trace")?,
-            tokens: &self.tokens[first..first + n_tokens],
-            domain: "text",
-            layer: event.layer,
-            routing: event.routing,
-            logits: Some(event.logits),
-            norms: None,
-        })?;
+        let (first, n_tokens) = (event.first_position, event.routing.n_tokens());
+        self.builder.push(&step(&self.tokens, event)?)?;
         if event.layer == self.layer {
             self.leading.truncate(first);
             for token in 0..n_tokens {
@@ -208,13 +225,39 @@ impl ExpertWatch {
         Ok(())
     }
 
+    /// A layer's attention routed some positions.
+    pub(crate) fn attention_routed(&mut self, event: &RoutingEvent<'_>) -> Result<()> {
+        if let Some(builder) = &mut self.attention {
+            builder.push(&step(&self.tokens, event)?)?;
+        }
+        Ok(())
+    }
+
     /// The leading expert at `position`, once it is routed.
     pub(crate) fn leading(&self, position: usize) -> Option<usize> {
         self.leading.get(position).copied()
     }
 
     /// The statistics.
-    pub(crate) fn finish(self) -> Result<Stats> {
-        Ok(self.builder.finish()?)
+    pub(crate) fn finish(self) -> Result<Shown> {
+        Ok(Shown {
+            stats: self.builder.finish()?,
+            attention_experts: self.attention.map(StatsBuilder::finish).transpose()?,
+        })
     }
+}
+
+/// An event of the one sequence whose tokens are `tokens`, to be counted.
+fn step<'a>(tokens: &'a [u32], event: &RoutingEvent<'a>) -> Result<Step<'a>> {
+    let first = event.first_position;
+    Ok(Step {
+        seq: 0,
+        first_pos: u32::try_from(first).context("the sequence is too long to trace")?,
+        tokens: &tokens[first..first + event.routing.n_tokens()],
+        domain: "text",
+        layer: event.layer,
+        routing: event.routing,
+        logits: Some(event.logits),
+        norms: None,
+    })
 }

@@ -185,6 +185,14 @@ impl Observer for Live<'_> {
         }
     }
 
+    fn attention_routed(&mut self, event: &RoutingEvent<'_>) {
+        if let Some((_, watch)) = &mut self.experts
+            && let Err(error) = watch.attention_routed(event)
+        {
+            self.error.get_or_insert(error);
+        }
+    }
+
     fn watches(&self) -> bool {
         self.experts.is_some()
     }

@@ -210,6 +210,12 @@ impl Observer for OfStrong<'_> {
         }
     }
 
+    fn attention_routed(&mut self, event: &RoutingEvent<'_>) {
+        if event.sequence == 0 {
+            self.0.attention_routed(event);
+        }
+    }
+
     fn watches(&self) -> bool {
         self.0.watches()
     }

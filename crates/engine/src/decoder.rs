@@ -16,7 +16,7 @@ use crate::blocks::{
 };
 use crate::builder::Builder;
 use crate::error::Result;
-use crate::model::ModelInfo;
+use crate::model::{ModelInfo, Observer};
 use crate::session::SessionShape;
 use crate::streaming::ExpertStore;
 use crate::workspace::AnyAttentionScratch;
@@ -106,7 +106,7 @@ impl AnyAttention {
         Ok(())
     }
 
-    /// `out_td = attention(x_td)`, for rows whose keys and values are stored.
+    /// `out_td = attention(x_td)`, for rows whose keys and values are stored; tells `observer` about the routing, if there is any.
     pub(crate) fn forward(
         &self,
         step: Step<'_>,
@@ -114,6 +114,7 @@ impl AnyAttention {
         rows: (&[f32], &mut [f32]),
         batch: &[Sequence<'_>],
         (scratch, matmul): (&mut AnyAttentionScratch, &mut MatmulScratch),
+        observer: &mut dyn Observer,
     ) -> Result<(), RoutingError> {
         match (self, scratch) {
             (Self::Grouped(block), AnyAttentionScratch::Grouped(scratch)) => {
@@ -123,7 +124,7 @@ impl AnyAttention {
                 block.forward(step, angles, rows, batch, (scratch, matmul));
             }
             (Self::Experts(block), AnyAttentionScratch::Experts(scratch)) => {
-                block.forward(step, rows, batch, (scratch, matmul))?;
+                block.forward(step, rows, batch, (scratch, matmul), observer)?;
             }
             _ => unreachable!("a workspace is made for its model's attention"),
         }
@@ -339,6 +340,7 @@ fn info(b: &Builder<'_>) -> ModelInfo {
         experts_per_layer: moe.counts().collect(),
         n_null: moe.n_null,
         top_k: moe.top_k,
+        attention_experts: config.attention.experts,
         max_context: config.max_position_embeddings,
         eos_token_ids: config.eos_token_ids.clone(),
         n_params,

@@ -1,5 +1,6 @@
 //! The interface of every model, and of what watches it.
 
+use cadre_checkpoint::AttentionExperts;
 use cadre_kernels::{Compute, Matrix};
 use cadre_routing::{Routing, Steering};
 use cadre_store::StoreStats;
@@ -152,6 +153,8 @@ pub struct ModelInfo {
     pub n_null: usize,
     /// The most experts that one token is sent to, null ones counted, as the checkpoint asks for.
     pub top_k: usize,
+    /// Experts that the attention of every layer is cut into, beside those above, if it is.
+    pub attention_experts: Option<AttentionExperts>,
     /// Longest context of the model.
     pub max_context: usize,
     /// Tokens that end a text.
@@ -210,10 +213,14 @@ pub struct RowsEvent<'a> {
     pub rows: &'a [f32],
 }
 
-/// Watches the routing of a forward pass: once per MoE layer, pass and sequence with tokens, layers ascending.
+/// Watches the routing of a forward pass: once per router of a layer, pass and sequence with tokens, layers ascending.
 pub trait Observer {
     /// Called after the layer's experts have been combined.
     fn routed(&mut self, event: &RoutingEvent<'_>);
+
+    /// Called after the experts that a layer's attention is cut into have been combined, before [`Observer::routed`] of
+    /// the same layer. Their ids have nothing to do with those of the feed-forward's experts.
+    fn attention_routed(&mut self, _event: &RoutingEvent<'_>) {}
 
     /// Whether events are wanted at all. Who does not watch gets none, and saves the last layer the tokens whose logits
     /// are not wanted. Asked anew in every layer; it must not change during a pass.

@@ -216,7 +216,7 @@ impl Decoder {
                 workspace.trim(batch);
             }
             if n_rows(&workspace.spans) > 0 {
-                self.attend(index, layer, batch, workspace)?;
+                self.attend(index, layer, batch, workspace, observer)?;
                 self.feed_forward(index, layer, workspace, observer)?;
             }
         }
@@ -295,6 +295,7 @@ impl Decoder {
         layer: &Layer,
         batch: &[Sequence<'_>],
         workspace: &mut Workspace,
+        observer: &mut dyn Observer,
     ) -> Result<(), Failure> {
         let Workspace {
             spans,
@@ -312,7 +313,7 @@ impl Decoder {
         let rows = (&normed[..n], &mut *out);
         layer
             .attention
-            .forward(step, angles, rows, batch, (attention, matmul))
+            .forward(step, angles, rows, batch, (attention, matmul), observer)
             .map_err(|source| routing_failure(index, spans, source))?;
         self.join(layer.attention_post_norm.as_ref(), out, &mut hidden[..n]);
         Ok(())

@@ -3,12 +3,13 @@
 
 mod reference;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cadre_checkpoint::{AttentionExperts, Dtype};
 use cadre_engine::{
     EngineError, KvFormat, KvFormats, LoadOptions, Logits, Model, NoObserver, Observer, Quant,
-    RoutingEvent, Session, SessionOptions, load,
+    RoutingEvent, RowsEvent, Sequence, Session, SessionOptions, load,
 };
 use cadre_kernels::Isa;
 use cadre_testkit::{Random, TinyFolder, TinyMoe, assert_close};
@@ -471,4 +472,139 @@ fn parameters_are_counted() {
     // Half of the projections from and to 8 heads of queries and 4 of keys and values.
     let unused = 6 * 1536 + 32 * 8 * (8 + 4);
     assert_eq!(info.n_params - info.n_active_params, 2 * unused);
+}
+
+/// What is told of the experts of attention, and the streams that enter the layers, by sequence and layer.
+#[derive(Default)]
+struct AttentionWatch {
+    /// `[n_tokens, d]`.
+    streams: BTreeMap<(usize, usize), Vec<f32>>,
+    routed: BTreeMap<(usize, usize), AttentionRouting>,
+    n_feed_forward: usize,
+}
+
+/// What is told of one sequence in one layer.
+#[derive(Debug, Default, PartialEq)]
+struct AttentionRouting {
+    experts: Vec<Vec<u16>>,
+    weights: Vec<Vec<f32>>,
+    logits: Vec<f32>,
+    norms: Vec<f32>,
+}
+
+impl Observer for AttentionWatch {
+    fn routed(&mut self, event: &RoutingEvent<'_>) {
+        self.n_feed_forward += event.routing.n_tokens();
+    }
+
+    fn attention_routed(&mut self, event: &RoutingEvent<'_>) {
+        let all = self
+            .routed
+            .entry((event.sequence, event.layer))
+            .or_default();
+        assert_eq!(event.first_position, all.experts.len());
+        for (experts, weights) in event.routing.iter() {
+            all.experts.push(experts.to_vec());
+            all.weights.push(weights.to_vec());
+        }
+        all.logits.extend(event.logits);
+        all.norms.extend(event.norms);
+    }
+
+    fn wants_norms(&self) -> bool {
+        true
+    }
+
+    fn wants_stream(&self) -> bool {
+        true
+    }
+
+    fn entered(&mut self, event: &RowsEvent<'_>) {
+        let at = (event.sequence, event.layer);
+        self.streams.entry(at).or_default().extend(event.rows);
+    }
+}
+
+#[test]
+fn what_is_told_of_attention_experts_is_a_computation_by_hand() {
+    let folder = attention_experts().build().unwrap();
+    let model = model(&folder, &LoadOptions::default());
+    let tokens = random_tokens(20, 384);
+    let mut watch = AttentionWatch::default();
+    let mut one = session(&*model, 7);
+    model
+        .forward(&mut one, &tokens, Logits::Last, &mut watch)
+        .unwrap();
+    assert_eq!(watch.n_feed_forward, 2 * 20);
+
+    let checkpoint = folder.open().unwrap();
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+    for layer in 0..2 {
+        let tensor = |name: &str, shape: &[usize]| {
+            let name = format!("model.layers.{layer}.{name}.weight");
+            checkpoint.tensor_f32(&name, shape).unwrap()
+        };
+        let (norm, gate) = (
+            tensor("input_layernorm", &[32]),
+            tensor("self_attn.gate", &[4, 32]),
+        );
+        let (v, o) = (
+            tensor("self_attn.v_proj", &[32, 32]),
+            tensor("self_attn.o_proj", &[32, 64]),
+        );
+        let told = &watch.routed[&(0, layer)];
+        assert_eq!((told.experts.len(), told.norms.len()), (20, 2 * 20));
+        let mut met = [false; 4];
+        for (t, row) in watch.streams[&(0, layer)].chunks(32).enumerate() {
+            let rms = (dot(row, row) / 32.0 + 1e-6).sqrt();
+            let x: Vec<f32> = row.iter().zip(&norm).map(|(x, w)| x / rms * w).collect();
+            let logits: Vec<f32> = gate.chunks(32).map(|gate| dot(gate, &x)).collect();
+            assert_close("logits", &told.logits[4 * t..][..4], &logits, 1e-5);
+            let sum: f32 = logits.iter().map(|l| l.exp()).sum();
+            let mut order = [0, 1, 2, 3];
+            order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+            let picks = &order[..2];
+            let found: Vec<usize> = told.experts[t].iter().map(|e| usize::from(*e)).collect();
+            assert_eq!(found, picks, "layer {layer}, token {t}");
+            let mass: f32 = picks.iter().map(|e| logits[*e].exp() / sum).sum();
+            assert_close("weights", &told.weights[t], &[mass / (mass + 0.5); 2], 1e-5);
+            for (place, expert) in picks.iter().enumerate() {
+                if std::mem::replace(&mut met[*expert], true) {
+                    continue;
+                }
+                // The first token of an expert sees nothing but itself: its values, once for each of two heads.
+                let values: Vec<f32> = (8 * expert..8 * expert + 8)
+                    .map(|row| dot(&v[32 * row..][..32], &x))
+                    .collect();
+                let y = o.chunks(64).map(|row| {
+                    let heads = row[16 * expert..][..16].chunks(8);
+                    heads.map(|head| dot(head, &values)).sum::<f32>()
+                });
+                let want = y.map(|y| y * y).sum::<f32>().sqrt();
+                assert_close("norms", &told.norms[2 * t + place..][..1], &[want], 1e-4);
+            }
+        }
+        assert_eq!(met, [true; 4], "layer {layer}: an expert that none takes");
+    }
+
+    // Beside another sequence in a batch, the same is told of both.
+    let (mut short, mut long) = (session(&*model, 32), session(&*model, 32));
+    let mut batch =
+        [(&mut short, &tokens[..5]), (&mut long, &tokens[..])].map(|(session, tokens)| Sequence {
+            session,
+            tokens,
+            want: Logits::Last,
+        });
+    let mut workspace = model.workspace(32).unwrap();
+    let mut both = AttentionWatch::default();
+    model
+        .forward_batch(&mut batch, &mut workspace, &mut both)
+        .unwrap();
+    for layer in 0..2 {
+        let whole = &watch.routed[&(0, layer)];
+        assert_eq!(&both.routed[&(1, layer)], whole);
+        let start = &both.routed[&(0, layer)];
+        assert_eq!(start.experts, whole.experts[..5]);
+        assert_eq!(start.norms, whole.norms[..10]);
+    }
 }

@@ -68,6 +68,7 @@ impl Usage {
                 layer_experts: Vec::new(),
                 n_null: shape.n_null,
                 top_k: shape.top_k,
+                attention: None,
                 lossy: None,
             },
             domains: vec!["imatrix".to_owned()],

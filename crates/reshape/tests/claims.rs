@@ -71,6 +71,7 @@ fn usage(checkpoint: &Checkpoint, model: &dyn Model, tokens: &[u32], path: &Path
         layer_experts: Vec::new(),
         n_null: 0,
         top_k: info.top_k,
+        attention: None,
         lossy: None,
     };
     let columns = Columns {

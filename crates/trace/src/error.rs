@@ -54,6 +54,12 @@ pub enum TraceError {
         /// The absent key.
         key: &'static str,
     },
+    /// Attention experts were asked for, of a model that has none.
+    #[error("{path} is of a model whose attention is not cut into experts", path = path.display())]
+    NoAttention {
+        /// The file.
+        path: PathBuf,
+    },
     /// A metadata key holds something that cannot be used.
     #[error("{path}: metadata key `{key}` is \"{value}\", expected {expected}", path = path.display())]
     BadMetadata {

@@ -41,7 +41,7 @@ pub mod writer;
 mod synthetic;
 
 pub use error::TraceError;
-pub use meta::TraceMeta;
+pub use meta::{AttentionExperts, Part, TraceMeta};
 pub use profile::{DomainTop, Profile, TopExpert};
 pub use reader::{Block, Trace, TraceReader};
 pub use recording::Recording;

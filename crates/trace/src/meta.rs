@@ -11,14 +11,17 @@
 //! | `cadre.layer_experts` | the same for every decoder layer, comma-separated, 0 for dense ones; absent when all are alike |
 //! | `cadre.n_null` | null experts per layer, its last ids, which compute nothing; absent when there are none |
 //! | `cadre.top_k` | experts per token the checkpoint asks for; rows may hold fewer or more |
+//! | `cadre.attention_experts` | experts that the attention of every layer is cut into; absent when it is not |
+//! | `cadre.attention_top_k` | how many of these a token takes |
 //! | `cadre.lossy` | rules that changed the routing; absent when none did |
 
 use crate::error::TraceError;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// Version of the file format this crate writes, and the newest it reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// The newest version of the file format, that of traces with rows of attention experts. Others are written as version 1,
+/// which is the same without these rows.
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Key of the format version.
 pub const KEY_TRACE_VERSION: &str = "cadre.trace_version";
@@ -38,6 +41,10 @@ pub const KEY_TOP_K: &str = "cadre.top_k";
 pub const KEY_LAYER_EXPERTS: &str = "cadre.layer_experts";
 /// Key of the number of null experts.
 pub const KEY_N_NULL: &str = "cadre.n_null";
+/// Key of the number of attention experts.
+pub const KEY_ATTENTION_EXPERTS: &str = "cadre.attention_experts";
+/// Key of the attention experts per token.
+pub const KEY_ATTENTION_TOP_K: &str = "cadre.attention_top_k";
 /// Key of the rules that changed the routing.
 pub const KEY_LOSSY: &str = "cadre.lossy";
 
@@ -60,9 +67,45 @@ pub struct TraceMeta {
     pub n_null: usize,
     /// Experts per token the checkpoint asks for.
     pub top_k: usize,
+    /// Experts of the attention, if it is cut into some.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention: Option<AttentionExperts>,
     /// Rules that changed the routing while it was recorded, if any did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lossy: Option<String>,
+}
+
+/// The experts that the attention of every layer is cut into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttentionExperts {
+    /// How many there are per layer.
+    pub n_experts: usize,
+    /// How many of them a token takes.
+    pub top_k: usize,
+}
+
+/// Whose experts a row is about; what is made of a trace is about one part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Part {
+    /// The experts of the feed-forward: what plans, caches and profiles are about.
+    #[default]
+    FeedForward,
+    /// The experts of the attention.
+    Attention,
+}
+
+impl Part {
+    /// All there are.
+    pub const ALL: [Self; 2] = [Self::FeedForward, Self::Attention];
+
+    /// Its name in files and options.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FeedForward => "feed_forward",
+            Self::Attention => "attention",
+        }
+    }
 }
 
 fn is_zero(n: &usize) -> bool {
@@ -83,6 +126,31 @@ impl TraceMeta {
         self.n_experts_in(layer).saturating_sub(self.n_null)
     }
 
+    /// The model as the rows of one part see it; `None` where it has no experts there.
+    #[must_use]
+    pub fn of(&self, part: Part) -> Option<Self> {
+        let (whole, attention) = (self.clone(), self.attention);
+        match part {
+            Part::FeedForward => Some(whole),
+            Part::Attention => attention.map(|sizes| Self {
+                n_experts: sizes.n_experts,
+                layer_experts: Vec::new(),
+                n_null: 0,
+                top_k: sizes.top_k,
+                attention: None,
+                ..whole
+            }),
+        }
+    }
+
+    /// Version of the file format that a trace of this model needs.
+    fn version(&self) -> u32 {
+        match self.attention {
+            None => 1,
+            Some(_) => FORMAT_VERSION,
+        }
+    }
+
     /// Checks that counts are positive, `top_k <= n_experts`, and that ids fit the column types.
     ///
     /// # Errors
@@ -94,6 +162,13 @@ impl TraceMeta {
             ("n_experts", self.n_experts, limit),
             ("top_k", self.top_k, self.n_experts),
         ];
+        let of_attention = self.attention.map(|sizes| {
+            [
+                ("attention_experts", sizes.n_experts, limit),
+                ("attention_top_k", sizes.top_k, sizes.n_experts),
+            ]
+        });
+        let fields = fields.into_iter().chain(of_attention.into_iter().flatten());
         for (what, value, max) in fields {
             if value == 0 || value > max {
                 return Err(TraceError::BadMeta {
@@ -128,7 +203,7 @@ impl TraceMeta {
     /// The key-value pairs of the file metadata.
     pub(crate) fn to_pairs(&self) -> Vec<(&'static str, String)> {
         let mut pairs = vec![
-            (KEY_TRACE_VERSION, FORMAT_VERSION.to_string()),
+            (KEY_TRACE_VERSION, self.version().to_string()),
             (KEY_VERSION, env!("CARGO_PKG_VERSION").to_string()),
             (KEY_DIGEST, self.digest.clone()),
             (KEY_ARCHITECTURE, self.architecture.clone()),
@@ -142,6 +217,10 @@ impl TraceMeta {
         }
         if self.n_null > 0 {
             pairs.push((KEY_N_NULL, self.n_null.to_string()));
+        }
+        if let Some(sizes) = self.attention {
+            pairs.push((KEY_ATTENTION_EXPERTS, sizes.n_experts.to_string()));
+            pairs.push((KEY_ATTENTION_TOP_K, sizes.top_k.to_string()));
         }
         pairs.extend(self.lossy.clone().map(|lossy| (KEY_LOSSY, lossy)));
         pairs
@@ -168,13 +247,13 @@ impl TraceMeta {
             })
         };
         let version = number(KEY_TRACE_VERSION)?;
-        if version != FORMAT_VERSION as usize {
+        if !(1..=FORMAT_VERSION as usize).contains(&version) {
             return Err(TraceError::BadMetadata {
                 path: path.to_path_buf(),
                 key: KEY_TRACE_VERSION,
                 value: version.to_string(),
                 expected: format!(
-                    "{FORMAT_VERSION}; the file was written by another version of Cadre, record it again"
+                    "1 to {FORMAT_VERSION}; the file was written by another version of Cadre, record it again"
                 ),
             });
         }
@@ -188,6 +267,13 @@ impl TraceMeta {
             n_null: match get(KEY_N_NULL) {
                 None => 0,
                 Some(_) => number(KEY_N_NULL)?,
+            },
+            attention: match version {
+                1 => None,
+                _ => Some(AttentionExperts {
+                    n_experts: number(KEY_ATTENTION_EXPERTS)?,
+                    top_k: number(KEY_ATTENTION_TOP_K)?,
+                }),
             },
             lossy: get(KEY_LOSSY),
         };
@@ -208,6 +294,8 @@ impl TraceMeta {
                     "n_experts" => KEY_N_EXPERTS,
                     "layer_experts" => KEY_LAYER_EXPERTS,
                     "n_null" => KEY_N_NULL,
+                    "attention_experts" => KEY_ATTENTION_EXPERTS,
+                    "attention_top_k" => KEY_ATTENTION_TOP_K,
                     _ => KEY_TOP_K,
                 },
                 value: value.to_string(),
@@ -245,6 +333,7 @@ mod tests {
             top_k: 2,
             layer_experts: Vec::new(),
             n_null: 0,
+            attention: None,
             lossy: None,
         }
     }
@@ -268,6 +357,31 @@ mod tests {
         };
         let read = TraceMeta::from_pairs(Path::new("t.parquet"), lookup(lossy.to_pairs()));
         assert_eq!(read.unwrap(), lossy);
+    }
+
+    #[test]
+    fn only_traces_of_attention_experts_need_the_new_version() {
+        let version = |meta: &TraceMeta| meta.to_pairs()[0].1.clone();
+        let cut = TraceMeta {
+            attention: Some(AttentionExperts {
+                n_experts: 3,
+                top_k: 1,
+            }),
+            ..uneven()
+        };
+        assert_eq!((version(&meta()), version(&cut)), ("1".into(), "2".into()));
+        let path = Path::new("t.parquet");
+        let read = TraceMeta::from_pairs(path, lookup(cut.to_pairs())).unwrap();
+        assert_eq!(read, cut);
+        let seen = cut.of(Part::Attention).unwrap();
+        assert_eq!((seen.n_real_in(0), seen.top_k), (3, 1));
+        assert_eq!(meta().of(Part::Attention), None);
+        for (key, value) in [(KEY_ATTENTION_EXPERTS, "0"), (KEY_ATTENTION_TOP_K, "4")] {
+            let pairs = cut.to_pairs().into_iter();
+            let pairs = pairs.map(|(k, v)| (k, if k == key { value.into() } else { v }));
+            let error = TraceMeta::from_pairs(path, lookup(pairs.collect())).unwrap_err();
+            assert!(error.to_string().contains(key), "{error}");
+        }
     }
 
     /// Layers with 2 and 4 ids, one of them null in each.
@@ -327,7 +441,7 @@ mod tests {
             (KEY_N_EXPERTS, "many"),
             (KEY_TOP_K, "5"),
             (KEY_N_LAYERS, "0"),
-            (KEY_TRACE_VERSION, "2"),
+            (KEY_TRACE_VERSION, "3"),
         ] {
             let pairs = meta()
                 .to_pairs()

@@ -4,13 +4,14 @@
 //! that every row agrees with the model it names.
 
 use crate::error::TraceError;
-use crate::meta::TraceMeta;
+use crate::meta::{Part, TraceMeta};
 use crate::row::Row;
 use crate::schema::{self, Columns};
 use arrow::array::{
-    Array, AsArray, Float32Array, ListArray, RecordBatch, StringArray, UInt16Array, UInt32Array,
+    Array, ArrayRef, AsArray, BooleanArray, Float32Array, ListArray, RecordBatch, StringArray,
+    UInt16Array, UInt32Array,
 };
-use arrow::compute::cast;
+use arrow::compute::{cast, filter_record_batch};
 use arrow::datatypes::{DataType, Float32Type, UInt16Type, UInt32Type};
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 use std::fs::File;
@@ -23,6 +24,10 @@ const BLOCK_ROWS: usize = 8 << 10;
 pub struct TraceReader {
     path: PathBuf,
     meta: TraceMeta,
+    /// The model as rows of attention experts see it, if it has any.
+    attention: Option<TraceMeta>,
+    /// Whose rows are read; `None` for all.
+    part: Option<Part>,
     columns: Columns,
     n_rows: u64,
     n_row_groups: usize,
@@ -30,11 +35,30 @@ pub struct TraceReader {
 }
 
 impl TraceReader {
-    /// Opens a trace and checks its metadata and columns; no row is read yet.
+    /// Opens a trace for the rows of the feed-forward's experts, and checks its metadata and columns; no row is read yet.
     ///
     /// # Errors
     /// [`TraceError::Io`], [`TraceError::NotParquet`], and the errors about metadata keys and columns.
     pub fn open(path: &Path) -> Result<Self, TraceError> {
+        Self::open_part(path, Part::FeedForward)
+    }
+
+    /// Opens a trace for the rows of the experts of `part`.
+    ///
+    /// # Errors
+    /// As [`TraceReader::open`], and [`TraceError::NoAttention`] for a part that the model does not have.
+    pub fn open_part(path: &Path, part: Part) -> Result<Self, TraceError> {
+        let mut reader = Self::open_all(path)?;
+        if part == Part::Attention && reader.attention.is_none() {
+            let path = path.to_path_buf();
+            return Err(TraceError::NoAttention { path });
+        }
+        reader.part = Some(part);
+        Ok(reader)
+    }
+
+    /// Opens a trace for the rows of all parts.
+    pub(crate) fn open_all(path: &Path) -> Result<Self, TraceError> {
         let file = File::open(path).map_err(|source| TraceError::Io {
             action: "open",
             path: path.to_path_buf(),
@@ -56,7 +80,7 @@ impl TraceReader {
                 .and_then(|pair| pair.value.clone())
         };
         let meta = TraceMeta::from_pairs(path, get)?;
-        let columns = schema::check(path, builder.schema())?;
+        let columns = schema::check(path, builder.schema(), meta.attention.is_some())?;
         let n_rows = u64::try_from(file_metadata.num_rows()).unwrap_or(0);
         let n_row_groups = builder.metadata().num_row_groups();
         let batches = builder
@@ -65,7 +89,9 @@ impl TraceReader {
             .map_err(not_parquet)?;
         Ok(Self {
             path: path.to_path_buf(),
+            attention: meta.of(Part::Attention),
             meta,
+            part: None,
             columns,
             n_rows,
             n_row_groups,
@@ -73,9 +99,16 @@ impl TraceReader {
         })
     }
 
-    /// The model the trace was recorded from.
+    /// The model the trace was recorded from, as the rows see it that are read.
     pub fn meta(&self) -> &TraceMeta {
-        &self.meta
+        self.meta_of(self.part.unwrap_or_default())
+    }
+
+    fn meta_of(&self, part: Part) -> &TraceMeta {
+        match (part, &self.attention) {
+            (Part::Attention, Some(meta)) => meta,
+            _ => &self.meta,
+        }
     }
 
     /// Which optional columns the trace has.
@@ -83,7 +116,7 @@ impl TraceReader {
         self.columns
     }
 
-    /// Rows in the file.
+    /// Rows in the file, of all parts.
     pub fn n_rows(&self) -> u64 {
         self.n_rows
     }
@@ -103,11 +136,38 @@ impl TraceReader {
             return Ok(None);
         };
         let batch = batch.map_err(|error| self.damaged(&error.to_string()))?;
-        let block = Block::new(&self.path, &batch, self.columns)?;
-        for row in block.rows() {
-            row.check(&self.meta).map_err(|error| self.located(error))?;
+        let (batch, parts) = self.select(batch)?;
+        let block = Block::new(&self.path, &batch, self.columns, parts)?;
+        for (row, part) in block.rows().zip(block.parts()) {
+            let meta = self.meta_of(part);
+            row.check(meta).map_err(|error| self.located(error))?;
         }
         Ok(Some(block))
+    }
+
+    /// The rows that are read, and the part of each; no parts where all rows are the feed-forward's.
+    fn select(&self, batch: RecordBatch) -> Result<(RecordBatch, Vec<Part>), TraceError> {
+        if self.attention.is_none() {
+            return Ok((batch, Vec::new()));
+        }
+        let damaged = |error: arrow::error::ArrowError| self.damaged(&error.to_string());
+        let names = column(&self.path, &batch, schema::PART.0)?;
+        let names = cast(names, &DataType::Utf8).map_err(damaged)?;
+        let parts = names.as_string::<i32>().iter().flatten().map(|name| {
+            let part = Part::ALL.into_iter().find(|part| part.name() == name);
+            part.ok_or_else(|| {
+                let expected = Part::ALL.map(Part::name).join(" or ");
+                self.damaged(&format!("part is `{name}`, expected {expected}"))
+            })
+        });
+        let mut parts = parts.collect::<Result<Vec<_>, _>>()?;
+        let Some(wanted) = self.part else {
+            return Ok((batch, parts));
+        };
+        let mask: Vec<bool> = parts.iter().map(|part| *part == wanted).collect();
+        let batch = filter_record_batch(&batch, &BooleanArray::from(mask)).map_err(damaged)?;
+        parts.retain(|part| *part == wanted);
+        Ok((batch, parts))
     }
 
     fn damaged(&self, reason: &str) -> TraceError {
@@ -150,6 +210,8 @@ pub struct Block {
     weights: Lists<Float32Array>,
     logits: Option<Lists<Float32Array>>,
     norms: Option<Lists<Float32Array>>,
+    /// One per row, or none where all are the feed-forward's.
+    parts: Vec<Part>,
 }
 
 /// A list column with its items already downcast.
@@ -167,6 +229,25 @@ impl<A> Lists<A> {
     }
 }
 
+/// A column whose presence and type were checked when the file was opened, and which must have no nulls.
+fn column<'a>(
+    path: &Path,
+    batch: &'a RecordBatch,
+    name: &'static str,
+) -> Result<&'a ArrayRef, TraceError> {
+    let column = batch
+        .column_by_name(name)
+        .expect("schema::check found the column");
+    match column.logical_null_count() {
+        0 => Ok(column),
+        nulls => Err(TraceError::Nulls {
+            path: path.to_path_buf(),
+            column: name,
+            nulls,
+        }),
+    }
+}
+
 impl Block {
     /// Number of rows.
     pub fn n_rows(&self) -> usize {
@@ -176,6 +257,12 @@ impl Block {
     /// The rows, in file order.
     pub fn rows(&self) -> impl ExactSizeIterator<Item = Row<'_>> {
         (0..self.n_rows()).map(|row| self.row(row))
+    }
+
+    /// Whose experts each row is about.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = Part> {
+        let of_row = |row| self.parts.get(row).copied().unwrap_or_default();
+        (0..self.n_rows()).map(of_row)
     }
 
     /// One row.
@@ -200,20 +287,13 @@ impl Block {
     }
 
     /// Takes the columns out of a batch whose schema was checked when the file was opened.
-    fn new(path: &Path, batch: &RecordBatch, columns: Columns) -> Result<Self, TraceError> {
-        let column = |name: &'static str| {
-            let column = batch
-                .column_by_name(name)
-                .expect("schema::check found the column");
-            match column.logical_null_count() {
-                0 => Ok(column),
-                nulls => Err(TraceError::Nulls {
-                    path: path.to_path_buf(),
-                    column: name,
-                    nulls,
-                }),
-            }
-        };
+    fn new(
+        path: &Path,
+        batch: &RecordBatch,
+        columns: Columns,
+        parts: Vec<Part>,
+    ) -> Result<Self, TraceError> {
+        let column = |name: &'static str| column(path, batch, name);
         let lists = |name: &'static str| {
             let lists = column(name)?.as_list::<i32>().clone();
             match lists.values().null_count() {
@@ -251,6 +331,7 @@ impl Block {
             weights: floats("weights")?,
             logits: columns.logits.then(|| floats("logits")).transpose()?,
             norms: columns.norms.then(|| floats("norms")).transpose()?,
+            parts,
         })
     }
 }
@@ -264,7 +345,7 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// Reads and checks a whole file.
+    /// Reads and checks a whole file, as far as it is about the experts of the feed-forward.
     ///
     /// # Errors
     /// Those of [`TraceReader::open`] and [`TraceReader::next_block`].
@@ -275,7 +356,7 @@ impl Trace {
             blocks.push(block);
         }
         Ok(Self {
-            meta: reader.meta.clone(),
+            meta: reader.meta().clone(),
             columns: reader.columns,
             blocks,
         })
@@ -308,7 +389,7 @@ mod tests {
     use crate::meta::{KEY_DIGEST, KEY_N_EXPERTS};
     use crate::synthetic::{self, Recipe};
     use crate::writer::TraceWriter;
-    use arrow::array::{ArrayRef, Int64Array};
+    use arrow::array::Int64Array;
     use parquet::arrow::ArrowWriter;
     use parquet::file::metadata::KeyValue;
     use parquet::file::properties::WriterProperties;

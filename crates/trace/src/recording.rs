@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::TraceError;
-use crate::meta::TraceMeta;
+use crate::meta::{Part, TraceMeta};
 use crate::reader::TraceReader;
 use crate::row::Step;
 use crate::schema::Columns;
@@ -87,17 +87,17 @@ impl Recording {
         self.next
     }
 
-    /// Appends the rows of one step of sequence [`Recording::next_sequence`].
+    /// Appends the rows of one step of sequence [`Recording::next_sequence`], of the experts of `part`.
     ///
     /// # Errors
-    /// As [`TraceWriter::push`].
-    pub fn push(&mut self, step: &Step<'_>) -> Result<(), TraceError> {
+    /// As [`TraceWriter::push_part`].
+    pub fn push(&mut self, part: Part, step: &Step<'_>) -> Result<(), TraceError> {
         if self.open.is_none() {
             let path = self.folder.join("open.parquet");
             self.open = Some(TraceWriter::create(&path, &self.meta, self.columns)?);
         }
         if let Some(writer) = &mut self.open {
-            writer.push(step)?;
+            writer.push_part(part, step)?;
             self.open_rows += step.tokens.len() as u64;
         }
         Ok(())
@@ -123,9 +123,11 @@ impl Recording {
         self.close()?;
         let mut whole = TraceWriter::create(&self.target, &self.meta, self.columns)?;
         for part in &self.parts {
-            let mut reader = TraceReader::open(part)?;
+            let mut reader = TraceReader::open_all(part)?;
             while let Some(block) = reader.next_block()? {
-                block.rows().try_for_each(|row| whole.push_row(&row))?;
+                for (row, part) in block.rows().zip(block.parts()) {
+                    whole.push_row_of(part, &row)?;
+                }
             }
         }
         let written = whole.finish()?;
@@ -233,7 +235,7 @@ mod tests {
             logits: None,
             norms: None,
         };
-        recording.push(&step).unwrap();
+        recording.push(Part::FeedForward, &step).unwrap();
     }
 
     fn begin(path: &Path, identity: &str) -> Recording {

@@ -187,6 +187,7 @@ mod tests {
             top_k: 1,
             layer_experts: Vec::new(),
             n_null: 0,
+            attention: None,
             lossy: None,
         }
     }

@@ -11,8 +11,9 @@
 //! | `weights` | list of f32 | their weights |
 //! | `logits` | list of f32, optional column | router logits, one per expert |
 //! | `norms` | list of f32, optional column | output norm of each picked expert |
+//! | `part` | dictionary of utf8, where the model has attention experts | whose experts these are: `feed_forward` or `attention` |
 //!
-//! One row per (seq, pos, layer). Rows of one layer are in the order in which the tokens were processed; rows of
+//! One row per (seq, pos, layer, part). Rows of one layer are in the order in which the tokens were processed; rows of
 //! different layers may be interleaved in chunks. No cell is null.
 
 use crate::error::TraceError;
@@ -43,6 +44,9 @@ pub(crate) const REQUIRED: [(&str, &str); 7] = [
 pub(crate) const OPTIONAL: [(&str, &str); 2] =
     [("logits", "list of float32"), ("norms", "list of float32")];
 
+/// The column that says whose experts a row is about, with its type in words.
+pub(crate) const PART: (&str, &str) = ("part", "dictionary of utf8 (or utf8)");
+
 /// The item field of a list column.
 pub(crate) fn item(data_type: DataType) -> FieldRef {
     Arc::new(Field::new("item", data_type, false))
@@ -53,8 +57,8 @@ pub(crate) fn domain_type() -> DataType {
     DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8))
 }
 
-/// The arrow schema of a trace with the given optional columns.
-pub fn schema(columns: Columns) -> SchemaRef {
+/// The arrow schema of a trace with the given optional columns; with `parts`, of a model that has attention experts.
+pub fn schema(columns: Columns, parts: bool) -> SchemaRef {
     let list = |data_type| DataType::List(item(data_type));
     let mut fields = vec![
         Field::new("seq", DataType::UInt32, false),
@@ -71,12 +75,16 @@ pub fn schema(columns: Columns) -> SchemaRef {
     if columns.norms {
         fields.push(Field::new("norms", list(DataType::Float32), false));
     }
+    if parts {
+        fields.push(Field::new(PART.0, domain_type(), false));
+    }
     Arc::new(Schema::new(fields))
 }
 
-/// Checks the schema of a file and says which optional columns it has. Further columns are left alone.
-pub(crate) fn check(path: &Path, found: &Schema) -> Result<Columns, TraceError> {
-    for (column, expected) in REQUIRED {
+/// Checks the schema of a file, which with `parts` is of a model that has attention experts, and says which optional
+/// columns it has. Further columns are left alone.
+pub(crate) fn check(path: &Path, found: &Schema, parts: bool) -> Result<Columns, TraceError> {
+    for (column, expected) in REQUIRED.into_iter().chain(parts.then_some(PART)) {
         let Ok(field) = found.field_with_name(column) else {
             let names: Vec<&str> = found
                 .fields()
@@ -115,7 +123,7 @@ fn check_type(
         "seq" | "pos" | "token" => *field.data_type() == DataType::UInt32,
         "layer" => *field.data_type() == DataType::UInt16,
         "experts" => list_of(DataType::UInt16),
-        "domain" => match field.data_type() {
+        "domain" | "part" => match field.data_type() {
             DataType::Dictionary(_, values) => {
                 matches!(**values, DataType::Utf8 | DataType::LargeUtf8)
             }
@@ -146,17 +154,22 @@ mod tests {
         for logits in [false, true] {
             for norms in [false, true] {
                 let columns = Columns { logits, norms };
-                assert_eq!(check(Path::new("t"), &schema(columns)).unwrap(), columns);
+                for parts in [false, true] {
+                    let schema = schema(columns, parts);
+                    assert_eq!(check(Path::new("t"), &schema, parts).unwrap(), columns);
+                    assert_eq!(check(Path::new("t"), &schema, true).is_ok(), parts);
+                }
             }
         }
     }
 
     #[test]
     fn a_missing_or_mistyped_column_is_named() {
-        let full = schema(Columns {
+        let all = Columns {
             logits: true,
             norms: true,
-        });
+        };
+        let full = schema(all, false);
         for (i, field) in full.fields().iter().enumerate() {
             let mut fields: Vec<Field> = full
                 .fields()
@@ -164,7 +177,7 @@ mod tests {
                 .map(|field| field.as_ref().clone())
                 .collect();
             fields[i] = Field::new(field.name(), DataType::Int64, false);
-            let error = check(Path::new("t"), &Schema::new(fields.clone()))
+            let error = check(Path::new("t"), &Schema::new(fields.clone()), false)
                 .unwrap_err()
                 .to_string();
             assert!(
@@ -172,7 +185,7 @@ mod tests {
                 "{error}"
             );
             fields.remove(i);
-            let result = check(Path::new("t"), &Schema::new(fields));
+            let result = check(Path::new("t"), &Schema::new(fields), false);
             assert_eq!(result.is_ok(), i >= REQUIRED.len());
         }
     }

@@ -5,7 +5,7 @@
 
 use crate::counts::Counts;
 use crate::error::TraceError;
-use crate::meta::TraceMeta;
+use crate::meta::{Part, TraceMeta};
 use crate::profile::{DomainTop, Profile};
 use crate::reader::TraceReader;
 use crate::replay;
@@ -143,12 +143,12 @@ pub struct CacheHits {
 }
 
 impl Stats {
-    /// Counts a whole trace file in bounded memory.
+    /// Counts what a whole trace file says about the experts of `part`, in bounded memory.
     ///
     /// # Errors
     /// Those of [`TraceReader`], and [`TraceError::Empty`].
-    pub fn from_file(path: &Path, options: &StatsOptions) -> Result<Self, TraceError> {
-        let mut reader = TraceReader::open(path)?;
+    pub fn from_file(path: &Path, part: Part, options: &StatsOptions) -> Result<Self, TraceError> {
+        let mut reader = TraceReader::open_part(path, part)?;
         let mut builder = StatsBuilder::new(reader.meta(), options)?;
         while let Some(block) = reader.next_block()? {
             block.rows().for_each(|row| builder.add(&row));
@@ -580,7 +580,7 @@ mod tests {
             writer.push_row(&row.view()).unwrap();
         }
         writer.finish().unwrap();
-        let stats = Stats::from_file(&path, &StatsOptions::default()).unwrap();
+        let stats = Stats::from_file(&path, Part::FeedForward, &StatsOptions::default()).unwrap();
         assert_eq!(stats, synthetic::stats(&recipe, &StatsOptions::default()));
         let entropy = stats.layers[0].token_entropy.unwrap();
         assert!(entropy > 0.0 && entropy < 1.0);

@@ -64,6 +64,7 @@ pub(crate) fn meta() -> TraceMeta {
         top_k: 2,
         layer_experts: Vec::new(),
         n_null: 0,
+        attention: None,
         lossy: None,
     }
 }

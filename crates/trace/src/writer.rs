@@ -5,7 +5,7 @@
 //! dropped before that removes it.
 
 use crate::error::TraceError;
-use crate::meta::TraceMeta;
+use crate::meta::{Part, TraceMeta};
 use crate::row::{Row, Step};
 use crate::schema::{self, Columns};
 use arrow::array::{
@@ -13,7 +13,7 @@ use arrow::array::{
     UInt16Array, UInt32Array,
 };
 use arrow::buffer::{OffsetBuffer, ScalarBuffer};
-use arrow::datatypes::{DataType, SchemaRef};
+use arrow::datatypes::{DataType, Int32Type, SchemaRef};
 use arrow::error::ArrowError;
 use parquet::arrow::ArrowWriter;
 use parquet::basic::Compression;
@@ -46,6 +46,8 @@ pub struct Written {
 pub struct TraceWriter {
     path: PathBuf,
     meta: TraceMeta,
+    /// The model as rows of attention experts see it, if it has any.
+    attention: Option<TraceMeta>,
     schema: SchemaRef,
     temp: NamedTempFile,
     writer: ArrowWriter<File>,
@@ -72,7 +74,9 @@ impl TraceWriter {
         let pairs = meta.to_pairs();
         // Twice: as Parquet metadata, and in the arrow schema, where pyarrow keeps it when it rewrites a table.
         let own = |&(key, ref value): &(&str, String)| (key.to_string(), value.clone());
-        let schema = schema::schema(columns).as_ref().clone();
+        let schema = schema::schema(columns, meta.attention.is_some())
+            .as_ref()
+            .clone();
         let schema =
             Arc::new(schema.with_metadata(pairs.iter().map(own).collect::<HashMap<_, _>>()));
         let pairs = pairs
@@ -85,10 +89,11 @@ impl TraceWriter {
             .build();
         let writer =
             ArrowWriter::try_new(file, schema.clone(), Some(properties)).map_err(failed(path))?;
-        let batch = Batch::new(columns);
+        let batch = Batch::new(columns, meta.attention.is_some());
         Ok(Self {
             path: path.to_path_buf(),
             meta: meta.clone(),
+            attention: meta.of(Part::Attention),
             schema,
             temp,
             writer,
@@ -97,27 +102,50 @@ impl TraceWriter {
         })
     }
 
-    /// Appends the rows of one step. Either all of them are taken or none.
+    /// Appends the rows of one step of the feed-forward's experts. Either all of them are taken or none.
     ///
     /// # Errors
-    /// [`TraceError::Shape`] and [`TraceError::Row`] for data that does not fit the model or lacks a declared column,
-    /// [`TraceError::Write`] when the disk refuses.
+    /// As [`TraceWriter::push_part`].
     pub fn push(&mut self, step: &Step<'_>) -> Result<(), TraceError> {
-        let rows = step.rows(&self.meta)?;
+        self.push_part(Part::FeedForward, step)
+    }
+
+    /// Appends the rows of one step of the experts of `part`. Either all of them are taken or none.
+    ///
+    /// # Errors
+    /// [`TraceError::NoAttention`] for a part that the model does not have, [`TraceError::Shape`] and [`TraceError::Row`] for data that does not fit the model or lacks a declared column,
+    /// [`TraceError::Write`] when the disk refuses.
+    pub fn push_part(&mut self, part: Part, step: &Step<'_>) -> Result<(), TraceError> {
+        let rows = step.rows(self.meta_of(part)?)?;
         for row in &rows {
             self.batch.check_columns(row)?;
         }
-        rows.iter().try_for_each(|row| self.append(row))
+        rows.iter().try_for_each(|row| self.append(part, row))
     }
 
-    /// Appends one row.
+    /// Appends one row of the feed-forward's experts.
     ///
     /// # Errors
     /// As [`TraceWriter::push`].
     pub fn push_row(&mut self, row: &Row<'_>) -> Result<(), TraceError> {
-        row.check(&self.meta)?;
+        self.push_row_of(Part::FeedForward, row)
+    }
+
+    /// Appends one row.
+    pub(crate) fn push_row_of(&mut self, part: Part, row: &Row<'_>) -> Result<(), TraceError> {
+        row.check(self.meta_of(part)?)?;
         self.batch.check_columns(row)?;
-        self.append(row)
+        self.append(part, row)
+    }
+
+    fn meta_of(&self, part: Part) -> Result<&TraceMeta, TraceError> {
+        let meta = match part {
+            Part::FeedForward => Some(&self.meta),
+            Part::Attention => self.attention.as_ref(),
+        };
+        meta.ok_or_else(|| TraceError::NoAttention {
+            path: self.path.clone(),
+        })
     }
 
     /// Completes the file: flushes it to the disk and gives it its name.
@@ -139,8 +167,8 @@ impl TraceWriter {
         })
     }
 
-    fn append(&mut self, row: &Row<'_>) -> Result<(), TraceError> {
-        self.batch.push(row);
+    fn append(&mut self, part: Part, row: &Row<'_>) -> Result<(), TraceError> {
+        self.batch.push(part, row);
         self.n_rows += 1;
         if self.batch.seq.len() >= BATCH_ROWS || self.batch.n_bytes >= BATCH_BYTES {
             self.write_batch()?;
@@ -214,6 +242,7 @@ struct Batch {
     weights: Lists<f32>,
     logits: Option<Lists<f32>>,
     norms: Option<Lists<f32>>,
+    parts: Option<Vec<&'static str>>,
     n_bytes: usize,
 }
 
@@ -248,7 +277,7 @@ impl<T: Copy> Lists<T> {
 }
 
 impl Batch {
-    fn new(columns: Columns) -> Self {
+    fn new(columns: Columns, parts: bool) -> Self {
         Self {
             seq: Vec::new(),
             pos: Vec::new(),
@@ -260,6 +289,7 @@ impl Batch {
             weights: Lists::new(),
             logits: columns.logits.then(Lists::new),
             norms: columns.norms.then(Lists::new),
+            parts: parts.then(Vec::new),
             n_bytes: 0,
         }
     }
@@ -284,7 +314,10 @@ impl Batch {
         Ok(())
     }
 
-    fn push(&mut self, row: &Row<'_>) {
+    fn push(&mut self, part: Part, row: &Row<'_>) {
+        if let Some(parts) = &mut self.parts {
+            parts.push(part.name());
+        }
         self.seq.push(row.seq);
         self.pos.push(row.pos);
         self.token.push(row.token);
@@ -350,6 +383,10 @@ impl Batch {
                 None,
             )?));
         }
+        if let Some(parts) = &mut self.parts {
+            let parts: DictionaryArray<Int32Type> = take(parts).into_iter().collect();
+            columns.push(Arc::new(parts));
+        }
         RecordBatch::try_new(schema.clone(), columns)
     }
 }
@@ -357,6 +394,7 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::meta::AttentionExperts;
     use crate::reader::{Trace, TraceReader};
     use crate::synthetic::{self, Recipe};
 
@@ -440,6 +478,71 @@ mod tests {
             }
         }
         assert_eq!(next, 24_000);
+    }
+
+    #[test]
+    fn rows_of_attention_experts_are_kept_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, old) = (folder.path().join("t.parquet"), folder.path().join("old"));
+        let meta = TraceMeta {
+            attention: Some(AttentionExperts {
+                n_experts: 7,
+                top_k: 1,
+            }),
+            ..synthetic::meta()
+        };
+        let rows = synthetic::rows(&Recipe::default());
+        let mut writer = TraceWriter::create(&path, &meta, Columns::default()).unwrap();
+        let mut plain = TraceWriter::create(&old, &synthetic::meta(), Columns::default()).unwrap();
+        let attention = |row: &Row<'_>| (row.pos % 7) as u16;
+        for row in &rows {
+            let row = row.view();
+            let experts = [attention(&row)];
+            let of_attention = Row {
+                experts: &experts,
+                weights: &[0.25],
+                ..row
+            };
+            writer.push_row_of(Part::Attention, &of_attention).unwrap();
+            writer.push_row(&row).unwrap();
+            plain.push_row(&row).unwrap();
+            let refused = plain.push_row_of(Part::Attention, &of_attention);
+            assert!(matches!(refused, Err(TraceError::NoAttention { .. })));
+        }
+        let many = Row {
+            experts: &[7],
+            weights: &[0.25],
+            ..rows[0].view()
+        };
+        assert!(writer.push_row_of(Part::Attention, &many).is_err());
+        assert_eq!(writer.finish().unwrap().n_rows, 2 * rows.len() as u64);
+        plain.finish().unwrap();
+
+        let read = |path: &Path, part| {
+            let mut reader = TraceReader::open_part(path, part)?;
+            let (mut found, n_experts) = (Vec::new(), reader.meta().n_experts);
+            while let Some(block) = reader.next_block()? {
+                found.extend(block.rows().map(|row| format!("{row:?}")));
+            }
+            Ok::<_, TraceError>((n_experts, found))
+        };
+        let (n_experts, found) = read(&path, Part::FeedForward).unwrap();
+        assert_eq!((n_experts, found), read(&old, Part::FeedForward).unwrap());
+        let trace = Trace::read(&path).unwrap();
+        assert_eq!(trace.n_rows(), rows.len());
+        let (n_experts, found) = read(&path, Part::Attention).unwrap();
+        assert_eq!((n_experts, found.len()), (7, rows.len()));
+        for (found, row) in found.iter().zip(&rows) {
+            let experts = [attention(&row.view())];
+            let want = Row {
+                experts: &experts,
+                weights: &[0.25],
+                ..row.view()
+            };
+            assert_eq!(*found, format!("{want:?}"));
+        }
+        let refused = read(&old, Part::Attention).unwrap_err().to_string();
+        assert!(refused.contains("old is of a model"), "{refused}");
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub(crate) struct Args {
     /// Only the logits of the last position.
     #[arg(long)]
     last: bool,
-    /// Also the picked experts and their weights, per layer and position (with -o json).
+    /// Also the picked experts and their weights, per layer and position (with -o json); those of the attention apart.
     #[arg(long)]
     routing: bool,
     /// Form of the result.
@@ -52,27 +52,36 @@ struct LayerRouting {
 struct Collector {
     wanted: bool,
     layers: Vec<LayerRouting>,
+    /// Of the experts of the attention.
+    attention: Vec<LayerRouting>,
 }
 
 impl Observer for Collector {
     fn routed(&mut self, event: &RoutingEvent<'_>) {
-        let at = self.layers.iter().position(|one| one.layer == event.layer);
-        let at = at.unwrap_or_else(|| {
-            self.layers.push(LayerRouting {
-                layer: event.layer,
-                ..LayerRouting::default()
-            });
-            self.layers.len() - 1
-        });
-        for token in 0..event.routing.n_tokens() {
-            let (experts, weights) = event.routing.token(token);
-            self.layers[at].experts.push(experts.to_vec());
-            self.layers[at].weights.push(weights.to_vec());
-        }
+        collect(&mut self.layers, event);
+    }
+
+    fn attention_routed(&mut self, event: &RoutingEvent<'_>) {
+        collect(&mut self.attention, event);
     }
 
     fn watches(&self) -> bool {
         self.wanted
+    }
+}
+
+fn collect(layers: &mut Vec<LayerRouting>, event: &RoutingEvent<'_>) {
+    let at = layers.iter().position(|one| one.layer == event.layer);
+    let at = at.unwrap_or_else(|| {
+        layers.push(LayerRouting {
+            layer: event.layer,
+            ..LayerRouting::default()
+        });
+        layers.len() - 1
+    });
+    for (experts, weights) in event.routing.iter() {
+        layers[at].experts.push(experts.to_vec());
+        layers[at].weights.push(weights.to_vec());
     }
 }
 
@@ -93,6 +102,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let mut collector = Collector {
         wanted: args.routing,
         layers: Vec::new(),
+        attention: Vec::new(),
     };
     let mut printer = Printer {
         out: Out::new(),
@@ -126,7 +136,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
             printer.row(first + row, tokens[first + row], logits)?;
         }
     }
-    printer.end(args.routing.then_some(&collector.layers))
+    printer.end(args.routing.then_some(&collector))
 }
 
 struct Printer {
@@ -159,10 +169,19 @@ impl Printer {
         self.out.write(&text)
     }
 
-    fn end(mut self, routing: Option<&Vec<LayerRouting>>) -> Result<()> {
+    fn end(mut self, routing: Option<&Collector>) -> Result<()> {
         if self.format == Format::Json {
             let routing = match routing {
-                Some(layers) => format!(",\"routing\":{}", serde_json::to_string(layers)?),
+                Some(Collector {
+                    layers, attention, ..
+                }) => {
+                    let mut text = format!(",\"routing\":{}", serde_json::to_string(layers)?);
+                    if !attention.is_empty() {
+                        text += ",\"attention_routing\":";
+                        text += &serde_json::to_string(attention)?;
+                    }
+                    text
+                }
                 None => String::new(),
             };
             let lossy = serde_json::to_string(&self.lossy)?;

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::cache::CacheArgs;
 use crate::cli::App;
 use crate::contrast::{ContrastArgs, Sessions};
-use crate::experts::{ExpertView, ExpertWatch};
+use crate::experts::{ExpertView, ExpertWatch, Shown};
 use crate::failure::Failure;
 use crate::live::Live;
 use crate::lossy::Said;
@@ -82,7 +82,7 @@ struct Report<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     streaming: Option<Summary>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    experts: Option<&'a cadre_trace::Stats>,
+    experts: Option<&'a Shown>,
 }
 
 /// Generates and prints.

@@ -8,16 +8,17 @@ use cadre_checkpoint::Tokenizer;
 use cadre_engine::{Logits, Model, Observer, RoutingEvent, Session, SessionOptions};
 use cadre_reshape::{Usage, UsageOptions};
 use cadre_trace::{
-    Columns, Profile, Recording, Stats, StatsOptions, Step, TraceMeta, Written, html, picture, show,
+    Columns, Part, Profile, Recording, Stats, StatsOptions, Step, TraceMeta, Written, html,
+    picture, show,
 };
-use clap::Subcommand;
+use clap::{Subcommand, ValueEnum};
 use sha2::{Digest, Sha256};
 
 use crate::cli::App;
 use crate::commands::plan::FEW_PICKS;
 use crate::commands::trace_replay;
 use crate::data::{self, Document};
-use crate::experts;
+use crate::experts::{self, Shown};
 use crate::failure::Failure;
 use crate::model::ModelArgs;
 use crate::output::{Format, Out, bar, bytes, note, say};
@@ -67,6 +68,9 @@ struct RecordArgs {
 struct ShowArgs {
     /// The recording.
     trace: PathBuf,
+    /// Whose experts are shown; by default those of the feed-forward, and in text and JSON after them those of the attention.
+    #[arg(long, value_name = "PART")]
+    part: Option<PartArg>,
     /// Write one self-contained page with a heat map to this file.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
@@ -80,6 +84,15 @@ struct ShowArgs {
     /// Form of the result.
     #[arg(short, long, value_name = "FORM", default_value = "text")]
     output: Format,
+}
+
+/// Which experts of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PartArg {
+    /// Those of the feed-forward.
+    FeedForward,
+    /// Those that the attention is cut into.
+    Attention,
 }
 
 /// Records or shows.
@@ -105,7 +118,11 @@ fn record(app: &App, args: &RecordArgs, output: &Path) -> Result<()> {
     let loaded = args.model.load(app, &session)?;
     let info = loaded.model.info();
     if info.moe_layers.is_empty() {
-        return Err(Failure::new("the model has no layers with experts: nothing to trace").into());
+        let whose = match info.attention_experts {
+            None => "layers with experts",
+            Some(_) => "experts but those of its attention, which are traced beside others only",
+        };
+        return Err(Failure::new(format!("the model has no {whose}: nothing to trace")).into());
     }
     let sequences = cut(
         &documents,
@@ -287,12 +304,12 @@ impl Recorder {
         Ok(tokens.len() as u64)
     }
 
-    fn push(&mut self, event: &RoutingEvent<'_>) -> Result<()> {
+    fn push(&mut self, part: Part, event: &RoutingEvent<'_>) -> Result<()> {
         let Some(sequence) = &self.current else {
             return Ok(());
         };
         let first = event.first_position;
-        self.recording.push(&Step {
+        let step = Step {
             seq: sequence.number,
             first_pos: u32::try_from(first).context("the sequence is too long to trace")?,
             tokens: &sequence.tokens[first..first + event.routing.n_tokens()],
@@ -301,18 +318,27 @@ impl Recorder {
             routing: event.routing,
             logits: self.columns.logits.then_some(event.logits),
             norms: self.columns.norms.then_some(event.norms),
-        })?;
+        };
+        self.recording.push(part, &step)?;
         Ok(())
+    }
+
+    fn observe(&mut self, part: Part, event: &RoutingEvent<'_>) {
+        if self.error.is_none()
+            && let Err(error) = self.push(part, event)
+        {
+            self.error = Some(error);
+        }
     }
 }
 
 impl Observer for Recorder {
     fn routed(&mut self, event: &RoutingEvent<'_>) {
-        if self.error.is_none()
-            && let Err(error) = self.push(event)
-        {
-            self.error = Some(error);
-        }
+        self.observe(Part::FeedForward, event);
+    }
+
+    fn attention_routed(&mut self, event: &RoutingEvent<'_>) {
+        self.observe(Part::Attention, event);
     }
 
     fn wants_norms(&self) -> bool {
@@ -321,7 +347,19 @@ impl Observer for Recorder {
 }
 
 fn show_trace(app: &App, args: &ShowArgs) -> Result<()> {
-    let stats = Stats::from_file(&args.trace, &StatsOptions::default())?;
+    if args.part == Some(PartArg::Attention) && args.profile.is_some() {
+        let message = "--profile is of the experts of the feed-forward";
+        return Err(Failure::usage(message)
+            .hint("leave out `--part attention`")
+            .into());
+    }
+    let read = |part| Stats::from_file(&args.trace, part, &StatsOptions::default());
+    let stats = read(match args.part {
+        None | Some(PartArg::FeedForward) => Part::FeedForward,
+        Some(PartArg::Attention) => Part::Attention,
+    })?;
+    let both = args.part.is_none() && stats.meta.attention.is_some();
+    let attention = both.then(|| read(Part::Attention)).transpose()?;
     let title = args.trace.file_stem().unwrap_or_default().to_string_lossy();
     let mut files = Vec::new();
     if let Some(path) = &args.html {
@@ -344,7 +382,10 @@ fn show_trace(app: &App, args: &ShowArgs) -> Result<()> {
     }
     let mut out = Out::new();
     match args.output {
-        Format::Json => out.json(&stats)?,
+        Format::Json => out.json(&Shown {
+            stats,
+            attention_experts: attention,
+        })?,
         Format::Text => {
             let colour = app.color.on_stdout(&app.env);
             let options = show::TextOptions {
@@ -352,6 +393,10 @@ fn show_trace(app: &App, args: &ShowArgs) -> Result<()> {
                 max_width: app.env.width.max(80),
             };
             out.write(&show::text(&stats, &options))?;
+            if let Some(attention) = &attention {
+                out.write("\nExperts of the attention\n\n")?;
+                out.write(&show::text(attention, &options))?;
+            }
         }
     }
     out.finish()

@@ -127,8 +127,7 @@ fn traces_keep_null_picks_and_the_sizes_of_layers() {
 }
 
 /// Attention in two experts, of which a token takes one.
-#[test]
-fn attention_experts_are_counted_and_streamed() {
+fn of_attention() -> TinyFolder {
     let model = TinyMoe::default().configure(|config| {
         config.model_type = "cadre_moe".to_owned();
         config.attention.experts = Some(AttentionExperts {
@@ -137,7 +136,145 @@ fn attention_experts_are_counted_and_streamed() {
             eps: 1.0,
         });
     });
-    let model = model.build().unwrap();
+    model.build().unwrap()
+}
+
+/// Picks of each expert in the layers of what `logits --routing` says.
+fn loads(routing: &serde_json::Value, n_experts: usize) -> Vec<Vec<u64>> {
+    let layers = routing.as_array().unwrap().iter();
+    let load = |layer: &serde_json::Value| {
+        let picks: Vec<Vec<usize>> = serde_json::from_value(layer["experts"].clone()).unwrap();
+        let mut load = vec![0; n_experts];
+        picks.into_iter().flatten().for_each(|pick| load[pick] += 1);
+        load
+    };
+    layers.map(load).collect()
+}
+
+/// Loads of all layers of statistics.
+fn loads_of(stats: &serde_json::Value) -> Vec<Vec<u64>> {
+    let layers = stats["layers"].as_array().unwrap().iter();
+    let load = |layer: &serde_json::Value| serde_json::from_value(layer["load"].clone()).unwrap();
+    layers.map(load).collect()
+}
+
+#[test]
+fn experts_of_attention_are_shown_apart_and_not_planned_from() {
+    let model = of_attention();
+    let path = arg(model.path());
+    let scratch = tempfile::tempdir().unwrap();
+    let at = |name: &str| arg(&scratch.path().join(name)).to_owned();
+    let (data, trace) = (at("text.txt"), at("trace.parquet"));
+    fs::write(&data, "the quick brown fox jumps over the lazy dog").unwrap();
+
+    // The tokens that are run are those that are traced: prompt and new tokens but the last.
+    let run = [
+        "run",
+        "-m",
+        path,
+        "-p",
+        "the cat sat",
+        "-n",
+        "9",
+        "--temp",
+        "0",
+        "--experts",
+    ];
+    let ran = json(&[&run[..], &["-o", "json"]].concat());
+    let numbers = |key: &str| -> Vec<u32> { serde_json::from_value(ran[key].clone()).unwrap() };
+    let mut ids = [numbers("prompt_tokens"), numbers("tokens")].concat();
+    let seen = ran["experts"]["n_tokens"].as_u64().unwrap() as usize;
+    assert!(seen + 1 >= ids.len(), "{seen} of {}", ids.len());
+    ids.truncate(seen);
+    let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
+    let ids = ids.join(",");
+    let logits = ["logits", "-m", path, "--tokens", &ids, "-o", "json"];
+    let routing = json(&[&logits[..], &["--routing"]].concat());
+    assert!(json(&logits).get("attention_routing").is_none());
+    let (fed, attended) = (&routing["routing"], &routing["attention_routing"]);
+    let weights: Vec<Vec<f64>> = serde_json::from_value(attended[1]["weights"].clone()).unwrap();
+    // One of two by softmax: at least a half, over itself and 1.
+    let possible = 0.5 / 1.5 - 1e-6..=0.5;
+    assert!(weights.iter().flatten().all(|w| possible.contains(w)));
+    assert_eq!(loads_of(&ran["experts"]), loads(fed, 8));
+    let of_attention = &ran["experts"]["attention_experts"];
+    assert_eq!(loads_of(of_attention), loads(attended, 2));
+    let text = stdout(&run);
+    assert!(text.contains("layer x expert of attention"), "{text}");
+
+    let record = ["trace", "-m", path, "--data", &data, "-o", &trace];
+    stdout(&[&record[..], &["--logits", "--norms"]].concat());
+    let show = ["trace", "show", &trace, "-o", "json"];
+    let both = json(&show);
+    let apart = json(&[&show[..], &["--part", "attention"]].concat());
+    assert_eq!(both["attention_experts"], apart);
+    let n_tokens = both["n_tokens"].as_u64().unwrap();
+    let n_picks = |stats: &serde_json::Value| -> Vec<u64> {
+        let loads: Vec<Vec<u64>> = loads_of(stats);
+        loads.iter().map(|load| load.iter().sum()).collect()
+    };
+    assert_eq!(
+        (n_picks(&apart), &apart["n_tokens"]),
+        (vec![n_tokens; 2], &n_tokens.into())
+    );
+    assert_eq!(n_picks(&both), [2 * n_tokens; 2]);
+    assert_eq!(apart["meta"]["n_experts"], 2);
+    assert!(apart["layers"][0]["mean_norm"][0].is_number());
+    let text = stdout(&["trace", "show", &trace]);
+    assert!(text.contains("Experts of the attention"), "{text}");
+    let svg = at("a.svg");
+    stdout(&[
+        "trace",
+        "show",
+        &trace,
+        "--part",
+        "attention",
+        "--svg",
+        &svg,
+    ]);
+    let wrong = [
+        "trace",
+        "show",
+        &trace,
+        "--part",
+        "attention",
+        "--profile",
+        &svg,
+    ];
+    assert!(failure(&wrong).1.contains("--profile"));
+
+    // What is made of it is of the feed-forward's eight.
+    assert!(stdout(&["trace", "replay", &trace]).contains("belady"));
+    let plan = at("plan.json");
+    let prune = ["plan", "prune", "-m", path, "--trace", &trace, "-o", &plan];
+    stdout(&[&prune[..], &["--keep", "0.5", "--method", "frequency"]].concat());
+    let plan: serde_json::Value = serde_json::from_str(&fs::read_to_string(plan).unwrap()).unwrap();
+    for (layer, load) in plan["layers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .zip(loads_of(&both))
+    {
+        assert_eq!(layer["of"], 8);
+        let kept: Vec<usize> = layer["experts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|expert| expert["from"][0].as_u64().unwrap() as usize)
+            .collect();
+        let least = kept.iter().map(|expert| load[*expert]).min().unwrap();
+        let dropped = (0..8).filter(|expert| !kept.contains(expert));
+        assert!(
+            dropped
+                .map(|expert| load[expert])
+                .all(|load_of| load_of <= least)
+        );
+    }
+}
+
+#[test]
+fn attention_experts_are_counted_and_streamed() {
+    let model = of_attention();
     let path = arg(model.path());
     let parameters = json(&["inspect", "-m", path, "-o", "json"])["parameters"].clone();
     let unused = parameters["total"].as_u64().unwrap() - parameters["active"].as_u64().unwrap();

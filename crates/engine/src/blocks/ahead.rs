@@ -12,9 +12,10 @@ use super::experts::Turn;
 use super::groups::weights;
 use super::lossy::LossyScratch;
 use super::pick::SteerScratch;
+use super::told::Told;
 use super::{Experts, Moe, MoeScratch, Norm, Router, RouterScratch, Step};
 use crate::batch::{Sequence, Span};
-use crate::model::{Observer, RoutingEvent};
+use crate::model::Observer;
 use crate::streaming::ExpertStore;
 
 /// The next layer that has experts, and the stream before this layer's.
@@ -143,25 +144,15 @@ pub(crate) fn tell(
     ahead.logits.resize(step.n_rows() * n, 0.0);
     part.copy(&scratch.router, 0..step.n_rows(), &mut ahead.logits);
     moe.pick(step, &ahead.logits, (&mut ahead.routing, &mut ahead.steer))?;
-    for (sequence, span) in step
-        .spans
-        .iter()
-        .enumerate()
-        .filter(|(_, span)| span.n_rows > 0)
-    {
-        let mut routing = Routing::new();
-        for (experts, weights) in (span.first_row..span.end()).map(|row| ahead.routing.token(row)) {
-            routing.push_token(experts, weights);
-        }
-        observer.routed(&RoutingEvent {
-            sequence,
-            layer: step.layer,
-            first_position: span.position,
-            logits: &ahead.logits[span.first_row * n..span.end() * n],
-            routing: &routing,
-            norms: &[],
-        });
-    }
+    let told = Told {
+        logits: &ahead.logits,
+        routing: &ahead.routing,
+        norms: &[],
+        copies_from: None,
+    };
+    told.each(step, &mut Routing::new(), &mut |event| {
+        observer.routed(event);
+    });
     Ok(())
 }
 

@@ -6,8 +6,10 @@
 use cadre_kernels::{MatmulScratch, Matrix};
 use cadre_routing::{Policy, Routing, RoutingError};
 
+use super::told::Told;
 use super::{Attention, AttentionScratch, Linear, Rope, RopeAngles, Step};
 use crate::batch::{Sequence, Span};
+use crate::model::Observer;
 use crate::session::SessionShape;
 
 /// One layer's router and experts.
@@ -33,6 +35,10 @@ pub(crate) struct AttentionExpertsScratch {
     x: Vec<f32>,
     y: Vec<f32>,
     attention: AttentionScratch,
+    /// The routing of one sequence of a batch, for an observer.
+    part: Routing,
+    /// Output norm of each pair in routing order, when an observer wants it.
+    norms: Vec<f32>,
 }
 
 /// The rows of a pass that take an expert.
@@ -40,8 +46,9 @@ pub(crate) struct AttentionExpertsScratch {
 struct Taken {
     /// Of each sequence, in the expert's own positions.
     spans: Vec<Span>,
-    /// Which rows of the pass these are, and the weight of the expert there.
+    /// Which rows of the pass these are, the pair of the routing that says so, and the weight of the expert there.
     rows: Vec<usize>,
+    pairs: Vec<usize>,
     weights: Vec<f32>,
 }
 
@@ -56,12 +63,15 @@ impl AttentionExpertsScratch {
             taken: Taken {
                 spans: Vec::new(),
                 rows: Vec::with_capacity(capacity),
+                pairs: Vec::with_capacity(capacity),
                 weights: Vec::with_capacity(capacity),
             },
             angles: RopeAngles::default(),
             x: rows(shape.d_model),
             y: rows(shape.d_model),
             attention: AttentionScratch::new(n_heads, kv.n_kv_heads, kv.key_dim, capacity),
+            part: Routing::new(),
+            norms: Vec::new(),
         }
     }
 }
@@ -115,18 +125,24 @@ impl AttentionExperts {
         Ok(())
     }
 
-    /// `out_td = attention(x_td)`, for rows whose keys and values are stored.
+    /// `out_td = attention(x_td)`, for rows whose keys and values are stored; tells `observer` about the routing, if it
+    /// watches.
     pub(crate) fn forward(
         &self,
         step: Step<'_>,
         (x_td, out_td): (&[f32], &mut [f32]),
         batch: &[Sequence<'_>],
         (scratch, matmul): (&mut AttentionExpertsScratch, &mut MatmulScratch),
+        observer: &mut dyn Observer,
     ) -> Result<(), RoutingError> {
         // Again, because there may be fewer rows now than were stored.
         self.route(step, x_td, (scratch, matmul))?;
         let (kernels, d) = (step.compute.kernels(), self.gate.weight.n_in());
         out_td.fill(0.0);
+        scratch.norms.clear();
+        if observer.watches() && observer.wants_norms() {
+            scratch.norms.resize(scratch.routing.n_pairs(), 0.0);
+        }
         for (index, expert) in self.experts.iter().enumerate() {
             let layer = self.cache_of(step, index);
             let taken = &mut scratch.taken;
@@ -144,11 +160,27 @@ impl AttentionExperts {
             let y = &mut scratch.y[..x.len()];
             let attention = &mut scratch.attention;
             expert.forward(own, angles, (x, &mut *y), batch, (attention, matmul));
+            if !scratch.norms.is_empty() {
+                for (y, pair) in y.chunks_exact(d).zip(&taken.pairs) {
+                    scratch.norms[*pair] = kernels.dot(y, y).sqrt();
+                }
+            }
             // Experts in their order, whatever else is in the pass.
             let outputs = y.chunks_exact(d).zip(&taken.rows).zip(&taken.weights);
             for ((y, row), weight) in outputs {
                 kernels.axpy(*weight, y, &mut out_td[row * d..][..d]);
             }
+        }
+        if observer.watches() {
+            let told = Told {
+                logits: &scratch.logits[..step.n_rows() * self.experts.len()],
+                routing: &scratch.routing,
+                norms: &scratch.norms,
+                copies_from: None,
+            };
+            told.each(step, &mut scratch.part, &mut |event| {
+                observer.attention_routed(event);
+            });
         }
         Ok(())
     }
@@ -181,6 +213,7 @@ impl Taken {
     ) {
         self.spans.clear();
         self.rows.clear();
+        self.pairs.clear();
         self.weights.clear();
         for (span, sequence) in step.spans.iter().zip(batch) {
             let first_row = self.rows.len();
@@ -189,6 +222,7 @@ impl Taken {
                 let place = experts.iter().position(|id| usize::from(*id) == expert);
                 if let Some(place) = place {
                     self.rows.push(row);
+                    self.pairs.push(routing.offsets()[row] as usize + place);
                     self.weights.push(weights[place]);
                 }
             }

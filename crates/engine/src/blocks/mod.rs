@@ -22,6 +22,7 @@ mod pick;
 mod residual;
 mod rope;
 mod router;
+mod told;
 
 pub(crate) use ahead::{Ahead, foresee, tell};
 pub(crate) use attention::{Attention, AttentionScratch};

@@ -10,11 +10,12 @@ use super::ahead::{Ahead, AheadScratch};
 use super::groups::{Groups, combine, output_norms};
 use super::lossy::LossyScratch;
 use super::pick::SteerScratch;
+use super::told::Told;
 use super::{
     Experts, FeedForward, FeedForwardScratch, LossyRules, Residual, Router, RouterScratch, Step,
 };
 use crate::error::EngineError;
-use crate::model::{Observer, RoutingEvent};
+use crate::model::Observer;
 
 /// One layer's router and experts.
 #[derive(Debug)]
@@ -232,39 +233,13 @@ impl Moe {
         if observer.wants_norms() {
             output_norms(step.compute, &groups.rows, y_pd, d, norms);
         }
-        for (sequence, span) in step.spans.iter().enumerate() {
-            if span.n_rows == 0 {
-                continue;
-            }
-            let rows = span.first_row..span.end();
-            let whole = rows.len() == routing.n_tokens() && !has_copies;
-            if !whole {
-                part.clear();
-                for row in rows.clone() {
-                    let (experts, weights) = routing.token(row);
-                    for (expert, weight) in experts.iter().zip(weights) {
-                        // A copy is the expert that it is a copy of.
-                        let id = if has_copies {
-                            expert % n_experts as u16
-                        } else {
-                            *expert
-                        };
-                        part.push_pair(id, *weight);
-                    }
-                    part.end_token();
-                }
-            }
-            let pairs =
-                routing.offsets()[rows.start] as usize..routing.offsets()[rows.end] as usize;
-            observer.routed(&RoutingEvent {
-                sequence,
-                layer: step.layer,
-                first_position: span.position,
-                logits: &logits[rows.start * n_experts..rows.end * n_experts],
-                routing: if whole { routing } else { part },
-                norms: norms.get(pairs).unwrap_or_default(),
-            });
-        }
+        let told = Told {
+            logits: &logits[..step.n_rows() * n_experts],
+            routing,
+            norms,
+            copies_from: has_copies.then_some(n_experts as u16),
+        };
+        told.each(step, part, &mut |event| observer.routed(event));
     }
 }
 
@@ -301,7 +276,7 @@ mod tests {
     use super::super::experts::ExpertRows;
     use super::*;
     use crate::batch::Span;
-    use crate::model::NoObserver;
+    use crate::model::{NoObserver, RoutingEvent};
 
     /// Keeps what it is told.
     #[derive(Default)]
