@@ -50,5 +50,5 @@ fn every_golden_checkpoint_opens_complete_and_its_configuration_survives_writing
         assert_eq!(again.unwrap(), expected, "{}: {text}", path.display());
         architectures.insert(config.model_type.clone());
     }
-    assert_eq!(architectures.len(), 15, "{architectures:?}");
+    assert_eq!(architectures.len(), 16, "{architectures:?}");
 }
