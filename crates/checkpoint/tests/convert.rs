@@ -63,6 +63,7 @@ const DIFFERENT: &[(&str, &str)] = &[
     ("gpt_oss/bf16", "rope"),
     ("gpt_oss/odd_sizes", "activation"),
     ("llama/yarn_v4", "rope"),
+    ("mistral/window", "windows"),
     ("mixtral/window", "windows"),
     ("olmoe/bias", "o_proj"),
     ("olmoe/clip", "clip_qkv"),
@@ -201,6 +202,10 @@ fn same_config(name: &str, source: &Checkpoint, back: &Checkpoint, problems: &mu
     (ours.eos_token_ids, theirs.eos_token_ids) = (Vec::new(), Vec::new());
     (ours.bos_token_id, theirs.bos_token_id) = (None, None);
     (ours.pad_token_id, theirs.pad_token_id) = (None, None);
+    if ours.model_type == "mistral" {
+        // Without a window it is Llama, and GGUF has one name for both.
+        ours.model_type = "llama".to_owned();
+    }
     // Some architectures of GGUF have the output head in a tensor of its own.
     ours.tie_word_embeddings = theirs.tie_word_embeddings;
     if format!("{ours:?}") != format!("{theirs:?}") {
