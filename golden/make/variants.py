@@ -48,6 +48,11 @@ class Architecture:
     keep_f32: str = r"e_score_correction_bias$"
 
 
+def rope(theta=10000.0, **scaling):
+    """What `rope_parameters` says of plain rotary positions, or of scaled ones."""
+    return {"rope_type": "default", "rope_theta": theta} | scaling
+
+
 def reroute(weights):
     """A patch: weights(router logits, weights, experts) replaces what the routers return as weights."""
 

@@ -2,11 +2,7 @@
 
 import types
 
-from variants import Architecture, Variant, Without
-
-
-def rope(theta=10000.0, **scaling):
-    return {"rope_type": "default", "rope_theta": theta} | scaling
+from variants import Architecture, Variant, Without, rope
 
 
 YARN = dict(

@@ -1,10 +1,6 @@
 """The table of golden/gpt_oss: sinks, alternating windows, clamped experts with biases, MXFP4 weights."""
 
-from variants import Architecture, Variant, Without, raw_softmax, reroute
-
-
-def rope(theta=100.0, **scaling):
-    return {"rope_type": "default", "rope_theta": theta} | scaling
+from variants import Architecture, Variant, Without, raw_softmax, reroute, rope
 
 
 # The hub's values scaled down so that the ramp covers the frequencies of a small head; truncate false as there.
@@ -55,7 +51,7 @@ FEATURES = {
     "down_bias": Without(fill={"down_proj_bias": 0.0}),
     "q_bias": Without(fill={r"q_proj\.bias": 0.0}),
     "o_bias": Without(fill={r"o_proj\.bias": 0.0}),
-    "yarn": Without({"rope_parameters": rope()}),
+    "yarn": Without({"rope_parameters": rope(100.0)}),
     "truncate": Without({"rope_parameters": rope(100.0, **YARN | {"truncate": True})}),
 }
 MXFP4 = {

@@ -1,10 +1,6 @@
 """The table of golden/granitemoe: softmax over the picked experts, and four multipliers in the stream."""
 
-from variants import Architecture, Variant, Without, raw_softmax, reroute
-
-
-def rope(theta=10000.0, **scaling):
-    return {"rope_type": "default", "rope_theta": theta} | scaling
+from variants import Architecture, Variant, Without, raw_softmax, reroute, rope
 
 
 RAW = Without(patch=reroute(raw_softmax))

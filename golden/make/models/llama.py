@@ -1,10 +1,6 @@
 """The table of golden/llama: the dense decoder that most others vary; all plain kinds of rope scaling."""
 
-from variants import Architecture, Variant, Without
-
-
-def rope(theta=10000.0, **scaling):
-    return {"rope_type": "default", "rope_theta": theta} | scaling
+from variants import Architecture, Variant, Without, rope
 
 
 LLAMA3 = dict(

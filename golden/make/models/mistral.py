@@ -1,10 +1,6 @@
 """The table of golden/mistral: Llama with one sliding window for all layers, or none."""
 
-from variants import Architecture, Variant, Without
-
-
-def rope(theta=10000.0, **scaling):
-    return {"rope_type": "default", "rope_theta": theta} | scaling
+from variants import Architecture, Variant, Without, rope
 
 
 ARCHITECTURE = Architecture(

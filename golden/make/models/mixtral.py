@@ -1,12 +1,8 @@
 """The table of golden/mixtral: softmax top-k that is always renormalised, one sliding window for all layers."""
 
-from variants import Architecture, Variant, Without, raw_softmax, reroute
+from variants import Architecture, Variant, Without, raw_softmax, reroute, rope
 
 RAW = Without(patch=reroute(raw_softmax))
-
-
-def rope(theta=1000000.0, **scaling):
-    return {"rope_type": "default", "rope_theta": theta} | scaling
 
 
 ARCHITECTURE = Architecture(
@@ -23,7 +19,7 @@ ARCHITECTURE = Architecture(
         max_position_embeddings=128,
         sliding_window=None,
         tie_word_embeddings=False,
-        rope_parameters=rope(),
+        rope_parameters=rope(1000000.0),
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,

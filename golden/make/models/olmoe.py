@@ -1,10 +1,6 @@
 """The table of golden/olmoe: query and key norms over the whole projection, optional clipping of q, k and v."""
 
-from variants import Architecture, Variant, Without
-
-
-def rope(theta=10000.0, **scaling):
-    return {"rope_type": "default", "rope_theta": theta} | scaling
+from variants import Architecture, Variant, Without, rope
 
 
 def per_head_norms(model):

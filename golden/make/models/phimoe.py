@@ -8,11 +8,7 @@ Its `without.transformers_5_23` is the difference to the unpatched transformers.
 
 from functools import partial
 
-from variants import Architecture, Variant, Without, raw_softmax, renormalised, reroute
-
-
-def rope(theta=10000.0, **scaling):
-    return {"rope_type": "default", "rope_theta": theta} | scaling
+from variants import Architecture, Variant, Without, raw_softmax, renormalised, reroute, rope
 
 
 LONG = dict(

@@ -1,10 +1,6 @@
 """The table of golden/qwen2_moe: a gated shared expert, biases on q, k and v, raw or renormalised softmax top-k."""
 
-from variants import Architecture, Variant, Without
-
-
-def rope(theta=1000000.0, **scaling):
-    return {"rope_type": "default", "rope_theta": theta} | scaling
+from variants import Architecture, Variant, Without, rope
 
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
@@ -32,7 +28,7 @@ ARCHITECTURE = Architecture(
         max_position_embeddings=128,
         use_sliding_window=False,
         tie_word_embeddings=False,
-        rope_parameters=rope(),
+        rope_parameters=rope(1000000.0),
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=None,

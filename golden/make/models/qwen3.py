@@ -1,10 +1,6 @@
 """The table of golden/qwen3: query and key norms per head, head_dim apart from hidden_size / heads."""
 
-from variants import Architecture, Variant, Without
-
-
-def rope(theta=1000000.0, **scaling):
-    return {"rope_type": "default", "rope_theta": theta} | scaling
+from variants import Architecture, Variant, Without, rope
 
 
 NORMS = Without(fill={r"[qk]_norm\.weight": 1.0})
@@ -24,7 +20,7 @@ ARCHITECTURE = Architecture(
         use_sliding_window=False,
         max_window_layers=2,
         tie_word_embeddings=False,
-        rope_parameters=rope(),
+        rope_parameters=rope(1000000.0),
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=None,

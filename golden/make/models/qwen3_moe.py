@@ -1,10 +1,6 @@
 """The table of golden/qwen3_moe: query and key norms per head, raw or renormalised softmax top-k, no shared expert."""
 
-from variants import Architecture, Variant, Without
-
-
-def rope(theta=10000.0):
-    return {"rope_type": "default", "rope_theta": theta}
+from variants import Architecture, Variant, Without, rope
 
 
 def v4_config(config):
