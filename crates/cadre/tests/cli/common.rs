@@ -61,6 +61,27 @@ pub(crate) fn arg(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
+/// Logits of a few tokens.
+pub(crate) fn logits(model: &Path, more: &[&str]) -> serde_json::Value {
+    let tokens = "5,17,200,3,99,7,8";
+    let args = ["logits", "-m", arg(model), "--tokens", tokens, "-o", "json"];
+    json(&[&args[..], more].concat())
+}
+
+/// Records what `model` makes of `data`.
+pub(crate) fn trace([model, data, output]: [&Path; 3], more: &[&str]) {
+    let args = [
+        "trace",
+        "-m",
+        arg(model),
+        "--data",
+        arg(data),
+        "-o",
+        arg(output),
+    ];
+    stdout(&[&args[..], more].concat());
+}
+
 /// Peak resident bytes of a run that must succeed, as the kernel accounts them at its end.
 #[cfg(target_os = "linux")]
 pub(crate) fn peak_rss(command: &mut Command) -> u64 {

@@ -1,12 +1,12 @@
 //! `cadre plan factor`: merged experts as products of thin matrices plus a few rows, run as they are and multiplied.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use cadre_testkit::{TinyMoe, assert_close};
 use serde_json::Value;
 
-use crate::common::{arg, failure, json, output, stdout};
+use crate::common::{self, arg, failure, logits, output, stdout};
 
 const DATA: &str = "{\"domain\": \"code\", \"text\": \"let x = 12 + 30; let y = x * 2; fn main() { print(x); }\"}\n";
 
@@ -27,16 +27,7 @@ fn factors_run_as_what_they_multiply_to() {
     let source = arg(model.path());
     fs::write(path("data.jsonl"), DATA).unwrap();
     let (data, trace, plan) = (path("data.jsonl"), path("t.parquet"), path("p.json"));
-    stdout(&[
-        "trace",
-        "-m",
-        source,
-        "--data",
-        arg(&data),
-        "-o",
-        arg(&trace),
-        "--logits",
-    ]);
+    common::trace([Path::new(source), &data, &trace], &["--logits"]);
     let make = |command: &str, more: &[&str]| {
         let args = [
             "plan",
@@ -64,18 +55,7 @@ fn factors_run_as_what_they_multiply_to() {
         stdout(&[&args[..], more].concat());
         output
     };
-    let logits = |model: &PathBuf, more: &[&str]| {
-        let args = [
-            "logits",
-            "-m",
-            arg(model),
-            "--tokens",
-            "5,17,200,3,99,7,8",
-            "-o",
-            "json",
-        ];
-        values(&json(&[&args[..], more].concat()))
-    };
+    let logits = |model: &PathBuf, more: &[&str]| values(&logits(model, more));
     make("merge", &[]);
     let merged = logits(&apply("merged", &[]), &[]);
     // Width 16: products of that rank lose nothing.
@@ -175,16 +155,7 @@ fn factors_run_as_what_they_multiply_to() {
     );
     stdout(&["convert", "-m", source, "-o", arg(&gguf)]);
     let (of_gguf, own) = (path("g.parquet"), path("g.json"));
-    stdout(&[
-        "trace",
-        "-m",
-        arg(&gguf),
-        "--data",
-        arg(&data),
-        "-o",
-        arg(&of_gguf),
-        "--logits",
-    ]);
+    common::trace([&gguf, &data, &of_gguf], &["--logits"]);
     let factor = [
         "plan",
         "factor",

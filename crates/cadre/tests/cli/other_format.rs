@@ -6,7 +6,7 @@ use std::path::Path;
 use cadre_testkit::TinyMoe;
 use serde_json::Value;
 
-use crate::common::{arg, failure, json, stdout, tiny};
+use crate::common::{arg, failure, json, stdout, tiny, trace};
 use crate::reshape::Bench;
 
 #[test]
@@ -26,15 +26,7 @@ fn a_recording_of_one_format_serves_another_when_the_values_agree() {
         json(&["inspect", "-m", arg(model), "--digest", "-o", "json"])["digest"].clone()
     };
     let (data, of_gguf) = (bench.path("data.jsonl"), bench.path("gguf.parquet"));
-    stdout(&[
-        "trace",
-        "-m",
-        arg(&gguf),
-        "--data",
-        arg(&data),
-        "-o",
-        arg(&of_gguf),
-    ]);
+    trace([&gguf, &data, &of_gguf], &[]);
     let of_folder = bench.path("trace.parquet");
     for (at, (trace, recorded, model)) in [
         (&of_gguf, gguf.as_path(), folder),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use cadre_testkit::{TinyFolder, TinyMoe, assert_close};
 use serde_json::Value;
 
-use crate::common::{arg, failure, json, stdout, tiny};
+use crate::common::{arg, failure, json, logits, stdout, tiny};
 
 const DATA: &str = "{\"domain\": \"code\", \"text\": \"let x = 12 + 30; let y = x * 2; fn main() { print(x); }\"}\n\
     {\"domain\": \"prose\", \"text\": \"The cat sat with the miller and the king. The youngest was sad.\"}\n";
@@ -257,19 +257,7 @@ fn routers_keep_their_rows_and_merged_experts_share_weights() {
         let (shared, copies) = (path("shared"), path("copies"));
         apply(&shared, &["--data", arg(&data)]);
         apply(&copies, &["--compat"]);
-        let logits = |model: &Path, more: &[&str]| {
-            let args = [
-                "logits",
-                "-m",
-                arg(model),
-                "--tokens",
-                "5,17,200,3,99,7,8",
-                "-o",
-                "json",
-                "--routing",
-            ];
-            json(&[&args[..], more].concat())
-        };
+        let logits = |model: &Path, more: &[&str]| logits(model, &[&["--routing"], more].concat());
         // The same picks as of all experts, by the same weights, whether they are there once or once for each.
         let own = logits(&shared, &[]);
         assert_eq!(own, logits(&copies, &[]));
