@@ -96,6 +96,46 @@ mod tests {
         assert!(far(&twin.gate, &one.gate) > 0.5);
     }
 
+    /// What an expert makes of `x`: `down (silu(gate x) * (up x))`.
+    fn output(expert: &Matrices, x: &[f32]) -> Vec<f64> {
+        let product = |rows: &[f32], x: &[f64]| -> Vec<f64> {
+            let rows = rows.chunks_exact(x.len());
+            rows.map(|row| row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum())
+                .collect()
+        };
+        let x: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+        let (gate, up) = (product(&expert.gate, &x), product(&expert.up, &x));
+        let pairs = gate.iter().zip(&up);
+        let inner: Vec<f64> = pairs.map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+        product(&expert.down, &inner)
+    }
+
+    #[test]
+    fn alignment_changes_no_output_and_never_moves_experts_apart() {
+        let mut random = Random::new(21);
+        for (width, hidden) in [(1, 3), (7, 5), (24, 10), (13, 29)] {
+            let (one, other) = (
+                expert(&mut random, width, hidden),
+                expert(&mut random, width, hidden),
+            );
+            let aligned = permuted(&other, &order(&one, &other));
+            let x = random.values(hidden, 1.0);
+            for (a, b) in output(&other, &x).iter().zip(output(&aligned, &x)) {
+                assert!((a - b).abs() < 1e-5, "{a} {b}");
+            }
+            let apart = |to: &Matrices| -> f64 {
+                let parts = [
+                    (&one.gate, &to.gate),
+                    (&one.up, &to.up),
+                    (&one.down, &to.down),
+                ];
+                let pairs = parts.into_iter().flat_map(|(a, b)| a.iter().zip(b));
+                pairs.map(|(a, b)| f64::from(a - b).powi(2)).sum()
+            };
+            assert!(apart(&aligned) <= apart(&other) + 1e-6, "{width} {hidden}");
+        }
+    }
+
     #[test]
     fn rows_and_columns_move_together() {
         let values = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
