@@ -77,24 +77,61 @@ pub struct SharedExpert {
 
 /// Every matrix of an expert, `[out, in]`, as `outer [out, rank] x inner [rank, in]` plus a few rows: MC-SMoE (arXiv
 /// 2310.01334). The rows are stored behind those of `inner`, and which rows they are beside them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Factors {
     /// Width of the products.
     pub rank: usize,
-    /// Rows of gate and up matrices.
+    /// Rows of gate and up matrices, the most where they differ.
     pub up_rows: usize,
-    /// Rows of down matrices.
+    /// Rows of down matrices, the most where they differ.
     pub down_rows: usize,
+    /// Where matrices differ: for each layer with experts, and each stored expert, the rows of its gate, up and down
+    /// matrices; empty where all have the same.
+    pub uneven: Vec<Vec<[usize; 3]>>,
 }
 
 impl Factors {
-    /// Rows of the matrix of this part, `gate_proj`, `up_proj` or `down_proj`.
+    /// The parts of an expert, in the order of [`Self::rows_of`].
+    pub const PARTS: [&'static str; 3] = ["gate_proj", "up_proj", "down_proj"];
+
+    /// The same numbers of rows in all experts.
     #[must_use]
-    pub fn rows(&self, part: &str) -> usize {
+    pub fn even(rank: usize, up_rows: usize, down_rows: usize) -> Self {
+        Self {
+            rank,
+            up_rows,
+            down_rows,
+            uneven: Vec::new(),
+        }
+    }
+
+    /// For each layer with experts, and each stored expert, the rows of its gate, up and down matrices.
+    #[must_use]
+    pub fn uneven(rank: usize, rows: Vec<Vec<[usize; 3]>>) -> Self {
+        let most = |of: fn(&[usize; 3]) -> usize| rows.iter().flatten().map(of).max().unwrap_or(0);
+        Self {
+            rank,
+            up_rows: most(|rows| rows[0].max(rows[1])),
+            down_rows: most(|rows| rows[2]),
+            uneven: rows,
+        }
+    }
+
+    /// The most rows of any matrix of this part, `gate_proj`, `up_proj` or `down_proj`.
+    #[must_use]
+    pub fn most_rows(&self, part: &str) -> usize {
         match part {
             "down_proj" => self.down_rows,
             _ => self.up_rows,
         }
+    }
+
+    /// Rows of the gate, up and down matrices of stored expert `expert` of the `at`-th layer with experts.
+    #[must_use]
+    pub fn rows_of(&self, at: usize, expert: usize) -> [usize; 3] {
+        let own = self.uneven.get(at).and_then(|layer| layer.get(expert));
+        let same = [self.up_rows, self.up_rows, self.down_rows];
+        own.copied().unwrap_or(same)
     }
 }
 
@@ -395,10 +432,29 @@ impl MoeConfig {
     }
 
     fn check_factors(&self) -> Result<(), (&'static str, String)> {
-        let Some(factors) = self.factors else {
+        let Some(factors) = &self.factors else {
             return Ok(());
         };
         let key = "(factors of experts)";
+        let lists = &factors.uneven;
+        if !lists.is_empty() && lists.len() != self.layers.len() {
+            let problem = format!(
+                "have {} lists for {} layers",
+                lists.len(),
+                self.layers.len()
+            );
+            return Err((key, problem));
+        }
+        for (at, (list, layer)) in lists.iter().zip(&self.layers).enumerate() {
+            let n_stored = self.n_stored_at(at);
+            if list.len() != n_stored {
+                let problem = format!(
+                    "give rows of {} experts for layer {layer}, which has {n_stored}",
+                    list.len()
+                );
+                return Err((key, problem));
+            }
+        }
         if factors.rank == 0 || factors.rank > self.intermediate_size {
             let problem = format!(
                 "have rank {}, expected 1 to {}",

@@ -83,13 +83,12 @@ impl Specs<'_> {
             self.norm("pre_feedforward_layernorm");
             self.norm("post_feedforward_layernorm");
         }
-        if self.config.is_moe_layer(layer) {
-            self.moe(
-                self.config.n_experts_in(layer),
-                self.config.n_stored_in(layer),
-            );
-        } else {
-            self.feed_forward("mlp", self.config.intermediate_size, self.config.mlp_bias);
+        match self.config.moe.layers.binary_search(&layer) {
+            Ok(at) => self.moe(at),
+            Err(_) => {
+                let width = self.config.intermediate_size;
+                self.feed_forward("mlp", width, self.config.mlp_bias);
+            }
         }
     }
 
@@ -164,14 +163,13 @@ impl Specs<'_> {
     }
 
     /// An expert in factors.
-    fn factored(&mut self, prefix: &str, factors: Factors) {
+    fn factored(&mut self, prefix: &str, factors: &Factors, rows: [usize; 3]) {
         let (hidden, width) = (self.config.hidden_size, self.config.moe.intermediate_size);
-        for part in ["gate_proj", "up_proj", "down_proj"] {
+        for (part, n_rows) in Factors::PARTS.into_iter().zip(rows) {
             let (n_out, n_in) = match part {
                 "down_proj" => (hidden, width),
                 _ => (width, hidden),
             };
-            let n_rows = factors.rows(part);
             self.push(
                 &format!("{prefix}.{part}.inner.weight"),
                 &[factors.rank + n_rows, n_in],
@@ -186,13 +184,15 @@ impl Specs<'_> {
         }
     }
 
-    fn moe(&mut self, n_experts: usize, n_stored: usize) {
+    /// The `at`-th layer with experts.
+    fn moe(&mut self, at: usize) {
         let moe = &self.config.moe;
+        let (n_experts, n_stored) = (moe.n_experts_at(at), moe.n_stored_at(at));
         let hidden = self.config.hidden_size;
         for expert in 0..n_stored {
             let prefix = format!("mlp.experts.{expert}");
-            if let Some(factors) = moe.factors {
-                self.factored(&prefix, factors);
+            if let Some(factors) = &moe.factors {
+                self.factored(&prefix, factors, factors.rows_of(at, expert));
                 continue;
             }
             self.feed_forward(&prefix, moe.intermediate_size, moe.expert_bias);

@@ -244,13 +244,8 @@ impl<'a> Builder<'a> {
     fn experts(&self, layer: usize, prefix: &str) -> Result<Experts> {
         let moe = &self.config.moe;
         let n_experts = self.config.n_stored_in(layer);
+        let before = moe.layers.iter().take_while(|l| **l < layer).count();
         if let Some(store) = &self.weights.store {
-            let before = self
-                .config
-                .moe_layers()
-                .iter()
-                .take_while(|l| **l < layer)
-                .count();
             return Ok(Experts::Streamed {
                 store: Arc::clone(store),
                 layer: before as u16,
@@ -260,9 +255,11 @@ impl<'a> Builder<'a> {
                 },
             });
         }
-        if let Some(factors) = moe.factors {
-            let experts = (0..n_experts)
-                .map(|expert| self.factored(&format!("{prefix}.experts.{expert}"), factors));
+        if let Some(factors) = &moe.factors {
+            let experts = (0..n_experts).map(|expert| {
+                let sizes = (factors.rank, factors.rows_of(before, expert));
+                self.factored(&format!("{prefix}.experts.{expert}"), sizes)
+            });
             return Ok(Experts::Factored(experts.collect::<Result<_>>()?));
         }
         // Checking and quantising is most of the work of loading, and experts are most of the weights.
@@ -276,11 +273,11 @@ impl<'a> Builder<'a> {
         Ok(Experts::Resident(experts?))
     }
 
-    /// An expert in factors.
-    fn factored(&self, prefix: &str, factors: Factors) -> Result<FactoredExpert> {
+    /// An expert in factors of `rank`, with `rows` in its gate, up and down matrices.
+    fn factored(&self, prefix: &str, (rank, rows): (usize, [usize; 3])) -> Result<FactoredExpert> {
         let (d, width) = (self.config.hidden_size, self.config.moe.intermediate_size);
-        let part = |part: &str, [n_out, n_in]: [usize; 2]| -> Result<Factored> {
-            let (rank, n_rows) = (factors.rank, factors.rows(part));
+        let part = |at: usize, [n_out, n_in]: [usize; 2]| -> Result<Factored> {
+            let (part, n_rows) = (Factors::PARTS[at], rows[at]);
             let name = |what: &str| format!("{prefix}.{part}.{what}");
             let rows = match n_rows {
                 0 => Vec::new(),
@@ -297,9 +294,9 @@ impl<'a> Builder<'a> {
             })
         };
         Ok(FactoredExpert {
-            gate_proj: part("gate_proj", [width, d])?,
-            up_proj: part("up_proj", [width, d])?,
-            down_proj: part("down_proj", [d, width])?,
+            gate_proj: part(0, [width, d])?,
+            up_proj: part(1, [width, d])?,
+            down_proj: part(2, [d, width])?,
             activation: self.config.activation,
         })
     }

@@ -313,18 +313,25 @@ fn info(b: &Builder<'_>) -> ModelInfo {
         .map(|(_, shape)| shape.iter().map(|n| *n as u64).product::<u64>())
         .sum();
     let moe = &config.moe;
-    let mut per_expert = 3 * (config.hidden_size * moe.intermediate_size) as u64;
-    if let Some(factors) = moe.factors {
-        let (d, f) = (config.hidden_size, moe.intermediate_size);
-        let thin = 3 * factors.rank * (d + f);
-        let rows = 2 * factors.up_rows * (d + 1) + factors.down_rows * (f + 1);
-        per_expert = (thin + rows) as u64;
-    }
-    if moe.expert_bias {
-        per_expert += (2 * moe.intermediate_size + config.hidden_size) as u64;
-    }
-    let unused = |layer: &usize| config.n_stored_in(*layer) - config.picks_in(*layer);
-    let n_unused = moe.layers.iter().map(unused).sum::<usize>() as u64;
+    let (d, f) = (config.hidden_size, moe.intermediate_size);
+    let size = |at: usize, expert: usize| {
+        let matrices = match &moe.factors {
+            None => 3 * d * f,
+            Some(factors) => {
+                let [gate, up, down] = factors.rows_of(at, expert);
+                3 * factors.rank * (d + f) + (gate + up) * (d + 1) + down * (f + 1)
+            }
+        };
+        let biases = if moe.expert_bias { 2 * f + d } else { 0 };
+        (matrices + biases) as u64
+    };
+    // Experts of a layer that no token of it uses at once, of the mean size where they differ.
+    let unused = |(at, layer): (usize, &usize)| {
+        let n = config.n_stored_in(*layer) as u64;
+        let all: u64 = (0..n as usize).map(|expert| size(at, expert)).sum();
+        all * (n - config.picks_in(*layer) as u64) / n.max(1)
+    };
+    let n_unused: u64 = moe.layers.iter().enumerate().map(unused).sum();
     let heads = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim;
     let unused_heads = config.attention.experts.map_or(0, |experts| {
         heads / experts.n_experts * (experts.n_experts - experts.top_k)
@@ -344,7 +351,7 @@ fn info(b: &Builder<'_>) -> ModelInfo {
         max_context: config.max_position_embeddings,
         eos_token_ids: config.eos_token_ids.clone(),
         n_params,
-        n_active_params: n_params - n_unused * per_expert - n_unused_heads,
+        n_active_params: n_params - n_unused - n_unused_heads,
         weight_bytes: 0,
         lossy: b.weights.lossy,
         steering: Steering::default(),

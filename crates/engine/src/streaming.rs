@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use cadre_checkpoint::{Checkpoint, Factors, FileRange, ModelConfig, TensorOnDisk};
+use cadre_checkpoint::{Checkpoint, FileRange, ModelConfig, TensorOnDisk};
 use cadre_kernels::{Bytes, Compute, Matrix, PlacedMemory};
 use cadre_store::{AheadKind, ExpertId, Form, Piece, Store, StoreError, StoreOptions};
 
@@ -214,7 +214,7 @@ fn same_sizes(checkpoint: &Checkpoint, other: &Checkpoint) -> Result<()> {
         let kind = (
             config.model_type.clone(),
             config.activation,
-            config.moe.factors,
+            config.moe.factors.clone(),
         );
         (kind, config.n_layers, layers, counts, d, width)
     };
@@ -236,11 +236,14 @@ impl StoredExperts {
     ) -> Result<Self> {
         let config = checkpoint.config();
         let mut experts = Vec::new();
-        for layer in config.moe_layers() {
+        for (at, layer) in config.moe_layers().into_iter().enumerate() {
             let mut of_layer = Vec::new();
             for expert in 0..config.n_stored_in(layer) {
                 let prefix = format!("model.layers.{layer}.mlp.experts.{expert}");
-                let found = StoredExpert::find(checkpoint, config, (&prefix, compute), files)?;
+                let factors = config.moe.factors.as_ref();
+                let rows = factors.map(|factors| factors.rows_of(at, expert));
+                let place = (prefix.as_str(), rows, &**compute);
+                let found = StoredExpert::find(checkpoint, config, place, files)?;
                 of_layer.push(found);
             }
             experts.push(of_layer);
@@ -279,14 +282,13 @@ impl StoredExpert {
     fn find(
         checkpoint: &Checkpoint,
         config: &ModelConfig,
-        (prefix, compute): (&str, &Compute),
+        (prefix, rows, compute): (&str, Option<[usize; 3]>, &Compute),
         files: &mut Vec<PathBuf>,
     ) -> Result<Self> {
         let tensor = |part: String| checkpoint.tensor_on_disk(&format!("{prefix}.{part}.weight"));
-        let factors = config.moe.factors;
         let tensors: Vec<TensorOnDisk> = PARTS
             .iter()
-            .flat_map(|part| match factors {
+            .flat_map(|part| match rows {
                 None => vec![(*part).to_owned()],
                 Some(_) => THIN.map(|thin| format!("{part}.{thin}")).to_vec(),
             })
@@ -330,21 +332,20 @@ impl StoredExpert {
                 ])
             }
         };
-        let rows = |factors: Factors| {
-            let [gate, up, down] = PARTS.map(|part| {
-                let n_out = if part == PARTS[2] { d } else { width };
-                let name = format!("{prefix}.{part}.rows");
-                let values = match factors.rows(part) {
+        let places = |n_rows: [usize; 3]| {
+            let of = |at: usize, n_out: usize| {
+                let name = format!("{prefix}.{}.rows", PARTS[at]);
+                let values = match n_rows[at] {
                     0 => Vec::new(),
                     n => checkpoint.tensor_f32(&name, &[n])?,
                 };
                 factored_rows(&config.model_type, &name, values, n_out)
-            });
-            Ok::<_, EngineError>([gate?, up?, down?])
+            };
+            Ok::<_, EngineError>([of(0, width)?, of(1, width)?, of(2, d)?])
         };
         Ok(Self {
             n_bytes: n_bytes.sum(),
-            rows: factors.map(rows).transpose()?,
+            rows: rows.map(places).transpose()?,
             tensors,
             biases,
             pieces,

@@ -173,11 +173,7 @@ fn new_experts(
     let factors = plan.factor.filter(|_| !pad).map(|factor| {
         let (rank, up_rows) = sizes(&factor, width);
         let (_, down_rows) = sizes(&factor, hidden);
-        Factors {
-            rank,
-            up_rows,
-            down_rows,
-        }
+        Factors::even(rank, up_rows, down_rows)
     });
     NewExperts {
         layers,

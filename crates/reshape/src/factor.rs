@@ -4,8 +4,8 @@
 //! 2310.01334.
 //! Rule: `W = U V + S`, `U V` nearest to `W` among products of that rank, `S` the rest, of which the rows that matter most
 //! stay.
-//! Differs from paper: rows are ranked by their size in place of their gradients over training steps, the same number stays
-//! in every matrix, and nothing is tuned here.
+//! Differs from paper: nothing is tuned here, so that rows are ranked by their size and the same number stays in every matrix.
+//! With all rows, `cadre tune --recover --rest` goes on as the paper does (`train/src/methods/prune_rows.rs`).
 //! Check: below; `tests/factor.rs`.
 
 use cadre_kernels::gemm::{Mat, MatMut, Write, gemm};

@@ -211,13 +211,18 @@ impl Architecture {
             None => n_experts,
             Some(map) => map.iter().max().map_or(0, |most| usize::from(*most) + 1),
         };
-        let expert = match self.config.moe.factors {
-            None => feed_forward(width),
+        let experts: usize = match &self.config.moe.factors {
+            None => n_stored * feed_forward(width),
             Some(factors) => {
-                3 * factors.rank * (d + width) + 2 * factors.up_rows * d + factors.down_rows * width
+                let layers = self.config.moe.layers.iter();
+                let at = layers.take_while(|layer| **layer < moe.layer).count();
+                let size = |[gate, up, down]: [usize; 3]| {
+                    3 * factors.rank * (d + width) + (gate + up) * d + down * width
+                };
+                (0..n_stored).map(|e| size(factors.rows_of(at, e))).sum()
             }
         };
-        router + n_stored * expert + shared + residual
+        router + experts + shared + residual
     }
 
     /// Number of parameters.

@@ -144,7 +144,7 @@ fn stored_moe(exported: Exported<'_>) -> Result<MoeConfig> {
             }),
         recurrent_router: architecture.recurrent_router(),
         decoupled_router: architecture.parts.decoupled,
-        factors: base.factors,
+        factors: base.factors.clone(),
         shared_weights: base.shared_weights.clone(),
         ..MoeConfig::default()
     };
@@ -409,14 +409,21 @@ fn push_factored(
     matrix: &Factored,
     prefix: impl Fn(usize) -> String,
 ) {
-    for (part, param) in [("inner", &matrix.inner), ("outer", &matrix.outer)] {
-        let tensor = param.val();
+    let (inner, outer) = (matrix.inner.val(), matrix.outer.val());
+    let rank = outer.dims()[2];
+    for (part, tensor, is_inner) in [("inner", inner, true), ("outer", outer, false)] {
         let [_, rows, cols] = tensor.dims();
         for (e, values) in values(&tensor).chunks_exact(rows * cols).enumerate() {
+            // What is behind the rows of an expert is not of it.
+            let rows = if is_inner {
+                rank + matrix.rows[e].len()
+            } else {
+                rows
+            };
             out.push(TensorData {
                 name: format!("{}.{part}.weight", prefix(e)),
                 shape: vec![rows, cols],
-                values: Cow::Owned(values.to_vec()),
+                values: Cow::Owned(values[..rows * cols].to_vec()),
             });
         }
     }

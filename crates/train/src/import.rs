@@ -257,16 +257,24 @@ fn import_factored(
     name: impl Fn(usize, &str) -> String,
     load: &impl Fn(&str, &[usize]) -> Loaded,
 ) -> Result<()> {
-    let stack = |what: &str, shape: &[usize]| {
-        let mut values = Vec::with_capacity(shape.iter().product());
-        for expert in 0..shape[0] {
-            values.extend(load(&name(expert, what), &shape[1..])?);
+    let [n_experts, n_out, rank] = matrix.outer.val().dims();
+    let rows: Vec<usize> = matrix.rows.iter().map(Vec::len).collect();
+    set(&mut matrix.inner, |shape| {
+        let (most, n_in) = (shape[1], shape[2]);
+        let mut values = Vec::with_capacity(n_experts * most * n_in);
+        for (expert, rows) in rows.iter().enumerate() {
+            values.extend(load(&name(expert, "inner.weight"), &[rank + rows, n_in])?);
+            values.resize((expert + 1) * most * n_in, 0.0);
         }
         Ok(values)
-    };
-    set(&mut matrix.inner, |shape| stack("inner.weight", shape))?;
-    set(&mut matrix.outer, |shape| stack("outer.weight", shape))?;
-    let n_out = matrix.outer.val().dims()[1];
+    })?;
+    set(&mut matrix.outer, |shape| {
+        let mut values = Vec::with_capacity(shape.iter().product());
+        for expert in 0..n_experts {
+            values.extend(load(&name(expert, "outer.weight"), &shape[1..])?);
+        }
+        Ok(values)
+    })?;
     for (expert, rows) in matrix.rows.iter_mut().enumerate() {
         if rows.is_empty() {
             continue;

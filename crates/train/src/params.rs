@@ -19,6 +19,16 @@ pub fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
         .expect("training tensors are f32")
 }
 
+/// Gives a parameter other values.
+///
+/// # Panics
+/// If they are not as many as it has.
+pub(crate) fn set_values<const D: usize>(param: &mut Param<Tensor<D>>, values: Vec<f32>) {
+    let old = param.val();
+    let new = Tensor::from_data(TensorData::new(values, old.dims()), &old.device());
+    *param = Param::initialized(param.id, new.require_grad());
+}
+
 /// All parameters by path, in path order.
 #[must_use]
 pub fn collect<M: Module>(model: &M) -> BTreeMap<String, Values> {

@@ -13,6 +13,7 @@ use crate::methods::balance_bias::BalanceBias;
 use crate::methods::cut::Cut;
 use crate::methods::distill::Distill;
 use crate::methods::evolve::Evolve;
+use crate::methods::prune_rows::PruneRows;
 use crate::methods::router_distill::RouterDistill;
 use crate::methods::start::Start;
 use crate::ops::{Precision, Recompute};
@@ -58,6 +59,9 @@ pub struct Recipe {
     /// A dense model that becomes the experts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cut: Option<Cut>,
+    /// Rows of experts in factors that go while the others are tuned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prune_rows: Option<PruneRows>,
     /// A checkpoint to start from, and what of it does not move.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<Start>,

@@ -4,7 +4,8 @@
 //! Paper: the fine-tuning after pruning of UNCURL, Sarkar et al., 2024, arXiv 2409.01483, and the distillation after merging of
 //! MC-SMoE, Li et al., 2024, arXiv 2310.01334.
 //! Rule: `[start] from` the reshaped checkpoint with everything but routers and experts held still, `[distill] teacher` the
-//! original, no loss for balance: what is left was chosen for the task, and need not be used evenly.
+//! original, no loss for balance: what is left was chosen for the task, and need not be used evenly. Experts in factors may
+//! give up rows meanwhile (`[prune_rows]`).
 //! Differs from paper: no published learning rate fits all models; the default is a tenth of what such models are trained with.
 //! Check: tests/recover.rs.
 
@@ -12,6 +13,7 @@ use crate::error::{Result, TrainError};
 use crate::import::check_trainable;
 use crate::losses::LossWeights;
 use crate::methods::distill::Distill;
+use crate::methods::prune_rows::PruneRows;
 use crate::methods::start::{Part, Start};
 use crate::optimizer::AdamWConfig;
 use crate::recipe::{Data, Model, Output, Recipe, Source, Train};
@@ -41,6 +43,10 @@ pub struct Recovery {
     pub lr: f64,
     /// Coefficient of the teacher.
     pub beta: f32,
+    /// Softens the predictions of both.
+    pub temperature: f64,
+    /// Part of the rows of experts in factors that is left at the end; `None` keeps those that there are.
+    pub rest: Option<f64>,
     /// Tokens of held-out text that each evaluation on the way looks at, per domain.
     pub eval_tokens: usize,
     /// Seed of the order of the text.
@@ -63,7 +69,7 @@ impl Recovery {
         let distill = self.teacher.as_ref().map(|teacher| Distill {
             teacher: teacher.clone(),
             beta: self.beta,
-            temperature: 1.0,
+            temperature: self.temperature,
             until_step: None,
         });
         let recipe = Recipe {
@@ -89,6 +95,7 @@ impl Recovery {
             router_distill: None,
             evolve: None,
             cut: None,
+            prune_rows: self.rest.map(|rest| PruneRows::published(rest, self.steps)),
             start: Some(Start {
                 from: Some(self.model.clone()),
                 freeze: self.freeze.clone(),

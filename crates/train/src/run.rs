@@ -10,6 +10,7 @@ use crate::methods::balance_bias;
 use crate::methods::balance_scope::{Scope, ScopedLoads, merge};
 use crate::methods::cut;
 use crate::methods::distill::Teacher;
+use crate::methods::prune_rows;
 use crate::methods::router_distill::Guide;
 use crate::methods::start;
 use crate::objective::{Objective, value};
@@ -18,7 +19,7 @@ use crate::optimizer::{AdamW, GradientSum};
 use crate::recipe::Recipe;
 use crate::snapshot;
 use burn::module::Module;
-use cadre_checkpoint::ModelConfig;
+use cadre_checkpoint::{Factors, ModelConfig};
 use cadre_kernels::doctor::processor_time;
 use cadre_routing::{Loads, RoutingError};
 use std::collections::BTreeMap;
@@ -34,6 +35,8 @@ pub(crate) struct Run<'a> {
     optimizer: AdamW,
     /// Selection-only biases by MoE layer; empty without `[balance_bias]` and without any where the run starts from.
     biases: Vec<Vec<f32>>,
+    /// Importances of the rows of experts in factors, by matrix; empty without `[prune_rows]`.
+    importance: Vec<Vec<f32>>,
     teacher: Option<Teacher>,
     guide: Option<Guide>,
     /// Of the newest step, to say where a divergence began.
@@ -110,7 +113,9 @@ impl<'a> Run<'a> {
             let plain = device.clone().without_autodiff();
             Guide::open(options, &architecture, neurons, &plain)
         });
+        let importance = recipe.prune_rows.map(|_| prune_rows::zeros(&model));
         Ok(Self {
+            importance: importance.unwrap_or_default(),
             model: Some(model),
             optimizer: AdamW::new(recipe.optimizer),
             biases,
@@ -136,12 +141,23 @@ impl<'a> Run<'a> {
         &self.biases
     }
 
+    /// All steps are done: what does not belong to the finished model goes.
+    pub(crate) fn finish(&mut self) {
+        let (Some(rule), Some(model)) = (self.recipe.prune_rows, &mut self.model) else {
+            return;
+        };
+        let rows = rule.finish(self.recipe.train.steps, &self.importance, model);
+        let factors = &mut self.architecture.config.moe.factors;
+        *factors = factors.take().map(|old| Factors::uneven(old.rank, rows));
+    }
+
     /// Saves a snapshot into `folder`.
     pub(crate) fn save(&self, folder: &Path) -> Result<PathBuf> {
         let state = snapshot::State {
             model: self.model(),
             optimizer: &self.optimizer,
             biases: &self.biases,
+            importance: &self.importance,
         };
         snapshot::save(folder, self.recipe, &state)
     }
@@ -153,7 +169,7 @@ impl<'a> Run<'a> {
             self.recipe,
             self.model().clone(),
             &mut self.optimizer,
-            &mut self.biases,
+            (&mut self.biases, &mut self.importance),
         )?;
         self.model = Some(model);
         Ok(refused)
@@ -168,7 +184,7 @@ impl<'a> Run<'a> {
             let moments = &mut self.optimizer.moments;
             self.model = Some(evolve.spawn(step, self.recipe.seed, model, moments));
         }
-        let (mut gradients, totals) = self.gradients(step, &batch)?;
+        let (mut gradients, mut totals) = self.gradients(step, &batch)?;
         if let Some(start) = &self.recipe.start {
             gradients.retain(|path| !start.is_frozen(path));
         }
@@ -184,9 +200,19 @@ impl<'a> Run<'a> {
         } else {
             1.0
         };
+        if self.recipe.prune_rows.is_some() {
+            let model = self.model.as_ref().expect("a model between steps");
+            prune_rows::observe(&mut self.importance, model, &gradients);
+        }
         // The optimizer updates in place, which needs the only handle to each tensor: so the model moves.
         let model = self.model.take().expect("a model between steps");
-        self.model = Some(self.optimizer.step(model, gradients, lr, scale));
+        let mut model = self.optimizer.step(model, gradients, lr, scale);
+        if let Some(rule) = self.recipe.prune_rows {
+            let when = (step, self.recipe.train.steps);
+            let left = rule.prune(when, &self.importance, &mut model);
+            totals.further.insert("rows_left".to_owned(), left);
+        }
+        self.model = Some(model);
         if let Some(rule) = self.recipe.balance_bias {
             rule.update(step, &mut self.biases, &totals.loads);
         }

@@ -1,7 +1,7 @@
 //! Snapshots: everything that changes during a run, written atomically, refused when damaged.
 //!
 //! A snapshot is a folder `step-00000200/` with `state.safetensors` (parameters `p.*`, moments `m.*` and `v.*`,
-//! selection biases `b.*`)
+//! selection biases `b.*`, importances of rows `i.*`)
 //! and `manifest.json` (step, length and CRC-32 of the state, the recipe). It is made under another name, synced,
 //! and renamed, so that a kill at any moment leaves the previous one in place.
 
@@ -43,6 +43,8 @@ pub(crate) struct State<'a> {
     pub(crate) optimizer: &'a AdamW,
     /// Selection-only biases by MoE layer.
     pub(crate) biases: &'a [Vec<f32>],
+    /// Importances of rows by matrix of experts in factors.
+    pub(crate) importance: &'a [Vec<f32>],
 }
 
 /// Writes a file completely or fails.
@@ -108,6 +110,9 @@ fn encode(state: &State<'_>) -> Result<Vec<u8>, String> {
     for (nth, bias) in state.biases.iter().enumerate() {
         tensors.push((bias_name(nth), vec![bias.len()], bytes(bias)));
     }
+    for (nth, rows) in state.importance.iter().enumerate() {
+        tensors.push((importance_name(nth), vec![rows.len()], bytes(rows)));
+    }
     let views = tensors.iter().map(|(name, shape, data)| {
         let view = TensorView::new(Dtype::F32, shape.clone(), data);
         (name.as_str(), view.expect("shape and bytes agree"))
@@ -120,7 +125,12 @@ fn bias_name(nth: usize) -> String {
     format!("b.{nth}")
 }
 
-/// The newest snapshot that is whole, restored into `model`, `optimizer` and `biases`.
+/// Name of the importances of the rows of the `nth` matrix of experts.
+fn importance_name(nth: usize) -> String {
+    format!("i.{nth}")
+}
+
+/// The newest snapshot that is whole, restored into `model`, `optimizer`, biases and importances.
 ///
 /// Damaged ones are passed over and returned by path with the reason.
 ///
@@ -131,14 +141,14 @@ pub(crate) fn restore(
     recipe: &Recipe,
     mut model: LanguageModel,
     optimizer: &mut AdamW,
-    biases: &mut [Vec<f32>],
+    (biases, importance): (&mut [Vec<f32>], &mut [Vec<f32>]),
 ) -> Result<(LanguageModel, Vec<TrainError>)> {
     let mut refused = Vec::new();
     for path in list(folder)? {
         match open(&path) {
             Ok((manifest, state)) => {
                 check_recipe(folder, recipe, &manifest.recipe)?;
-                model = decode(&path, &state, model, optimizer, biases)?;
+                model = decode(&path, &state, model, optimizer, (biases, importance))?;
                 optimizer.step = manifest.step;
                 break;
             }
@@ -249,7 +259,7 @@ fn decode(
     state: &[u8],
     model: LanguageModel,
     optimizer: &mut AdamW,
-    biases: &mut [Vec<f32>],
+    (biases, importance): (&mut [Vec<f32>], &mut [Vec<f32>]),
 ) -> Result<LanguageModel> {
     let damaged = |problem: String| TrainError::Snapshot {
         path: path.to_owned(),
@@ -290,6 +300,9 @@ fn decode(
     for (nth, bias) in biases.iter_mut().enumerate() {
         *bias = read(&bias_name(nth), bias.len())?;
     }
+    for (nth, rows) in importance.iter_mut().enumerate() {
+        *rows = read(&importance_name(nth), rows.len())?;
+    }
     optimizer.moments = moments;
     Ok(model)
 }
@@ -323,6 +336,7 @@ mod tests {
             model,
             optimizer,
             biases: &[],
+            importance: &[],
         }
     }
 
@@ -380,7 +394,7 @@ mod tests {
             &recipe,
             model.clone(),
             &mut restored,
-            &mut [],
+            (&mut [], &mut []),
         )
         .unwrap();
         assert_eq!((restored.step, refused.len()), (3, 0));

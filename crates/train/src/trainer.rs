@@ -123,6 +123,7 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
     log.write(&eval)?;
     progress.evaluated(&eval);
     let model = folder.join("model");
+    run.finish();
     let exported = Exported {
         architecture: &run.architecture,
         biases: run.biases(),

@@ -58,6 +58,8 @@ fn recovery(folder: &Path, [whole, half]: &[PathBuf; 2], run: &str) -> Recovery 
         seq_len: 16,
         lr: 1e-2,
         beta: 1.0,
+        temperature: 1.0,
+        rest: None,
         eval_tokens: 1000,
         seed: 1,
     }
@@ -159,4 +161,104 @@ fn what_cannot_be_recovered_is_refused() {
     let dense = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/llama/llama3");
     let error = refused(&|r| r.model = dense.clone());
     assert!(matches!(error, TrainError::Untrainable { .. }), "{error}");
+}
+
+/// A model in factors with all rows, which gives up most of them on its way.
+fn pruning(folder: &Path, run: &str) -> cadre_train::recipe::Recipe {
+    let factors = "factors = { rank = 2, up_rows = 8, down_rows = 16 }\n";
+    let rule = "[prune_rows]\nrest = 0.3\ninitial_steps = 2\nfinal_steps = 3\n";
+    let changes = [
+        (
+            "tie_word_embeddings = true",
+            format!("tie_word_embeddings = true\n{factors}"),
+        ),
+        ("[output]", format!("{rule}[output]")),
+        ("steps = 8", "steps = 12".to_owned()),
+    ];
+    let changes: Vec<(&str, &str)> = changes.iter().map(|(a, b)| (*a, b.as_str())).collect();
+    recipe_with(folder, run, &changes)
+}
+
+#[test]
+fn rows_go_by_schedule_and_a_stop_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = pruning(folder.path(), "one");
+    let Outcome::Finished { model, eval } = train(&recipe, &mut Watch::default()).unwrap() else {
+        panic!("the run ends");
+    };
+    let made = model.unwrap();
+    let steps = trajectory(&recipe);
+    let left: Vec<f64> = steps
+        .iter()
+        .filter_map(|record| record["parts"]["rows_left"].as_f64())
+        .collect();
+    // Two layers of four experts, three matrices of 8 x 16; a row has 16 values, or 8.
+    let (whole, row) = (2.0 * 4.0 * 3.0 * 128.0, 16.0);
+    let rule = recipe.prune_rows.unwrap();
+    assert_eq!(left.len(), 12);
+    assert_eq!(left[..2], [1.0, 1.0]);
+    for (step, left) in (1..).zip(&left) {
+        let part = rule.part(step, 12);
+        assert!(
+            *left <= part + 1e-6 && *left > part - row / whole,
+            "{step}: {left} of {part}"
+        );
+    }
+    assert!(left.windows(2).all(|pair| pair[0] >= pair[1]) && left[4] < left[3]);
+
+    // What is written has the rows that are left, computes the same, and can be gone on with.
+    let checkpoint = Checkpoint::open(&made).unwrap();
+    let factors = checkpoint.config().moe.factors.clone().unwrap();
+    assert!(
+        factors.rank == 2 && factors.uneven.len() == 2,
+        "{factors:?}"
+    );
+    let held: usize = factors
+        .uneven
+        .iter()
+        .flatten()
+        .map(|[gate, up, down]| 16 * (gate + up) + 8 * down)
+        .sum();
+    assert_eq!(held as f64 / whole, left[11]);
+    let again = Recovery {
+        steps: 1,
+        ..recovery(folder.path(), &[made.clone(), made.clone()], "again")
+    };
+    let again = again.recipe().unwrap();
+    train(&again, &mut Watch::default()).unwrap();
+    let first = &evaluations(&again.output.dir.join("log.jsonl")).unwrap()[0];
+    for (domain, score) in &eval.eval {
+        let off = first.eval[domain].nll - score.nll;
+        assert!(off.abs() < 0.01, "{domain}: {off}");
+    }
+
+    // Stopped while rows go, it is the same run, and the same model to the byte.
+    for stop in [4, 11] {
+        let stopped = pruning(folder.path(), &format!("stopped-{stop}"));
+        let mut watch = Watch {
+            stop_after: Some(stop),
+            ..Watch::default()
+        };
+        train(&stopped, &mut watch).unwrap();
+        let Outcome::Finished { model, .. } = train(&stopped, &mut Watch::default()).unwrap()
+        else {
+            panic!("the run ends");
+        };
+        assert_eq!(trajectory(&stopped), steps);
+        let bytes = |folder: &Path| std::fs::read(folder.join("model.safetensors")).unwrap();
+        assert!(
+            bytes(&model.unwrap()) == bytes(&made),
+            "stopped after {stop}"
+        );
+    }
+}
+
+#[test]
+fn rows_cannot_go_from_whole_experts() {
+    let folder = tempfile::tempdir().unwrap();
+    let models = whole_and_half(folder.path());
+    let mut recovery = recovery(folder.path(), &models, "no");
+    recovery.rest = Some(0.1);
+    let error = recovery.recipe().unwrap_err().to_string();
+    assert!(error.contains("needs experts in factors"), "{error}");
 }

@@ -58,6 +58,13 @@ pub(crate) struct Args {
         requires = "teacher"
     )]
     beta: f32,
+    /// Divides the logits of both before they are compared, and the comparison counts its square more.
+    #[arg(long, value_name = "T", default_value_t = 1.0, requires = "teacher")]
+    temperature: f64,
+    /// Part of the rows of experts in factors that is left at the end: the least important go one after the other, by the
+    /// gradients. The model has more of them (`cadre plan factor --rest 1`).
+    #[arg(long, value_name = "PART")]
+    rest: Option<f64>,
     /// What does not move, beside all that is neither router nor expert.
     #[arg(long, value_name = "PART")]
     freeze: Option<Freeze>,
@@ -106,6 +113,8 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         seq_len: args.seq_len,
         lr: args.lr,
         beta: args.beta,
+        temperature: args.temperature,
+        rest: args.rest,
         eval_tokens: 16_384,
         seed: args.seed,
     };

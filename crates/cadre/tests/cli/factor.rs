@@ -63,6 +63,11 @@ fn factors_run_as_what_they_multiply_to() {
     let whole = logits(&apply("whole", &[]), &[]);
     assert_close("rank 16", &whole, &merged, 2e-4);
 
+    // All rows of what a product misses bring it back, whatever its rank.
+    make("factor", &["--rank", "3", "--rest", "1"]);
+    let whole = logits(&apply("all-rows", &[]), &[]);
+    assert_close("all rows", &whole, &merged, 2e-4);
+
     let said = make("factor", &["--rank", "4", "--rest", "0.1"]);
     assert!(
         said.contains("products of rank 4 and 0.1 of the rows"),

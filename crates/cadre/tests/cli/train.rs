@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::common::{arg, cadre, failure, json, output, stdout};
+use crate::common::{arg, cadre, failure, json, logits, output, stdout};
 
 /// A folder with a little text and a recipe for a very small model.
 struct Bench {
@@ -460,16 +460,16 @@ fn the_embedded_model_in_factors_recovers() {
     let apply = ["apply", "-m", nano, "--plan", plan, "-o"];
     stdout(&[&apply[..], &[arg(&thin)]].concat());
     stdout(&[&apply[..], &[arg(&folded), "--compat"]].concat());
-    let tune = |model: &Path, run: &str, steps: &str| {
+    let tune = |model: &Path, run: &str, steps: &str, more: &[&str]| {
         let run = bench.path(run);
         let of = ["tune", "--recover", "-m", arg(model), "--teacher", nano];
         let on = ["--data", text, "--heldout", judge, "-o", arg(&run)];
         let how = ["--batch-size", "2", "--seq-len", "128", "--lr", "1e-3"];
-        let more = ["--steps", steps, "--format", "json"];
-        json(&[&of[..], &on, &how, &more].concat())
+        let form = ["--steps", steps, "--format", "json"];
+        json(&[&of[..], &on, &how, &form, more].concat())
     };
     let nll = |said: &serde_json::Value, when: &str| said[when]["train"]["nll"].as_f64().unwrap();
-    let (whole, tuned) = (tune(&folded, "a", "1"), tune(&thin, "b", "12"));
+    let (whole, tuned) = (tune(&folded, "a", "1", &[]), tune(&thin, "b", "12", &[]));
     let before = [&whole, &tuned].map(|said| nll(said, "before"));
     assert!((before[0] - before[1]).abs() < 0.02, "{before:?}");
     assert!(nll(&tuned, "after") < before[1] - 0.05, "{tuned}");
@@ -488,4 +488,54 @@ fn the_embedded_model_in_factors_recovers() {
         (found - nll(&tuned, "after")).abs() < 0.1,
         "{found} {tuned}"
     );
+
+    // With all rows it is the merged model at first, and gives up nine tenths of them while it is tuned, by the published loss.
+    let full = bench.path("full");
+    stdout(
+        &[
+            &factor[..],
+            &["--keep", "0.5", "--rank", "16", "--rest", "1"],
+        ]
+        .concat(),
+    );
+    stdout(&[&apply[..], &[arg(&full)]].concat());
+    let published = ["--beta", "0.05", "--temperature", "2", "--freeze", "router"];
+    let pruned = tune(
+        &full,
+        "c",
+        "12",
+        &[&published[..], &["--rest", "0.1"]].concat(),
+    );
+    assert!(nll(&pruned, "before") < before[1] - 0.5, "{pruned}");
+    assert!(nll(&pruned, "after") < before[1], "{pruned}");
+    let model = bench.path("c/model");
+    let config = fs::read_to_string(model.join("config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    let rows = &config["cadre_factors"]["rows"];
+    let counts = |matrix: usize| -> Vec<u64> {
+        let layers = rows.as_array().unwrap().iter();
+        let experts = layers.flat_map(|layer| layer.as_array().unwrap());
+        experts
+            .map(|expert| expert[matrix].as_u64().unwrap())
+            .collect()
+    };
+    let all = [0, 1, 2].map(counts);
+    assert_eq!(all[0].len(), 6 * 8);
+    // A tenth of three matrices of 96 x 192 values for each expert, within a row.
+    let held: u64 = (0..48)
+        .map(|at| 192 * (all[0][at] + all[1][at]) + 96 * all[2][at])
+        .sum();
+    let (least, most) = ((48 * 3 * 96 * 192) / 10 - 192, (48 * 3 * 96 * 192) / 10);
+    assert!((least..=most).contains(&held), "{held} of {most}");
+    assert!(size(&model).abs_diff(size(&thin)) < 40_000);
+    // The engine computes what was trained, from memory and from disk.
+    let eval = ["eval", "perplexity", "-m", arg(&model), "--data", judge];
+    let said = json(&[&eval[..], &["-c", "128", "-o", "json"]].concat());
+    let found = said["nll"].as_f64().unwrap();
+    assert!(
+        (found - nll(&pruned, "after")).abs() < 0.1,
+        "{found} {pruned}"
+    );
+    let own = logits(&model, &[]);
+    assert_eq!(own, logits(&model, &["--mem-budget", "4MiB"]));
 }

@@ -169,7 +169,7 @@ fn new_config(source: &Checkpoint, experts: &NewExperts) -> Result<ModelConfig> 
         ));
     }
     let mut new = old.clone();
-    new.moe.factors = experts.factors;
+    new.moe.factors.clone_from(&experts.factors);
     if experts.rows.is_empty() {
         new.moe
             .set_counts(experts.layers.iter().map(Vec::len).collect());
@@ -363,7 +363,7 @@ impl<'a> Planner<'a> {
         expert: usize,
         (part, is_mixable): (&str, bool),
     ) -> Result<()> {
-        if let Some(factors) = self.experts.factors {
+        if let Some(factors) = &self.experts.factors {
             return self.factored(raw, place, expert, factors);
         }
         for (at, new) in place.new.iter().enumerate() {
@@ -392,7 +392,7 @@ impl<'a> Planner<'a> {
         raw: &Raw,
         place: Place<'_>,
         expert: usize,
-        factors: Factors,
+        factors: &Factors,
     ) -> Result<()> {
         let part = PARTS
             .iter()
@@ -410,7 +410,7 @@ impl<'a> Planner<'a> {
                 format!("tensor `{}` is no matrix", raw.name),
             ));
         };
-        let (rank, n_rows) = (factors.rank, factors.rows(part));
+        let (rank, n_rows) = (factors.rank, factors.most_rows(part));
         let written = [
             ("inner", ".weight", raw.dtype, vec![rank + n_rows, n_in]),
             ("outer", ".weight", raw.dtype, vec![n_out, rank]),

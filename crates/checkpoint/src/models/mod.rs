@@ -170,39 +170,82 @@ fn factors(keys: &Keys, config: &mut ModelConfig) -> Result<()> {
         return Ok(());
     };
     let problem = |problem: String| keys.problem(FACTORS, problem);
-    let map = value.as_object().filter(|map| map.len() == 3);
-    let number = |key: &str| {
-        let value = map.and_then(|map| map.get(key)?.as_u64());
-        let value = value.and_then(|n| usize::try_from(n).ok());
-        value.ok_or_else(|| {
-            problem(format!(
-                "is {value:?}, expected rank, up_rows and down_rows"
-            ))
-        })
-    };
-    let read = Factors {
-        rank: number("rank")?,
-        up_rows: number("up_rows")?,
-        down_rows: number("down_rows")?,
+    let read = match read_factors(value) {
+        Some(FactorsRead::Even(factors)) => factors,
+        Some(FactorsRead::Uneven(rank, lists)) => {
+            if lists.len() != config.n_layers {
+                let (n, layers) = (lists.len(), config.n_layers);
+                return Err(problem(format!("has rows for {n} layers of {layers}")));
+            }
+            let of_dense = (0..)
+                .zip(&lists)
+                .find(|(layer, list)| !config.is_moe_layer(*layer) && !list.is_empty());
+            if let Some((layer, _)) = of_dense {
+                return Err(problem(format!(
+                    "has rows for layer {layer}, which has no experts"
+                )));
+            }
+            let layers = config.moe.layers.iter();
+            let own = layers.map(|layer| lists[*layer].clone());
+            Factors::uneven(rank, own.collect())
+        }
+        None => {
+            return Err(problem(format!(
+                "is {value}, expected rank, up_rows and down_rows, or rank and rows: three numbers for every expert of \
+                 every layer"
+            )));
+        }
     };
     let hidden = config.hidden_size;
     if read.rank > hidden || read.down_rows > hidden {
         return Err(problem(format!(
-            "is {value}, which is more than the {hidden} values of a row"
+            "has rank {} and {} rows of down matrices, of at most {hidden}",
+            read.rank, read.down_rows
         )));
     }
     config.moe.factors = Some(read);
     Ok(())
 }
 
+/// The value of [`FACTORS`].
+enum FactorsRead {
+    /// `rank`, `up_rows` and `down_rows`.
+    Even(Factors),
+    /// `rank`, and `rows` by decoder layer.
+    Uneven(usize, Vec<Vec<[usize; 3]>>),
+}
+
+fn read_factors(value: &Value) -> Option<FactorsRead> {
+    let map = value.as_object()?;
+    let number = |key: &str| usize::try_from(map.get(key)?.as_u64()?).ok();
+    let rank = number("rank")?;
+    match (map.len(), map.get("rows")) {
+        (2, Some(rows)) => {
+            let rows = serde_json::from_value(rows.clone()).ok()?;
+            Some(FactorsRead::Uneven(rank, rows))
+        }
+        (3, None) => {
+            let (up, down) = (number("up_rows")?, number("down_rows")?);
+            Some(FactorsRead::Even(Factors::even(rank, up, down)))
+        }
+        _ => None,
+    }
+}
+
 /// The value of [`FACTORS`] for a model whose experts are in factors.
 pub(crate) fn factors_json(config: &ModelConfig) -> Option<Value> {
-    let Factors {
-        rank,
-        up_rows,
-        down_rows,
-    } = config.moe.factors?;
-    Some(json!({"rank": rank, "up_rows": up_rows, "down_rows": down_rows}))
+    let factors = config.moe.factors.as_ref()?;
+    let (rank, rows) = (factors.rank, &factors.uneven);
+    if rows.is_empty() {
+        let (up, down) = (factors.up_rows, factors.down_rows);
+        return Some(json!({"rank": rank, "up_rows": up, "down_rows": down}));
+    }
+    let of_layer = |layer| {
+        let at = config.moe.layers.binary_search(&layer);
+        at.map_or(&[][..], |at| rows[at].as_slice())
+    };
+    let rows: Vec<&[[usize; 3]]> = (0..config.n_layers).map(of_layer).collect();
+    Some(json!({"rank": rank, "rows": rows}))
 }
 
 /// The value of [`EXPERT_MAP`] for a model whose experts share weights.
@@ -256,6 +299,79 @@ impl Architecture {
             map.insert(FACTORS.to_owned(), factors);
         }
         Ok(Value::Object(map))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(factors: &Value) -> Result<ModelConfig> {
+        let map = json!([[0, 1, 0, 1], []]);
+        let mut config = json!({
+            "model_type": "qwen3_moe", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 12, "moe_intermediate_size": 6,
+            "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": true, "vocab_size": 16,
+            "max_position_embeddings": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
+            "tie_word_embeddings": false, "mlp_only_layers": [1],
+        });
+        config[EXPERT_MAP] = map;
+        config[FACTORS] = factors.clone();
+        ModelConfig::parse("m", &config.to_string(), None)
+    }
+
+    #[test]
+    fn factors_have_the_same_rows_or_say_which() {
+        let even = json!({"rank": 2, "up_rows": 3, "down_rows": 4});
+        let read = parse(&even).unwrap();
+        assert_eq!(read.moe.factors, Some(Factors::even(2, 3, 4)));
+        assert_eq!(factors_json(&read), Some(even));
+        let uneven = json!({"rank": 2, "rows": [[[0, 5, 1], [6, 2, 8]], []]});
+        let read = parse(&uneven).unwrap();
+        let factors = read.moe.factors.as_ref().unwrap();
+        assert_eq!((factors.up_rows, factors.down_rows), (6, 8));
+        assert_eq!(
+            [factors.rows_of(0, 0), factors.rows_of(0, 1)],
+            [[0, 5, 1], [6, 2, 8]]
+        );
+        assert_eq!(factors_json(&read), Some(uneven));
+        for (wrong, words) in [
+            (
+                json!({"rank": 2}),
+                "expected rank, up_rows and down_rows, or rank and rows",
+            ),
+            (json!({"rank": 2, "rows": [[[1, 2]], []]}), "expected rank"),
+            (
+                json!({"rank": 2, "rows": [], "up_rows": 1}),
+                "expected rank",
+            ),
+            (
+                json!({"rank": 2, "rows": [[[1, 1, 1], [1, 1, 1]]]}),
+                "rows for 1 layers of 2",
+            ),
+            (
+                json!({"rank": 2, "rows": [[[1, 1, 2], [1, 1, 1]], [[1, 1, 1]]]}),
+                "layer 1, which has no experts",
+            ),
+            (
+                json!({"rank": 2, "rows": [[[1, 1, 2]], []]}),
+                "rows of 1 experts for layer 0, which has 2",
+            ),
+            (
+                json!({"rank": 2, "rows": [[[1, 7, 2], [1, 1, 1]], []]}),
+                "have 7 rows of 6",
+            ),
+            (
+                json!({"rank": 2, "rows": [[[1, 1, 9], [1, 1, 1]], []]}),
+                "9 rows of down matrices",
+            ),
+            (json!({"rank": 7, "up_rows": 1, "down_rows": 1}), "rank 7"),
+        ] {
+            let text = parse(&wrong).unwrap_err().to_string();
+            assert!(text.contains(words), "{wrong}: {text}");
+        }
     }
 }
 

@@ -4,7 +4,8 @@
 //! 2310.01334, whose compressed experts are tuned as such.
 //! Rule: `W = outer inner[..rank] + P inner[rank..]`, with P adding each of the rows behind the first `rank` to an output of
 //! its own. Which outputs these are is given by the checkpoint and does not move.
-//! Shapes: E experts, inner `[E, rank + rows, n_in]`, outer `[E, n_out, rank]`, W `[E, n_out, n_in]`.
+//! Shapes: E experts, inner `[E, rank + rows, n_in]`, outer `[E, n_out, rank]`, W `[E, n_out, n_in]`. Experts with fewer rows
+//! than others have values behind theirs that nothing reads.
 //! Differs from paper: it is multiplied out for each pass, which costs memory and not what is stored.
 //! Check: layers::factored::tests, tests/recover.rs.
 
@@ -39,17 +40,18 @@ pub struct Thin {
 impl Factored {
     fn init(
         [n, n_out, n_in]: [usize; 3],
-        (rank, n_rows): (usize, usize),
+        (rank, rows): (usize, Vec<usize>),
         init: &Init,
         (name, scale): (&str, f32),
     ) -> Self {
         let matrix = |part: &str, shape, scale| {
             Param::from_tensor(init.normal(&format!("{name}.{part}"), shape, scale))
         };
+        let most = rows.iter().copied().max().unwrap_or(0);
         Self {
-            inner: matrix("inner", [n, rank + n_rows, n_in], 1.0),
+            inner: matrix("inner", [n, rank + most, n_in], 1.0),
             outer: matrix("outer", [n, n_out, rank], scale),
-            rows: vec![(0..n_rows).collect(); n],
+            rows: rows.into_iter().map(|n| (0..n).collect()).collect(),
         }
     }
 
@@ -57,8 +59,8 @@ impl Factored {
     #[must_use]
     pub fn whole(&self) -> Tensor<3> {
         let (inner, outer) = (self.inner.val(), self.outer.val());
-        let [n, n_out, _] = outer.dims();
-        let n_rows = self.rows.first().map_or(0, Vec::len);
+        let [n, n_out, rank] = outer.dims();
+        let n_rows = inner.dims()[1] - rank;
         if n_rows == 0 {
             return outer.matmul(inner);
         }
@@ -75,23 +77,24 @@ impl Factored {
 }
 
 impl Thin {
-    /// Random parameters of `n` experts of width `width`.
+    /// Random parameters of `n` experts of width `width`, of the `at`-th layer with experts.
     #[must_use]
     pub fn init(
         [n, d, width]: [usize; 3],
-        factors: Factors,
+        (factors, at): (&Factors, usize),
         init: &Init,
         (name, residual_scale): (&str, f32),
     ) -> Self {
-        let part = |part: &str, [n_out, n_in]: [usize; 2], scale| {
-            let sizes = (factors.rank, factors.rows(part));
-            let name = format!("{name}.{part}");
+        let part = |part: usize, [n_out, n_in]: [usize; 2], scale| {
+            let rows = (0..n).map(|expert| factors.rows_of(at, expert)[part]);
+            let sizes = (factors.rank, rows.collect());
+            let name = format!("{name}.{}", Factors::PARTS[part]);
             Factored::init([n, n_out, n_in], sizes, init, (&name, scale))
         };
         Self {
-            gate: part("gate_proj", [width, d], 1.0),
-            up: part("up_proj", [width, d], 1.0),
-            down: part("down_proj", [d, width], residual_scale),
+            gate: part(0, [width, d], 1.0),
+            up: part(1, [width, d], 1.0),
+            down: part(2, [d, width], residual_scale),
         }
     }
 

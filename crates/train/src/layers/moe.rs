@@ -77,7 +77,9 @@ impl Moe {
                 .then(|| matrix("gate", [n, recurrent.unwrap_or(d)])),
             gate_up: stack("gate_up", [n_stored, 2 * width, d], 1.0),
             down: stack("down", [n_stored, d, width], residual_scale),
-            thin: config.moe.factors.map(|factors| {
+            thin: config.moe.factors.as_ref().map(|factors| {
+                let before = config.moe.layers.iter().take_while(|l| **l < layer.layer);
+                let factors = (factors, before.count());
                 Thin::init([n_stored, d, width], factors, init, (name, residual_scale))
             }),
             router_in: recurrent.map(|p| matrix("router_in", [p, d])),

@@ -34,5 +34,11 @@ mod tests {
         let teacher = Tensor::from_floats([[0.0, 0.0]], &Device::flex());
         let kl: f32 = distillation(student, teacher, 1.0).into_scalar();
         assert!((kl - 0.5 * (4f32 / 3.0).ln()).abs() < 1e-6);
+        // Logits twice as large at twice the temperature are the same distributions, and count four times: MC-SMoE's
+        // 0.2 KL at temperature 2 is a coefficient of 0.05.
+        let student = Tensor::from_floats([[0.0, 2.0 * 3f32.ln()]], &Device::flex());
+        let teacher = Tensor::from_floats([[0.0, 0.0]], &Device::flex());
+        let softened: f32 = distillation(student, teacher, 2.0).into_scalar();
+        assert!((0.05 * softened - 0.2 * kl).abs() < 1e-6);
     }
 }

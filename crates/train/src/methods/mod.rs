@@ -9,6 +9,7 @@ pub mod consistency;
 pub mod cut;
 pub mod distill;
 pub mod evolve;
+pub mod prune_rows;
 pub mod router_distill;
 pub mod start;
 
@@ -34,5 +35,6 @@ pub(crate) fn check(recipe: &Recipe, architecture: &Architecture) -> Result<(), 
         .map_or(Ok(()), |cut| cut.check(recipe))?;
     let guide = recipe.router_distill.as_ref();
     guide.map_or(Ok(()), |guide| guide.check(recipe))?;
-    recipe.start.as_ref().map_or(Ok(()), start::Start::check)
+    recipe.start.as_ref().map_or(Ok(()), start::Start::check)?;
+    recipe.prune_rows.map_or(Ok(()), |rule| rule.check(recipe))
 }

@@ -90,15 +90,40 @@ pub struct Model {
 }
 
 /// `model.factors` of a recipe.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FactorSizes {
     /// Width of the products.
     pub rank: usize,
     /// Rows of their own of gate and up matrices.
+    #[serde(default)]
     pub up_rows: usize,
     /// Rows of their own of down matrices.
+    #[serde(default)]
     pub down_rows: usize,
+    /// Instead of both, where matrices differ: for each layer with experts, and each stored expert, the rows of its gate, up
+    /// and down matrices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rows: Vec<Vec<[usize; 3]>>,
+}
+
+impl FactorSizes {
+    fn of(factors: &Factors) -> Self {
+        let is_even = factors.uneven.is_empty();
+        Self {
+            rank: factors.rank,
+            up_rows: if is_even { factors.up_rows } else { 0 },
+            down_rows: if is_even { factors.down_rows } else { 0 },
+            rows: factors.uneven.clone(),
+        }
+    }
+
+    fn factors(&self) -> Factors {
+        match self.rows.is_empty() {
+            true => Factors::even(self.rank, self.up_rows, self.down_rows),
+            false => Factors::uneven(self.rank, self.rows.clone()),
+        }
+    }
 }
 
 /// Experts of the MoE layers.
@@ -151,6 +176,15 @@ impl Model {
                 let layers = "name layers without experts in `model.mlp_only_layers`";
                 return Err(format!("`model.n_experts` has a 0; {layers}"));
             }
+        }
+        if let Some(factors) = &m.factors
+            && !factors.rows.is_empty()
+            && (factors.up_rows, factors.down_rows) != (0, 0)
+        {
+            return Err(
+                "`model.factors` has `rows` beside `up_rows` or `down_rows`; one of the two says how many there are"
+                    .to_owned(),
+            );
         }
         if m.residual.is_none() && m.residual_intermediate_size.is_some() {
             return Err(
@@ -222,11 +256,7 @@ impl Model {
             moe_intermediate_size: moe.intermediate_size,
             shared_intermediate_size: architecture.parts.shared,
             shared_weights: moe.shared_weights.clone(),
-            factors: moe.factors.map(|factors| FactorSizes {
-                rank: factors.rank,
-                up_rows: factors.up_rows,
-                down_rows: factors.down_rows,
-            }),
+            factors: moe.factors.as_ref().map(FactorSizes::of),
             residual,
             residual_intermediate_size: residual_width,
             recurrent_router: moe.recurrent_router,
@@ -305,11 +335,7 @@ impl Model {
                 },
                 decoupled_router: m.decoupled_router.map(|options| options.stored()),
                 shared_weights: m.shared_weights.clone(),
-                factors: m.factors.map(|factors| Factors {
-                    rank: factors.rank,
-                    up_rows: factors.up_rows,
-                    down_rows: factors.down_rows,
-                }),
+                factors: m.factors.as_ref().map(FactorSizes::factors),
                 ..MoeConfig::default()
             },
             scales: Scales::default(),
