@@ -1,6 +1,5 @@
 //! On the embedded model, with its own domains as tasks: choosing by what experts do on the task beats chance, a recording
 //! of another task is worse than one of the task, and a merge by usage with aligned neurons beats a plain mean.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod task;
 
