@@ -148,12 +148,12 @@ def warmup(steps):
     return max(steps // 10, 1)
 
 
-def write_tokens(path, rows):
-    """Rows of LENGTH + 1 bytes from places of the text that a fixed seed draws, as u32."""
+def write_tokens(path, rows, seed):
+    """Rows of LENGTH + 1 bytes from places of the text that `seed` draws, as u32."""
     if not TEXT.is_file():
         fail(f"{TEXT} does not exist; run recipes/data/synthetic")
     text = "".join(json.loads(line)["text"] for line in TEXT.read_text(encoding="utf-8").splitlines()).encode()
-    draw = random.Random(0)
+    draw = random.Random(seed)
     ids = array.array("I")
     for _ in range(rows):
         at = draw.randrange(len(text) - LENGTH)
@@ -220,7 +220,7 @@ def compare_losses(args):
     args.work.mkdir(parents=True, exist_ok=True)
     tokens, weights = args.work / "tokens.u32", args.work / "model"
     if not tokens.is_file():
-        write_tokens(tokens, args.loss * args.batch)
+        write_tokens(tokens, args.loss * args.batch, args.draw)
     if not weights.is_dir():
         torch_model("torch-eager", args.threads).save_pretrained(weights)
     losses = {}
@@ -436,6 +436,7 @@ def arguments():
     parser.add_argument("--table", action="store_true", help="print the table of the latest record and stop")
     parser.add_argument("--loss", type=int, metavar="STEPS", help="compare the losses of so many steps instead of speed")
     parser.add_argument("--batch", type=int, default=BATCH, help="with --loss: sequences of a step")
+    parser.add_argument("--draw", type=int, default=0, metavar="SEED", help="with --loss: which places of the text are drawn")
     parser.add_argument("--until", type=int, metavar="STEP", help="with --loss: stop PyTorch's sides after this step")
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "train-loss", help="with --loss: where weights, text and losses are kept")
     parser.add_argument("--worker", choices=SIDES[2:], help=argparse.SUPPRESS)

@@ -47,6 +47,11 @@ pub enum RoutingError {
         /// The names that exist.
         known: Vec<&'static str>,
     },
+    /// A device did not compute what was to be read from it.
+    Device {
+        /// What it says.
+        problem: String,
+    },
     /// Offsets, experts and weights do not form a routing.
     BadRouting {
         /// What is inconsistent, with both values.
@@ -93,6 +98,7 @@ impl fmt::Display for RoutingError {
                     known.join(", ")
                 )
             }
+            Self::Device { problem } => write!(f, "the device failed: {problem}"),
             Self::BadRouting { reason } => write!(f, "not a valid routing: {reason}"),
         }
     }

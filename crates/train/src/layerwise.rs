@@ -98,13 +98,12 @@ impl Kept {
             let state = input.state.map(|state| state.autodiff().require_grad());
             let loss = replay.layer(index, (x.clone(), state.clone()), (dx, dstate), loads)?;
             let mut gradients = loss.backward();
-            into.add(replay.model, &mut gradients, 1.0);
+            into.add(replay.model, &mut gradients, 1.0)?;
             dx = x.grad_remove(&mut gradients).expect("a layer's input");
             dstate = state.and_then(|state| state.grad_remove(&mut gradients));
         }
         let loss = (replay.model.embedded(replay.batch) * dx).sum();
-        into.add(replay.model, &mut loss.backward(), 1.0);
-        Ok(())
+        into.add(replay.model, &mut loss.backward(), 1.0)
     }
 }
 

@@ -1,6 +1,7 @@
 //! What one micro-batch is trained on: its text, the routers' losses, and what training methods add.
 
 use crate::architecture::Architecture;
+use crate::device::read;
 use crate::layerwise::{self, Kept, Replay};
 use crate::lm::{Batch, Forward, LanguageModel, Losses, Pass};
 use crate::losses::{self, LossWeights};
@@ -72,13 +73,13 @@ impl Objective<'_> {
             }
             merge(&mut parts.loads, other.loads.iter())?;
             merge(&mut parts.attention, other.attention.iter())?;
-            parts.insert("consistency", disagreement);
+            parts.insert("consistency", disagreement)?;
         }
         if let Some(teacher) = self.teacher {
             let followed = teacher.loss(hidden, model.head(), batch, pass.step)?;
             if let Some(loss) = followed {
                 parts.loss = parts.loss + loss.clone() * teacher.beta();
-                parts.insert("distillation", loss);
+                parts.insert("distillation", loss)?;
             }
         }
         Ok(parts)
@@ -100,13 +101,13 @@ impl Objective<'_> {
     ) -> Result<(), RoutingError> {
         let mut gradients = parts.loss.backward();
         if parts.kept.is_empty() {
-            into.add(model, &mut gradients, share);
+            into.add(model, &mut gradients, share)?;
             return Ok(());
         }
         let above = ["consistency", "distillation"];
         let further = above.iter().any(|name| parts.further.contains_key(*name));
         let mut sum = GradientSum::default();
-        sum.add(model, &mut gradients, 1.0);
+        sum.add(model, &mut gradients, 1.0)?;
         for (i, (kept, loads)) in parts.kept.into_iter().enumerate() {
             let replay = Replay {
                 model,
@@ -154,9 +155,9 @@ impl Objective<'_> {
         } = losses;
         let mut parts = Parts {
             loss,
-            cross_entropy: value(cross_entropy),
-            balance: value(balance),
-            z: value(z),
+            cross_entropy: value(cross_entropy)?,
+            balance: value(balance)?,
+            z: value(z)?,
             further: BTreeMap::new(),
             loads: routed.iter().map(|r| r.loads.clone()).collect(),
             attention: attention.into_iter().map(|r| r.loads).collect(),
@@ -164,12 +165,12 @@ impl Objective<'_> {
         };
         for (name, weight, mean) in self.further(&routed, batch.seq_len)? {
             parts.loss = parts.loss + mean.clone() * weight;
-            parts.insert(name, mean);
+            parts.insert(name, mean)?;
         }
         if let (Some(guide), Some(logits)) = (self.guide, foretold) {
             let followed = guide.follow(&logits, self.architecture, batch)?;
             parts.loss = parts.loss + followed.loss.clone() * guide.beta();
-            parts.insert("router_distillation", followed.loss);
+            parts.insert("router_distillation", followed.loss)?;
             let agreement = ("router_agreement".to_owned(), followed.agreement);
             parts.further.extend([agreement]);
         }
@@ -218,12 +219,16 @@ impl Objective<'_> {
 }
 
 impl Parts {
-    fn insert(&mut self, name: &str, part: Tensor<1>) {
-        self.further.insert(name.to_owned(), value(part));
+    fn insert(&mut self, name: &str, part: Tensor<1>) -> Result<(), RoutingError> {
+        self.further.insert(name.to_owned(), value(part)?);
+        Ok(())
     }
 }
 
 /// The value of a loss.
-pub(crate) fn value(tensor: Tensor<1>) -> f64 {
-    f64::from(tensor.into_scalar::<f32>())
+///
+/// # Errors
+/// A device that did not compute it.
+pub(crate) fn value(tensor: Tensor<1>) -> Result<f64, RoutingError> {
+    Ok(f64::from(read(tensor)?[0]))
 }

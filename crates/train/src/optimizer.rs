@@ -4,9 +4,11 @@
 //! Matrices decay, vectors (norms) do not. An expert without tokens in a step has gradient zero and is updated
 //! like any other parameter, as in the reference frameworks.
 
+use crate::device::read;
 use burn::backend::Flex;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
+use cadre_routing::RoutingError;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
@@ -65,13 +67,24 @@ pub struct GradientSum {
 
 impl GradientSum {
     /// Adds `scale` times the gradients of one backward pass.
-    pub fn add<M: Module>(&mut self, model: &M, gradients: &mut Gradients, scale: f32) {
-        model.visit(&mut Collector {
+    ///
+    /// # Errors
+    /// A device that did not compute them; some may have been added then.
+    pub fn add<M: Module>(
+        &mut self,
+        model: &M,
+        gradients: &mut Gradients,
+        scale: f32,
+    ) -> Result<(), RoutingError> {
+        let mut collector = Collector {
             path: Vec::new(),
             gradients,
             scale,
             into: self,
-        });
+            failed: Ok(()),
+        };
+        model.visit(&mut collector);
+        collector.failed
     }
 
     /// Adds `scale` times the sums of `other`.
@@ -155,6 +168,7 @@ struct Collector<'a> {
     gradients: &'a mut Gradients,
     scale: f32,
     into: &'a mut GradientSum,
+    failed: Result<(), RoutingError>,
 }
 
 impl ModuleVisitor for Collector<'_> {
@@ -170,11 +184,10 @@ impl ModuleVisitor for Collector<'_> {
         let Some(gradient) = param.val().grad_remove(self.gradients) else {
             return;
         };
-        let values = gradient
-            .into_data()
-            .try_into_vec::<f32>()
-            .expect("gradients are f32");
-        self.into.add_to(self.path.join("."), values, self.scale);
+        match read(gradient) {
+            Ok(values) => self.into.add_to(self.path.join("."), values, self.scale),
+            Err(error) => self.failed = Err(error),
+        }
     }
 }
 

@@ -128,7 +128,7 @@ pub struct Train {
     /// What the backward pass computes again so that it need not be kept: `"none"`, `"experts"` or `"layer"`.
     #[serde(default)]
     pub recompute: Recompute,
-    /// Where tensors live: `"cpu"`, or `"vulkan"`, `"cuda"` or `"metal"` in a build with that feature.
+    /// Where tensors live: `"cpu"`, or `"vulkan"`, `"vulkan-software"`, `"cuda"` or `"metal"` in a build with that feature.
     #[serde(default, skip_serializing_if = "Place::is_cpu")]
     pub device: Place,
 }
@@ -527,7 +527,7 @@ mod tests {
 
     #[test]
     fn what_only_the_cpu_computes_is_refused_beside_another_device() {
-        for device in ["vulkan", "cuda", "metal"] {
+        for device in ["vulkan", "vulkan-software", "cuda", "metal"] {
             let with = |keys: &str| {
                 let keys = format!("lr = 1e-3\ndevice = \"{device}\"\n{keys}");
                 parse(&TINY.replace("lr = 1e-3", &keys))

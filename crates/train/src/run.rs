@@ -300,7 +300,7 @@ impl<'a> Run<'a> {
             let (batch, pass) = (next(micro), self.pass(step, micro));
             let parts = objective.of(&model, &batch, &pass, &mut scoped);
             let parts = parts.map_err(|e| self.routing_error(step, e))?;
-            let loss = value(parts.loss.clone());
+            let loss = value(parts.loss.clone()).map_err(|e| self.routing_error(step, e))?;
             if !loss.is_finite() {
                 return Err(self.diverged(step, "the loss"));
             }
@@ -337,6 +337,13 @@ impl<'a> Run<'a> {
                 step,
                 &format!("the router logit of token {token} and expert {expert}"),
             ),
+            RoutingError::Device { problem } => TrainError::Device {
+                device: self.recipe.train.device.name(),
+                problem: format!(
+                    "step {step}: {problem}; less memory is needed with a smaller `train.batch_size` (and more \
+                     `train.accumulate`), a smaller `train.seq_len`, or `train.recompute` = \"layer\""
+                ),
+            },
             other => other.into(),
         }
     }
@@ -375,7 +382,9 @@ impl<'a> Run<'a> {
                 };
                 let losses = model.losses(&self.architecture, &batch, &pass);
                 let losses = losses.map_err(|e| self.routing_error(record.step, e))?;
-                sum += value(losses.cross_entropy) * tokens.len() as f64;
+                let mean =
+                    value(losses.cross_entropy).map_err(|e| self.routing_error(record.step, e))?;
+                sum += mean * tokens.len() as f64;
                 n += tokens.len();
             }
             let nll = sum / n as f64;

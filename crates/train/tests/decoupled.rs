@@ -279,7 +279,7 @@ fn the_text_reaches_the_router_unless_it_is_taught() {
         let losses = model.losses(&architecture, &batch, &pass).unwrap();
         let loss = losses.cross_entropy + losses.balance + losses.z;
         let mut sum = GradientSum::default();
-        sum.add(&model, &mut loss.backward(), 1.0);
+        sum.add(&model, &mut loss.backward(), 1.0).unwrap();
         let of_router = sum.get("router.head").map(<[f32]>::to_vec);
         of_router.is_some_and(|values| values.iter().any(|x| x.abs() > 1e-6))
     };

@@ -97,7 +97,7 @@ fn train(golden: &Golden) -> Ours {
             + losses.z.clone() * s.z_coef;
         let mut gradients = loss.backward();
         let mut sum = GradientSum::default();
-        sum.add(&model, &mut gradients, 1.0);
+        sum.add(&model, &mut gradients, 1.0).unwrap();
         let grad_norm = sum.norm();
         let value = |x: burn::tensor::Tensor<1>| f64::from(x.into_scalar::<f32>());
         steps.push(Step {

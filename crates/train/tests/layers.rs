@@ -101,7 +101,7 @@ fn gradients_of_every_variant_equal_finite_differences() {
         let (value, picks) = loss(&tracked, &architecture);
         let mut gradients = value.backward();
         let mut sum = cadre_train::optimizer::GradientSum::default();
-        sum.add(&tracked, &mut gradients, 1.0);
+        sum.add(&tracked, &mut gradients, 1.0).unwrap();
         let plain = model_of(&architecture, &Device::flex());
         let mut compared = 0;
         for (path, (shape, values)) in params::collect(&plain) {
@@ -166,7 +166,7 @@ fn the_recurrent_state_carries_gradient_between_layers() {
     let last = forward.routed[1].logits.clone().square().sum();
     let mut gradients = last.backward();
     let mut sum = cadre_train::optimizer::GradientSum::default();
-    sum.add(&model, &mut gradients, 1.0);
+    sum.add(&model, &mut gradients, 1.0).unwrap();
     let of = |path: &str| {
         let found = params::collect(&model)
             .into_keys()

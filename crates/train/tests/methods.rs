@@ -137,7 +137,8 @@ fn the_global_scope_has_the_gradient_of_the_whole_batch() {
                 .unwrap();
             let losses = model.score(&architecture, forward, batch, &loads);
             let mut gradients = losses.balance.backward();
-            sum.add(&model, &mut gradients, 1.0 / batches.len() as f32);
+            sum.add(&model, &mut gradients, 1.0 / batches.len() as f32)
+                .unwrap();
         }
         sum.get("layers.1.mlp.Moe.gate").unwrap().to_vec()
     };

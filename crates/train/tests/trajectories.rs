@@ -112,7 +112,7 @@ fn train(run: &Run, s: Settings, rule: Option<&str>) -> Vec<Step> {
             + losses.z.clone() * s.z_coef;
         let mut gradients = loss.backward();
         let mut sum = GradientSum::default();
-        sum.add(&model, &mut gradients, 1.0);
+        sum.add(&model, &mut gradients, 1.0).unwrap();
         let grad_norm = sum.norm();
         let value = |x: Tensor<1>| f64::from(x.into_scalar::<f32>());
         steps.push(Step {

@@ -288,7 +288,7 @@ mod tests {
         let data = TensorData::new(golden.coefficients.clone(), out.dims());
         let mut gradients = (out * Tensor::from_data(data, &device)).sum().backward();
         let mut sum = crate::optimizer::GradientSum::default();
-        sum.add(&router, &mut gradients, 1.0);
+        sum.add(&router, &mut gradients, 1.0).unwrap();
         assert_eq!(golden.gradients.len(), golden.values.len());
         for (path, want) in &golden.gradients {
             close(path, sum.get(path).unwrap(), want);

@@ -17,6 +17,7 @@
 
 use crate::architecture::Architecture;
 use crate::data::{self, Corpus};
+use crate::device::read;
 use crate::error::{Result, TrainError};
 use crate::export::{self, Opened};
 use crate::init::stream;
@@ -274,7 +275,7 @@ fn inner(opened: &Opened, batch: &Batch) -> Result<Vec<(usize, Vec<f32>)>, Routi
         };
         let values = mlp.inner(walk.feed_forward_input(index, x.clone())?);
         let width = values.dims()[1];
-        all.push((width, params::values(&values)));
+        all.push((width, read(values)?));
         x = walk.layer(index, x, None)?.0;
     }
     Ok(all)

@@ -119,7 +119,7 @@ impl Route for DenseToSparse {
             policies::DenseToSparse::new(self.n_experts(), tau, self.options.threshold, stage)?;
         let noisy = context.training && self.options.noise;
         let (routing, loads, keys) = if noisy {
-            let values = values(&logits);
+            let values = values(&logits)?;
             let noise = gumbel(&mut context.stream("router.gumbel"), values.len());
             let mut routing = Routing::new();
             policy.route_with_noise(&values, &noise, &mut routing)?;

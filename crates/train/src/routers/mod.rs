@@ -30,6 +30,7 @@ pub use top_p::TopP;
 pub use uniform::{Per, Uniform};
 pub use union::Union;
 
+use crate::device::read;
 use crate::init::stream;
 use crate::losses;
 use crate::weight_heads::Picks;
@@ -159,7 +160,7 @@ pub struct Routed {
 
 /// The picks that `policy` makes on the values of `logits`, and their loads.
 fn picked(policy: &dyn Policy, logits: &Tensor<2>) -> Result<(Routing, Loads), RoutingError> {
-    let values = values(logits);
+    let values = values(logits)?;
     let mut routing = Routing::new();
     policy.route(&values, &mut routing)?;
     let loads = counted(&routing, policy.n_experts(), &values)?;
@@ -183,10 +184,8 @@ fn routed(policy: &dyn Policy, logits: Tensor<2>, head: Head) -> Result<Routed, 
 }
 
 /// The values of `[T, E]` logits, row by row.
-fn values(logits: &Tensor<2>) -> Vec<f32> {
-    logits
-        .try_to_vec_as::<f32>()
-        .expect("router logits can be read back from their device")
+fn values(logits: &Tensor<2>) -> Result<Vec<f32>, RoutingError> {
+    read(logits.clone())
 }
 
 /// Loads of a routing and entropy of its logits.

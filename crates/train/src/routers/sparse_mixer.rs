@@ -71,7 +71,7 @@ impl Route for SparseMixer {
 
     fn route(&self, logits: Tensor<2>, _: &RouteContext<'_>) -> Result<Routed, RoutingError> {
         let (routing, loads) = picked(&self.policy, &logits)?;
-        let rows = values(&logits);
+        let rows = values(&logits)?;
         let weight = |slot| self.weight(&logits, &rows, routing.experts(), slot);
         let weights = Tensor::cat(vec![weight(0), weight(1)], 1).flatten(0, 1);
         Ok(Routed {

@@ -54,7 +54,7 @@ impl Route for Top2 {
     }
 
     fn route(&self, logits: Tensor<2>, context: &RouteContext<'_>) -> Result<Routed, RoutingError> {
-        let values = values(&logits);
+        let values = values(&logits)?;
         let mut routing = Routing::new();
         let noisy = context.training && self.second == Second::Gumbel;
         if noisy {

@@ -86,7 +86,7 @@ impl Route for Uniform {
         let picks = Picks::of(&routing, self.n_experts(), &logits);
         let weight = 1.0 / self.top_k as f64;
         Ok(Routed {
-            loads: counted(&routing, self.n_experts(), &values(&logits))?,
+            loads: counted(&routing, self.n_experts(), &values(&logits)?)?,
             weights: weight_heads::constant(&logits, &picks, weight),
             probs: softmax(logits.clone(), 1),
             logits,

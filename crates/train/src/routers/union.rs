@@ -74,7 +74,7 @@ impl Route for Union {
     }
 
     fn route(&self, logits: Tensor<2>, context: &RouteContext<'_>) -> Result<Routed, RoutingError> {
-        let values = values(&logits);
+        let values = values(&logits)?;
         let routing = self.picks(&values, context.seq_len)?;
         let picks = Picks::of(&routing, self.n_experts(), &logits);
         Ok(Routed {
