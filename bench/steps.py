@@ -19,19 +19,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def prompts(domains, n, length):
+def prompts(files, domains, n, length):
     """`n` pieces of texts, domains in turns."""
     texts = {domain: [] for domain in domains}
-    with open(ROOT / "recipes/data/sample.jsonl", encoding="utf-8") as lines:
-        for line in lines:
-            document = json.loads(line)
-            if document["domain"] in texts:
-                text = document["text"]
-                pieces = range(0, max(1, len(text) - length), 2 * length)
-                texts[document["domain"]] += [text[at : at + length] for at in pieces]
+    for file in files:
+        with open(file, encoding="utf-8") as lines:
+            for line in lines:
+                document = json.loads(line)
+                if document["domain"] in texts:
+                    text = document["text"]
+                    pieces = range(0, max(1, len(text) - length), 2 * length)
+                    texts[document["domain"]] += [text[at : at + length] for at in pieces]
     order = [texts[domain][i] for i in range(n) for domain in domains if i < len(texts[domain])]
     if len(order) < n:
-        raise SystemExit(f"the sample has {len(order)} pieces of {', '.join(domains)}, not {n}")
+        raise SystemExit(f"the text has {len(order)} pieces of {', '.join(domains)}, not {n}")
     return order[:n]
 
 
@@ -92,6 +93,7 @@ def main():
     parser.add_argument("--cadre", required=True)
     parser.add_argument("--model", default=str(ROOT / "models/nano"))
     parser.add_argument("--mem-budget")
+    parser.add_argument("--data", action="append", help="JSON lines; recipes/data/sample.jsonl")
     parser.add_argument("--domains", default="code,german")
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--step", type=int, default=4)
@@ -102,7 +104,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    texts = prompts(args.domains.split(","), args.requests, args.chars)
+    files = args.data or [ROOT / "recipes/data/sample.jsonl"]
+    texts = prompts(files, args.domains.split(","), args.requests, args.chars)
     found = {"turns": [], "experts": []}
     expected = None
     for _ in range(args.rounds):

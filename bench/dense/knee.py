@@ -1,31 +1,121 @@
 """Loss against experts that stay, for models of two numbers of experts split out of one dense model (UNCURL's threshold).
 
-    python3 bench/dense/knee.py -m .cache/data/models/SmolLM2-135M-Instruct.Q4_1.gguf --svg docs/pictures/knee.svg
+    python3 bench/dense/knee.py -m .cache/data/models/SmolLM2-135M-Instruct --tune 60 --svg docs/pictures/knee.svg
 
-The neurons of every layer are parted among E experts (`cadre split --by activity`), of which a token takes an eighth. For every
-domain: a recording of its text, plans that keep a part of the experts, and nats per token on its held-out text: `uncurl`,
-`router-mass`, `random` with several seeds, and `router-mass` by recordings of the other domains. Nothing is trained. Prints
-Markdown, and draws the mean over domains.
+The neurons of every layer are parted among E experts (`cadre split --by activity`), of which a token takes a quarter. With
+`--tune` the mixture is then trained for so many steps on the text of all domains (`cadre train`), so that its routers mean
+something. For every domain: a recording of its text, plans that keep a part of the experts, and nats per token on its held-out
+text: `uncurl`, `router-mass`, `random` with several seeds, and both by recordings of the other domains. What has been measured
+is kept in `--work`: the same command goes on after a stop. Prints Markdown, and draws the mean over domains.
 """
 
 import argparse
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
-from bed import Bench, arguments, moments
+from bed import ROOT, Bench, arguments, moments
 
 PLANS = ["uncurl", "router-mass"]
+OTHERS = ["uncurl, others", "router-mass, others"]
 
 
-def split(bench, experts, part):
-    out = bench.folder / f"moe{experts}"
-    data = [x for d in bench.args.domains for x in ("--data", bench.look(d))]
-    bench.run(
-        "split", "-m", bench.args.model, "--experts", experts, "--top-k", max(1, experts // part), "--by", "activity",
-        *data, "--tokens", bench.args.look_tokens, "-t", bench.args.threads, "-o", out,
-    )  # fmt: skip
+class Memory:
+    """Numbers by name, in a file that outlives a stop."""
+
+    def __init__(self, path):
+        self.path = path
+        self.found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def get(self, name, make):
+        if name not in self.found:
+            self.found[name] = make()
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.found), encoding="utf-8")
+            partial.rename(self.path)
+        return self.found[name]
+
+
+RECIPE = """name = "knee"
+seed = 1
+
+[model]
+vocab_size = {vocab_size}
+hidden_size = {hidden_size}
+n_layers = {num_hidden_layers}
+n_heads = {num_attention_heads}
+n_kv_heads = {num_key_value_heads}
+head_dim = {head_dim}
+n_experts = {num_local_experts}
+top_k = {num_experts_per_tok}
+moe_intermediate_size = {intermediate_size}
+qk_norm = false
+rms_norm_eps = {rms_norm_eps}
+rope_theta = {rope_theta}
+max_position_embeddings = {max_position_embeddings}
+tie_word_embeddings = {tied}
+
+[data]
+eval_tokens = 2048
+sources = [
+{sources}]
+
+[train]
+steps = {steps}
+batch_size = 4
+seq_len = 256
+lr = {lr}
+min_lr_ratio = 0.1
+warmup_steps = 5
+precision = "bf16"
+
+[losses]
+balance = 0.01
+z = 0.0
+
+[start]
+from = "{start}"
+
+[output]
+dir = "{run}"
+snapshot_every = {every}
+keep = 1
+eval_every = {steps}
+"""
+
+
+def split(bench, experts):
+    """A folder with the dense model's neurons parted among `experts`, tuned if that was asked for."""
+    args = bench.args
+    out, run = bench.folder / f"moe{experts}", bench.folder / f"run{experts}"
+    if not (out / "config.json").is_file():
+        data = [x for d in args.domains for x in ("--data", bench.look(d))]
+        bench.run(
+            "split", "-m", args.model, "--experts", experts, "--top-k", max(1, experts // args.active), "--by", "activity",
+            *data, "--tokens", args.look_tokens, "-t", args.threads, "-o", out,
+        )  # fmt: skip
+    if not args.tune:
+        return out
+    if not (run / "model/config.json").is_file():
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        source = '  {{ domain = "{0}", train = "{1}/{0}.train.jsonl", heldout = "{1}/{0}.heldout.jsonl" }},\n'
+        recipe = bench.folder / f"knee{experts}.toml"
+        text = RECIPE.format(
+            **config, tied=str(config["tie_word_embeddings"]).lower(), steps=args.tune, lr=args.lr, start=out.resolve(),
+            sources="".join(source.format(d, args.data.resolve()) for d in args.domains), run=run.resolve(), every=max(1, args.tune // 6),
+        )  # fmt: skip
+        recipe.write_text(text, encoding="utf-8")
+        bench.run("train", recipe)
+    return run / "model"
+
+
+def trace_of(bench, moe, experts, domain):
+    """A recording of the domain's text."""
+    out = bench.folder / f"{domain}.{experts}.parquet"
+    if not out.is_file():
+        partial = out.with_name(f"partial.{out.name}")
+        partial.unlink(missing_ok=True)
+        bench.run("trace", "-m", moe, "--data", bench.look(domain), "--logits", "-t", bench.args.threads, "-o", partial)
+        partial.rename(out)
     return out
 
 
@@ -34,31 +124,30 @@ def cost(bench, moe, trace, domain, keep, method, seed=0):
     if keep == 1.0:
         return bench.nll(moe, domain)
     plan = bench.folder / "plan.json"
+    plan.unlink(missing_ok=True)
     bench.run("plan", "prune", "--trace", trace, "--keep", keep, "--method", method, "--seed", seed, "-o", plan)
     return bench.nll(moe, domain, "--plan", plan)
 
 
-def curves(bench, experts, part, keeps):
+def curves(bench, memory, experts, keeps):
     """By method: for every share that stays the nats of every domain (for random: of every seed and domain)."""
-    moe = split(bench, experts, part)
-    traces = {}
-    for domain in bench.args.domains:
-        traces[domain] = bench.folder / f"{domain}.parquet"
-        bench.run("trace", "-m", moe, "--data", bench.look(domain), "--logits", "-t", bench.args.threads, "-o", traces[domain])
-    result = {method: {} for method in [*PLANS, "other domains", "random"]}
+    args, moe = bench.args, split(bench, experts)
+    traces = {domain: trace_of(bench, moe, experts, domain) for domain in args.domains}
+
+    def nats(by, domain, keep, method, seed=0):
+        name = f"{experts} {domain} {keep}" if keep == 1.0 else f"{experts} {domain} {keep} {method} {seed} by {by}"
+        return memory.get(name, lambda: cost(bench, moe, traces[by], domain, keep, method, seed))
+
+    result = {method: {} for method in [*PLANS, *OTHERS, "random"]}
     for keep in keeps:
-        for method in PLANS:
-            result[method][keep] = [cost(bench, moe, traces[d], d, keep, method) for d in bench.args.domains]
-        result["other domains"][keep] = [
-            moments([cost(bench, moe, traces[o], d, keep, "router-mass") for o in bench.args.domains if o != d])[0]
-            for d in bench.args.domains
-        ]
-        seeds = [1] if keep == 1.0 else range(1, bench.args.seeds + 1)
-        result["random"][keep] = [
-            [cost(bench, moe, traces[d], d, keep, "random", seed) for d in bench.args.domains] for seed in seeds
-        ]
+        for method, by_others in zip(PLANS, OTHERS):
+            result[method][keep] = [nats(d, d, keep, method) for d in args.domains]
+            result[by_others][keep] = [
+                moments([nats(o, d, keep, method) for o in args.domains if o != d])[0] for d in args.domains
+            ]
+        seeds = [1] if keep == 1.0 else range(1, args.seeds + 1)
+        result["random"][keep] = [[nats(d, d, keep, "random", seed) for d in args.domains] for seed in seeds]
         print(f"| {experts} experts, keep {keep} | {line(result, keep)} |", flush=True)
-    shutil.rmtree(moe)
     return result
 
 
@@ -66,7 +155,7 @@ def line(result, keep):
     cells = []
     for at in range(len(result["uncurl"][keep])):
         mean, deviation = moments([row[at] for row in result["random"][keep]])
-        own = ", ".join(f"{result[method][keep][at]:.2f}" for method in [*PLANS, "other domains"])
+        own = ", ".join(f"{result[method][keep][at]:.2f}" for method in [*PLANS, *OTHERS])
         cells.append(f"{own}, {mean:.2f} +- {deviation:.2f}")
     return " | ".join(cells)
 
@@ -88,7 +177,10 @@ def svg(all_curves, dense):
     least = min(x for x, _ in points)
     px = lambda x: left + (width - left - 150) * (1 - x) / (1 - least)
     py = lambda y: top + (height - top - 50) * (high - y) / (high - low)
-    colours = {"uncurl": "#c1440e", "router-mass": "#1b6ca8", "other domains": "#7a7a7a", "random": "#b8a100"}
+    colours = {
+        "uncurl": "#c1440e", "router-mass": "#1b6ca8", "uncurl, others": "#e2a07f", "router-mass, others": "#9dbfd9",
+        "random": "#7a7a7a",
+    }  # fmt: skip
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="11">']
     out.append(f'<rect width="{width}" height="{height}" fill="white"/>')
     for x in sorted({x for x, _ in points}, reverse=True):
@@ -117,32 +209,39 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments(parser)
     parser.add_argument("--experts", type=int, nargs=2, default=[16, 64])
-    parser.add_argument("--active", type=int, default=8, help="a token takes one of so many parts of the experts")
-    parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.75, 0.5, 0.375, 0.25, 0.125])
+    parser.add_argument("--active", type=int, default=4, help="a token takes one of so many parts of the experts")
+    parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.75, 0.5, 0.375, 0.25])
     parser.add_argument("--look-tokens", type=int, default=4096)
+    parser.add_argument("--tune", type=int, default=0, help="steps of training after the split")
+    parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate of these")
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache/dense/knee", help="folder of what has been made and measured")
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args, folder)
-        dense = [bench.nll(args.model, d) for d in args.domains]
-        print(f"| uncurl, router-mass, router-mass by other domains, random | {' | '.join(args.domains)} |")
-        print(f"|---|{'---|' * len(args.domains)}\n| (dense) | {' | '.join(f'{x:.2f}' for x in dense)} |", flush=True)
-        result = {experts: curves(bench, experts, args.active, args.keep) for experts in args.experts}
+    args.work.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args, args.work)
+    memory = Memory(args.work / "nats.json")
+    dense = [memory.get(f"dense {d}", lambda d=d: bench.nll(args.model, d)) for d in args.domains]
+    print(f"| {', '.join([*PLANS, *OTHERS])}, random | {' | '.join(args.domains)} |")
+    print(f"|---|{'---|' * len(args.domains)}\n| (dense) | {' | '.join(f'{x:.2f}' for x in dense)} |", flush=True)
+    result = {experts: curves(bench, memory, experts, args.keep) for experts in args.experts}
     for experts, of in result.items():
         for keep in (0.5, 0.25):
             if keep in of["uncurl"]:
-                better = 0
-                for at in range(len(args.domains)):
-                    mean, deviation = moments([row[at] for row in of["random"][keep]])
-                    better += of["uncurl"][keep][at] < mean - deviation
-                worse = sum(a > b for a, b in zip(of["other domains"][keep], of["router-mass"][keep]))
-                n = len(args.domains)
-                print(
-                    f"{experts} experts, keep {keep}: uncurl below random - 1 std in {better} of {n} domains, "
-                    f"recordings of other domains worse than the own in {worse} of {n}"
-                )
+                print(f"{experts} experts, keep {keep}: {verdict(of, keep)}")
     if args.svg:
         args.svg.write_text(svg(result, moments(dense)[0]), encoding="utf-8")
+
+
+def verdict(of, keep):
+    """In how many domains methods beat chance, and the own recording those of others."""
+    n = len(of["uncurl"][keep])
+    chance = [moments([row[at] for row in of["random"][keep]]) for at in range(n)]
+    said = []
+    for method, others in zip(PLANS, OTHERS):
+        better = sum(of[method][keep][at] < mean - deviation for at, (mean, deviation) in enumerate(chance))
+        worse = sum(a > b for a, b in zip(of[others][keep], of[method][keep]))
+        said.append(f"{method} below random - 1 std in {better} of {n} domains, recordings of others worse in {worse} of {n}")
+    return "; ".join(said)
 
 
 if __name__ == "__main__":
