@@ -48,6 +48,35 @@ class Bench:
         return json.loads(said)["nll"]
 
 
+class Memory:
+    """Numbers by name, in a file that outlives a stop."""
+
+    def __init__(self, path):
+        self.path = path
+        self.found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def get(self, name, make):
+        if name not in self.found:
+            self.found[name] = make()
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.found), encoding="utf-8")
+            partial.rename(self.path)
+        return self.found[name]
+
+
+def split(bench, experts):
+    """A folder with the dense model's neurons parted among a shared expert and `experts` experts, of which a token takes a part."""
+    args = bench.args
+    out = bench.folder / f"moe{experts}"
+    if not (out / "config.json").is_file():
+        data = [x for d in args.domains for x in ("--data", bench.look(d))]
+        bench.run(
+            "split", "-m", args.model, "--experts", experts, "--top-k", max(1, experts // args.active), "--by", "activity",
+            "--shared", args.shared, *data, "--tokens", args.look_tokens, "-t", args.threads, "-o", out,
+        )  # fmt: skip
+    return out
+
+
 def moments(values):
     mean = sum(values) / len(values)
     return mean, (sum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1)) ** 0.5

@@ -356,8 +356,14 @@ impl<'a> Run<'a> {
             .collect()
     }
 
-    /// Scores at most `max_tokens` held-out tokens of every domain, without gradients.
-    pub(crate) fn evaluate(&self, corpus: &Corpus, max_tokens: usize) -> Result<EvalRecord> {
+    /// Scores at most `max_tokens` held-out tokens of every domain, without gradients. `scored` hears how many of all tokens are
+    /// done, and ends it by saying no.
+    pub(crate) fn evaluate(
+        &self,
+        corpus: &Corpus,
+        max_tokens: usize,
+        scored: &mut dyn FnMut(usize, usize) -> bool,
+    ) -> Result<Option<EvalRecord>> {
         let model = self.model().valid();
         let pass = Pass {
             training: false,
@@ -368,10 +374,15 @@ impl<'a> Run<'a> {
             step: self.steps(),
             eval: BTreeMap::new(),
         };
-        for domain in &corpus.domains {
-            let Some(all) = data::windows(&domain.heldout, seq_len, max_tokens) else {
-                continue;
-            };
+        let domains = corpus.domains.iter();
+        let texts: Vec<_> = domains
+            .filter_map(|domain| {
+                Some((domain, data::windows(&domain.heldout, seq_len, max_tokens)?))
+            })
+            .collect();
+        let total = texts.iter().map(|(_, all)| all.tokens.len()).sum();
+        let mut done = 0;
+        for (domain, all) in texts {
             let size = self.recipe.train.batch_size * seq_len;
             let (mut sum, mut n) = (0.0, 0);
             for (tokens, targets) in all.tokens.chunks(size).zip(all.targets.chunks(size)) {
@@ -386,6 +397,10 @@ impl<'a> Run<'a> {
                     value(losses.cross_entropy).map_err(|e| self.routing_error(record.step, e))?;
                 sum += mean * tokens.len() as f64;
                 n += tokens.len();
+                done += tokens.len();
+                if !scored(done, total) {
+                    return Ok(None);
+                }
             }
             let nll = sum / n as f64;
             if !nll.is_finite() {
@@ -399,7 +414,7 @@ impl<'a> Run<'a> {
             };
             record.eval.insert(domain.name.clone(), score);
         }
-        Ok(record)
+        Ok(Some(record))
     }
 }
 

@@ -22,9 +22,11 @@ pub trait Progress {
     fn step(&mut self, _record: &StepRecord) {}
     /// Something is wrong that does not stop the run.
     fn warning(&mut self, _warning: &WarningRecord) {}
+    /// So many of all tokens of the held-out text are scored.
+    fn scored(&mut self, _done: usize, _total: usize) {}
     /// Held-out text was scored.
     fn evaluated(&mut self, _record: &EvalRecord) {}
-    /// Whether to save a snapshot and stop before the next step.
+    /// Whether to save a snapshot and stop before the next step, or while all held-out text is scored.
     fn stop(&mut self) -> bool {
         false
     }
@@ -88,7 +90,12 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
     };
     if recipe.output.eval_first && run.steps() == 0 && !log.has_evaluation(0)? {
         progress.stage("held-out text");
-        let record = run.evaluate(&corpus, usize::MAX).map_err(kept)?;
+        let Some(record) = run
+            .evaluate(&corpus, usize::MAX, &mut heard(progress))
+            .map_err(kept)?
+        else {
+            return Ok(Outcome::Stopped { step: 0 });
+        };
         log.write(&record)?;
         progress.evaluated(&record);
     }
@@ -110,16 +117,23 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
         let step = record.step;
         let every = recipe.output.eval_every;
         if every > 0 && step.is_multiple_of(every) && step < recipe.train.steps {
-            let record = run.evaluate(&corpus, data.eval_tokens).map_err(kept)?;
-            log.write(&record)?;
-            progress.evaluated(&record);
+            // A stop waits for it, so that the log is that of a run without one.
+            let record = run.evaluate(&corpus, data.eval_tokens, &mut |_, _| true);
+            if let Some(record) = record.map_err(kept)? {
+                log.write(&record)?;
+                progress.evaluated(&record);
+            }
         }
         if step.is_multiple_of(recipe.output.snapshot_every) || step == recipe.train.steps {
             run.save(&snapshots)?;
         }
     }
     progress.stage("held-out text");
-    let eval = run.evaluate(&corpus, usize::MAX).map_err(kept)?;
+    let eval = run.evaluate(&corpus, usize::MAX, &mut heard(progress));
+    let Some(eval) = eval.map_err(kept)? else {
+        let step = run.steps();
+        return Ok(Outcome::Stopped { step });
+    };
     log.write(&eval)?;
     progress.evaluated(&eval);
     let model = folder.join("model");
@@ -137,6 +151,14 @@ pub fn train(recipe: &Recipe, progress: &mut dyn Progress) -> Result<Outcome> {
         Err(error) => return Err(error),
     };
     Ok(Outcome::Finished { model, eval })
+}
+
+/// Tells how much of the held-out text is scored, until it is to stop.
+fn heard(progress: &mut dyn Progress) -> impl FnMut(usize, usize) -> bool {
+    |done, total| {
+        progress.scored(done, total);
+        !progress.stop()
+    }
 }
 
 fn observe(watch: &mut CollapseWatch, recipe: &Recipe, record: &StepRecord) -> Vec<WarningRecord> {

@@ -292,6 +292,15 @@ impl Progress for Watch<'_> {
         ));
     }
 
+    fn scored(&mut self, done: usize, total: usize) {
+        let message = format!("held-out text: {done} of {total} tokens");
+        if !self.app.env.stderr_is_terminal && self.last_line.elapsed() >= QUIET {
+            self.last_line = Instant::now();
+            self.say(&message);
+        }
+        self.bar.set_message(message);
+    }
+
     fn evaluated(&mut self, record: &EvalRecord) {
         let mut line = format!("step {}: held-out perplexity", record.step);
         for (domain, score) in &record.eval {
