@@ -64,19 +64,6 @@ class Memory:
         return self.found[name]
 
 
-def split(bench, experts):
-    """A folder with the dense model's neurons parted among a shared expert and `experts` experts, of which a token takes a part."""
-    args = bench.args
-    out = bench.folder / f"moe{experts}"
-    if not (out / "config.json").is_file():
-        data = [x for d in args.domains for x in ("--data", bench.look(d))]
-        bench.run(
-            "split", "-m", args.model, "--experts", experts, "--top-k", max(1, experts // args.active), "--by", "activity",
-            "--shared", args.shared, *data, "--tokens", args.look_tokens, "-t", args.threads, "-o", out,
-        )  # fmt: skip
-    return out
-
-
 def moments(values):
     mean = sum(values) / len(values)
     return mean, (sum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1)) ** 0.5

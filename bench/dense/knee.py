@@ -1,92 +1,20 @@
 """Loss against experts that stay, for models of two numbers of experts split out of one dense model (UNCURL's threshold).
 
-    python3 bench/dense/knee.py -m .cache/data/models/SmolLM2-135M-Instruct --tune 200 --svg docs/pictures/knee.svg
+    python3 bench/dense/knee.py -m .cache/data/models/SmolLM2-135M-Instruct --svg docs/pictures/knee.svg
 
-The neurons of every layer are parted among a shared expert, of those that are active most often, and E experts
-(`cadre split --by activity`), of which a token takes a quarter. With `--tune` the mixture is then trained for so many steps on
-the text of all domains (`cadre train`, routers and experts), so that its routers mean something. For every domain: a recording
-of its text, plans that keep a part of the experts, and nats per token on its held-out text: `uncurl`, `router-mass`, `random`
-with several seeds, and both by recordings of the other domains. What has been measured is kept in `--work`: the same command
-goes on after a stop. Prints Markdown, and draws the mean over domains.
+The models are those of mixture.py. For every domain: a recording of its text, plans that keep a part of the experts, and nats
+per token on its held-out text: `uncurl`, `router-mass`, `random` with several seeds, and both by recordings of the other domains.
+What has been measured is kept in `--work`: the same command goes on after a stop. Prints Markdown, and draws the mean over domains.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from bed import ROOT, Bench, Memory, arguments, moments, split
+from bed import ROOT, Bench, Memory, arguments, moments
+from mixture import mixture, mixture_arguments
 
 PLANS = ["uncurl", "router-mass"]
 OTHERS = ["uncurl, others", "router-mass, others"]
-
-
-RECIPE = """name = "knee"
-seed = 1
-
-[model]
-vocab_size = {vocab_size}
-hidden_size = {hidden_size}
-n_layers = {num_hidden_layers}
-n_heads = {num_attention_heads}
-n_kv_heads = {num_key_value_heads}
-head_dim = {head_dim}
-n_experts = {experts}
-top_k = {top_k}
-moe_intermediate_size = {intermediate_size}
-{shared}qk_norm = false
-rms_norm_eps = {rms_norm_eps}
-rope_theta = {rope_theta}
-max_position_embeddings = {max_position_embeddings}
-tie_word_embeddings = {tied}
-
-[data]
-eval_tokens = 2048
-sources = [
-{sources}]
-
-[train]
-steps = {steps}
-batch_size = 4
-seq_len = 256
-lr = {lr}
-min_lr_ratio = 0.1
-warmup_steps = 5
-precision = "bf16"
-
-[losses]
-balance = 0.01
-z = 0.0
-
-[start]
-from = "{start}"
-freeze = ["dense"]
-
-[output]
-dir = "{run}"
-snapshot_every = {every}
-keep = 1
-eval_every = {steps}
-"""
-
-
-def tuned(bench, experts):
-    """The split model, trained if that was asked for."""
-    args = bench.args
-    out, run = split(bench, experts), bench.folder / f"run{experts}"
-    if not args.tune:
-        return out
-    if not (run / "model/config.json").is_file():
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        source = '  {{ domain = "{0}", train = "{1}/{0}.train.jsonl", heldout = "{1}/{0}.heldout.jsonl" }},\n'
-        recipe = bench.folder / f"knee{experts}.toml"
-        text = RECIPE.format(
-            **config, experts=experts, top_k=max(1, experts // args.active), tied=str(config["tie_word_embeddings"]).lower(), steps=args.tune, lr=args.lr, start=out.resolve(),
-            sources="".join(source.format(d, args.data.resolve()) for d in args.domains), run=run.resolve(), every=max(1, args.tune // 6),
-            shared=f"shared_intermediate_size = {args.shared}\n" if args.shared else "",
-        )  # fmt: skip
-        recipe.write_text(text, encoding="utf-8")
-        bench.run("train", recipe)
-    return run / "model"
 
 
 def trace_of(bench, moe, experts, domain):
@@ -112,7 +40,7 @@ def cost(bench, moe, trace, domain, keep, method, seed=0):
 
 def curves(bench, memory, experts, keeps):
     """By method: for every share that stays the nats of every domain (for random: of every seed and domain)."""
-    args, moe = bench.args, tuned(bench, experts)
+    args, moe = bench.args, mixture(bench, experts)
     traces = {domain: trace_of(bench, moe, experts, domain) for domain in args.domains}
 
     def nats(by, domain, keep, method, seed=0):
@@ -189,13 +117,9 @@ def svg(all_curves, dense):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments(parser)
+    mixture_arguments(parser)
     parser.add_argument("--experts", type=int, nargs=2, default=[8, 32])
-    parser.add_argument("--active", type=int, default=4, help="a token takes one of so many parts of the experts")
     parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.75, 0.5, 0.375, 0.25])
-    parser.add_argument("--shared", type=int, default=768, help="neurons, those that are active most often, of an expert for every token")
-    parser.add_argument("--look-tokens", type=int, default=4096)
-    parser.add_argument("--tune", type=int, default=0, help="steps of training after the split")
-    parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate of these")
     parser.add_argument("--work", type=Path, default=ROOT / ".cache/dense/knee", help="folder of what has been made and measured")
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bed import ROOT, Bench, arguments
+from bed import ROOT, Bench, Memory, arguments
 
 from common import append_record, machine, now, pin, revision, say, spread, warn_if_busy
 
@@ -54,7 +54,7 @@ def shares(bench, args):
 
 def decode(bench, args, side, text):
     said = bench.run(
-        "run", "-m", args.tuned, "-p", text, "-n", args.tokens, "--temp", 0, "--ignore-eos", "-t", args.threads,
+        "run", "-m", args.tuned, "-p", text, "-n", args.tokens, "--temp", 0, "-c", 512, "-t", args.threads,
         "--mem-budget", args.mem_budget, "--read-ahead", side, "--stats", "-o", "json",
     )  # fmt: skip
     return json.loads(said)["streaming"]
@@ -101,8 +101,8 @@ def steps(args):
     done = subprocess.run(
         [
             sys.executable, str(ROOT / "bench/steps.py"), "--cadre", args.cadre, "--model", args.tuned, *data,
-            "--domains", ",".join(args.domains), "--requests", str(args.requests), "--step", "4", "--tokens", "48",
-            "--mem-budget", args.mem_budget, "--rounds", "1", "--threads", str(args.threads), "--chars", "300",
+            "--domains", ",".join(args.domains), "--requests", str(args.requests), "--step", "4", "--tokens", "160",
+            "--mem-budget", args.serve_budget, "--rounds", "3", "--threads", str(args.threads), "--chars", "300",
         ],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -139,7 +139,9 @@ def main():
     arguments(parser)
     parser.add_argument("--router", default="runs/smollm2-router/model", help="what the first recipe leaves")
     parser.add_argument("--tuned", default="runs/smollm2-experts/model", help="what the second recipe leaves")
-    parser.add_argument("--mem-budget", default="260MiB", help="of decoding and serving")
+    parser.add_argument("--mem-budget", default="240MiB", help="of decoding")
+    parser.add_argument("--serve-budget", default="420MiB", help="of serving; contexts of all requests are in it")
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache/dense/read-me", help="folder of what has been measured")
     parser.add_argument("--tokens", type=int, default=96, help="that are decoded after each text")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=12)
@@ -147,12 +149,14 @@ def main():
     args = parser.parse_args()
     host = machine(args.threads, pin(args.threads))
     warn_if_busy(host)
+    args.work.mkdir(parents=True, exist_ok=True)
+    memory = Memory(args.work / "found.json")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, folder)
         record = {
             "date": now(), "commit": revision(), "machine": host, "model": Path(args.model).name, "domains": args.domains,
-            "mem_budget": args.mem_budget, "tokens": args.tokens, "rounds": args.rounds, "nats": nats(bench, args),
-            "shares": shares(bench, args), "decoding": decoding(bench, args), "steps": steps(args),
+            "mem_budget": args.mem_budget, "tokens": args.tokens, "rounds": args.rounds, "nats": memory.get("nats", lambda: nats(bench, args)),
+            "shares": memory.get("shares", lambda: shares(bench, args)), "decoding": decoding(bench, args), "steps": steps(args),
         }  # fmt: skip
     if not args.no_record:
         append_record("read-me", record)
