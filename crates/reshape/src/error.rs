@@ -42,6 +42,14 @@ pub enum ReshapeError {
         /// Reason from the operating system.
         source: std::io::Error,
     },
+    /// The file of measurements cannot be read or written.
+    #[error("cannot keep measurements in {}", path.display())]
+    Measurements {
+        /// The file.
+        path: PathBuf,
+        /// Reason from the operating system.
+        source: std::io::Error,
+    },
     /// The plan file is no plan.
     #[error("{file} is not a plan: {problem}; make one with `cadre plan`")]
     NotAPlan {
@@ -91,7 +99,7 @@ pub enum ReshapeError {
     Stopped,
     /// Fewer experts are wanted than the model can be left with.
     #[error(
-        "layer {layer} would keep {kept} of {of} experts, but needs {least}: a token is sent to {top_k}, and groups of experts stay equal"
+        "layer {layer} would keep {kept} of {of} experts, but needs {least}: a token is sent to {top_k}, and groups of experts stay equal; keep at least {least} of {of}"
     )]
     TooFew {
         /// Decoder layer.

@@ -14,6 +14,7 @@ mod inspect_text;
 pub(crate) mod logits;
 pub(crate) mod plan;
 mod plan_bits;
+mod plan_bits_work;
 pub(crate) mod plan_steer;
 pub(crate) mod pull;
 pub(crate) mod quantize;

@@ -9,8 +9,11 @@ use anyhow::{Context, Result};
 use cadre_checkpoint::{
     Checkpoint, Conversion, ConvertOptions, ConvertTo, Dtype, QuantizeOptions, TargetDtype,
 };
+use cadre_engine::eval::Document;
 use cadre_engine::{LoadOptions, SessionOptions};
-use cadre_reshape::bits::{BitsOptions, Chosen, Sensitivity, Trials, Unit, choose, plan};
+use cadre_reshape::bits::{
+    BitsOptions, Chosen, Remembered, Sensitivity, Trials, Unit, choose, plan,
+};
 use cadre_reshape::{
     Applying, ReshapeError, Usage, UsageOptions, apply, plan_json, plan_text, shape_of,
 };
@@ -19,6 +22,7 @@ use clap::ValueEnum;
 
 use super::apply_quality::{streamed, tokenized, window};
 use super::convert;
+use super::plan_bits_work::{Unfinished, identity};
 use super::trace::write_file;
 use crate::cli::App;
 use crate::failure::Failure;
@@ -80,7 +84,8 @@ pub(crate) struct Args {
     /// Memory that the model may take while measuring, such as 8GiB; experts are then read from the disk.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     mem_budget: Option<u64>,
-    /// File to write the plan to. Beside it, the model is written once in every format while this runs.
+    /// File to write the plan to. Until it is done, the model is beside it in every format, in a hidden folder. When interrupted,
+    /// the same command goes on.
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 }
@@ -102,63 +107,30 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         return Err(Failure::new(text).into());
     }
     let formats = args.formats(&checkpoint)?;
+    // A recording that does not fit is refused before the model is written.
     let sensitivity = args.sensitivity(&shape)?;
     let documents = tokenized(&args.data, &checkpoint)?;
-    let parent = std::path::absolute(&args.output)
-        .with_context(|| format!("cannot resolve {}", args.output.display()))?;
-    let parent = parent.parent().unwrap_or(Path::new(".")).to_owned();
-    let folder = tempfile::Builder::new()
-        .prefix(".cadre-bits-")
-        .tempdir_in(&parent)
-        .with_context(|| format!("cannot write beside {}", args.output.display()))?;
-    let mut paths = Vec::new();
-    for format in &formats {
-        paths.push(write(app, &checkpoint, *format, folder.path())?);
-    }
     let window = window(args.ctx_size, &checkpoint);
-    let session = SessionOptions {
-        n_ctx: Some(window),
-        ..SessionOptions::default()
-    };
-    let stream = args
-        .mem_budget
-        .map(|budget| streamed((budget, "the budget"), &checkpoint, &session))
-        .transpose()?;
-    let load = LoadOptions {
-        n_threads: (args.threads > 0).then_some(args.threads),
-        // Models that read a text once need not be laid out for speed.
-        in_place: stream.is_none(),
-        stream,
-        ..LoadOptions::default()
-    };
-    let guard = app.interrupt.guard();
-    let bar = spinner(&app.env, "measuring".to_owned());
-    let (mut n_trials, mut last) = (0u64, u64::MAX);
-    let mut progress = |done: u64| {
-        n_trials += u64::from(done <= last);
-        last = done;
-        bar.set_message(format!("measurement {n_trials}, {done} tokens"));
-        match app.interrupt.requested() {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
+    let names = names(&formats);
+    let identity = identity(&checkpoint, &names, (&documents, window));
+    let work = Unfinished::begin(&args.output, &identity)?;
+    let text = (&documents[..], window);
+    let chosen = match args.measure(app, (&checkpoint, &formats), text, (sensitivity, &work)) {
+        Ok(chosen) => chosen,
+        Err(error) if app.interrupt.requested() => {
+            let text = format!(
+                "{} is not complete; run the same again to go on",
+                args.output.display()
+            );
+            note(&app.env, &text);
+            return Err(error);
+        }
+        Err(error) => {
+            work.remove()?;
+            return Err(error);
         }
     };
-    let mut trials = Trials::new(paths, (&documents, window), load, &mut progress)?;
-    let options = BitsOptions {
-        max_increase: args.max_ppl_increase,
-        unit: match args.unit {
-            UnitArg::Expert => Unit::Expert,
-            UnitArg::Layer => Unit::Layer,
-        },
-        sensitivity,
-    };
-    let chosen = choose(&shape, formats.len(), &options, &mut trials);
-    bar.finish_and_clear();
-    drop(guard);
-    app.interrupt.check()?;
-    let chosen = chosen?;
     let n_tokens: usize = documents.iter().map(|one| one.tokens.len()).sum();
-    let names = names(&formats);
     let written: Vec<Dtype> = formats
         .iter()
         .map(|one| one.unwrap_or(Dtype::F32))
@@ -170,6 +142,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
         args.notes(&chosen, &names, n_tokens),
     );
     write_file(&args.output, &plan_json(&plan))?;
+    work.remove()?;
     note(&app.env, &format!("wrote {}", args.output.display()));
     let mut out = Out::new();
     out.write(&said(&checkpoint, (&chosen, &plan), &names, n_tokens)?)?;
@@ -177,6 +150,66 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
 }
 
 impl Args {
+    /// Writes the model in every format and searches, or goes on with both.
+    fn measure(
+        &self,
+        app: &App,
+        (checkpoint, formats): (&Checkpoint, &[Option<Dtype>]),
+        (documents, window): (&[Document], usize),
+        (sensitivity, work): (Sensitivity, &Unfinished),
+    ) -> Result<Chosen> {
+        let shape = shape_of(checkpoint);
+        let mut paths = Vec::new();
+        for format in formats {
+            paths.push(write(app, checkpoint, *format, work.folder())?);
+        }
+        let session = SessionOptions {
+            n_ctx: Some(window),
+            ..SessionOptions::default()
+        };
+        let stream = self
+            .mem_budget
+            .map(|budget| streamed((budget, "the budget"), checkpoint, &session))
+            .transpose()?;
+        let load = LoadOptions {
+            n_threads: (self.threads > 0).then_some(self.threads),
+            // Models that read a text once need not be laid out for speed.
+            in_place: stream.is_none(),
+            stream,
+            ..LoadOptions::default()
+        };
+        let _guard = app.interrupt.guard();
+        let bar = spinner(&app.env, "measuring".to_owned());
+        let (mut n_trials, mut last) = (0u64, u64::MAX);
+        let mut progress = |done: u64| {
+            n_trials += u64::from(done <= last);
+            last = done;
+            bar.set_message(format!("measurement {n_trials}, {done} tokens"));
+            match app.interrupt.requested() {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            }
+        };
+        let mut trials = Trials::new(paths, (documents, window), load, &mut progress)?;
+        let mut trials = Remembered::open(&work.measurements(), &mut trials)?;
+        if trials.n_known() > 0 {
+            let text = format!("going on after {} measurements", trials.n_known());
+            note(&app.env, &text);
+        }
+        let options = BitsOptions {
+            max_increase: self.max_ppl_increase,
+            unit: match self.unit {
+                UnitArg::Expert => Unit::Expert,
+                UnitArg::Layer => Unit::Layer,
+            },
+            sensitivity,
+        };
+        let chosen = choose(&shape, formats.len(), &options, &mut trials);
+        bar.finish_and_clear();
+        app.interrupt.check()?;
+        Ok(chosen?)
+    }
+
     /// Formats by bits, the stored one first as `None`.
     fn formats(&self, checkpoint: &Checkpoint) -> Result<Vec<Option<Dtype>>> {
         let config = checkpoint.config();
@@ -297,6 +330,10 @@ fn write(
     };
     let name = format.map_or("stored", Dtype::name).to_lowercase();
     let path = folder.join(format!("{name}.gguf"));
+    if path.exists() {
+        // It has this name only when it is complete.
+        return Ok(path);
+    }
     let conversion = Conversion::plan(checkpoint, "model", options)
         .context("formats by expert need a GGUF file")?;
     convert::write(app, &conversion, &path)?;

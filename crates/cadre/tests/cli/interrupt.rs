@@ -121,3 +121,41 @@ fn running_text_ends_with_a_line_break() {
     );
     assert_eq!(text.last(), Some(&b'\n'));
 }
+
+#[test]
+fn a_search_for_formats_that_is_killed_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("d.txt");
+    // The embedded model, some of whose experts this format costs something.
+    let text = "This was the light in which it appeared to those who knew the family, long before you returned to it; and \
+                Colonel Wallis had his eye upon your father enough to be sensible of it, though he did not then visit in \
+                Camden Place; but his regard for Mr Elliot gave him an interest in watching all that was going on there.";
+    fs::write(&data, text).unwrap();
+    let run = |out: &Path| {
+        let mut args = vec!["plan", "bits", "-c", "64", "--max-ppl-increase", "0"];
+        args.extend(["--data", arg(&data), "-o", arg(out)]);
+        args.extend(["--formats", "mxfp4"]);
+        cadre(&args).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let path = |name: &str| folder.path().join(name);
+    let (out, measured) = (path("p.json"), path(".p.json.bits/measured.jsonl"));
+    let mut child = run(&out);
+    let lines = || {
+        let text = fs::read_to_string(&measured).unwrap_or_default();
+        text.lines().count()
+    };
+    wait_until("some are measured", || lines() > 4);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let before = lines();
+    assert!(!out.exists() && before > 4);
+    assert!(run(&out).wait_with_output().unwrap().status.success());
+    let whole = path("whole.json");
+    assert!(run(&whole).wait_with_output().unwrap().status.success());
+    assert_eq!(fs::read(&out).unwrap(), fs::read(&whole).unwrap());
+    assert_eq!(
+        fs::read_dir(folder.path()).unwrap().count(),
+        3,
+        "nothing is left beside the plans"
+    );
+}

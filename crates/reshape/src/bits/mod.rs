@@ -11,6 +11,7 @@
 //! Check: `tests/bits.rs`.
 
 mod apply;
+mod remembered;
 mod trial;
 
 use std::collections::BTreeMap;
@@ -21,6 +22,7 @@ use cadre_routing::plan::{ModelShape, PLAN_VERSION, Plan, PlanExpert, PlanLayer,
 use crate::error::Result;
 
 pub(crate) use apply::apply;
+pub use remembered::Remembered;
 pub use trial::{Trials, relative_error};
 
 /// How many experts past the one that bisection ends at are tried.
