@@ -8,6 +8,7 @@ use cadre_engine::Steering;
 use cadre_reshape::{read_plan, shape_of};
 use cadre_routing::steer::{Experts, Layers, Numbers};
 
+use crate::commands::apply::misfit;
 use crate::failure::Failure;
 
 /// Other experts than the model picks. The same for every token that is read or written.
@@ -120,7 +121,8 @@ pub(crate) fn read(path: &Path, checkpoint: &Checkpoint) -> Result<Steering> {
 /// What a plan for `checkpoint` leaves out.
 fn of_plan(path: &Path, checkpoint: &Checkpoint) -> Result<Steering> {
     let plan = read_plan(path)?;
-    plan.check(&shape_of(checkpoint))?;
+    plan.check(&shape_of(checkpoint))
+        .with_context(|| misfit(Some(path), checkpoint))?;
     if plan.merges() {
         let text = format!("{} merges experts, which needs new weights", path.display());
         let hint = "write the model with `cadre apply`";

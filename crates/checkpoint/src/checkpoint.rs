@@ -233,7 +233,10 @@ impl Checkpoint {
     pub fn digest(&self) -> &str {
         self.digest.get_or_init(|| {
             let tensors = self.tensors.sorted();
-            digest::digest(&self.config, tensors.into_iter())
+            // The system maps much more around each sample: of a large model, a good part of the file.
+            digest::digest(&self.config, tensors.into_iter(), |bytes| {
+                self.release(bytes);
+            })
         })
     }
 

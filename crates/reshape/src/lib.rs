@@ -33,6 +33,7 @@ mod same;
 mod select;
 mod shape;
 mod show;
+mod ties;
 mod usage;
 
 pub use apply::{Applying, LayerSources, Sources, apply, sources};

@@ -8,6 +8,7 @@ use cadre_routing::plan::{Plan, PlanExpert, PlanFactor};
 
 use crate::align::{Matrices, columns, order, rows};
 use crate::factor::Factors;
+use crate::ties::ties;
 
 /// For every expert that is merged, the order of its neurons; nothing for the first.
 type Orders = Arc<Vec<Option<Vec<usize>>>>;
@@ -114,6 +115,34 @@ impl Mixer for Averages {
             _ => factors.multiplied(shape),
         })
     }
+
+    fn memory(&self, source: &Checkpoint, n: usize) -> usize {
+        let layers = &self.plan.layers;
+        let entries = || layers.iter().flat_map(|layer| &layer.experts);
+        let width = source.config().moe.intermediate_size;
+        // An average is summed as f64, with the values of one expert as they are stored, decoded, and in order.
+        let average = 20 * n;
+        let ties = entries().any(|one| one.ties.is_some());
+        let aligned = entries().filter(|one| one.align && one.from.len() > 1);
+        let n_ordered: usize = aligned.map(|one| one.from.len() - 1).sum();
+        let most = [
+            average,
+            // Four lists of f64, and the values of one expert.
+            if ties { 44 * n } else { 0 },
+            // Three matrices of two experts, and what their neurons have in common as f32 and f64.
+            if n_ordered > 0 {
+                28 * n + 12 * width * width
+            } else {
+                0
+            },
+            if self.plan.factor.is_some() {
+                36 * n
+            } else {
+                0
+            },
+        ];
+        most.into_iter().max().unwrap_or(0) + n_ordered * width * size_of::<usize>()
+    }
 }
 
 /// Rank, and rows of a matrix with `n_out`.
@@ -149,10 +178,8 @@ impl Averages {
             })
         };
         if let Some(kept) = expert.ties {
-            let members = expert.from.iter().zip(&*orders);
-            let members: Result<Vec<_>, _> =
-                members.map(|(id, order)| ordered(*id, order)).collect();
-            return Ok(ties(&members?, &expert.shares(), kept));
+            let member = |at: usize| ordered(expert.from[at], &orders[at]);
+            return ties(member, &expert.shares(), kept);
         }
         let mut sum: Vec<f64> = Vec::new();
         let members = expert.from.iter().zip(expert.shares()).zip(&*orders);
@@ -165,57 +192,6 @@ impl Averages {
         }
         Ok(sum.into_iter().map(|value| value as f32).collect())
     }
-}
-
-/// TIES-Merging (Yadav et al., 2023, arXiv 2306.01708), with the mean of the experts in place of a common ancestor: of each
-/// one's differences to it the part `kept` of largest magnitude stays; of each value the sign that has more in all is
-/// taken; and the differences of that sign are averaged by `shares`.
-fn ties(members: &[Vec<f32>], shares: &[f32], kept: f32) -> Vec<f32> {
-    let n = members.first().map_or(0, Vec::len);
-    let mean = |at: usize| {
-        let values = members.iter().zip(shares);
-        values
-            .map(|(values, share)| f64::from(values[at]) * f64::from(*share))
-            .sum::<f64>()
-    };
-    let mean: Vec<f64> = (0..n).map(mean).collect();
-    let trimmed = members.iter().map(|values| {
-        let mut off: Vec<f64> = values
-            .iter()
-            .zip(&mean)
-            .map(|(v, m)| f64::from(*v) - m)
-            .collect();
-        let n_kept = ((n as f64 * f64::from(kept)).ceil() as usize).clamp(1, n.max(1));
-        let mut magnitudes: Vec<f64> = off.iter().map(|v| v.abs()).collect();
-        if n_kept < n {
-            let (_, least, _) = magnitudes.select_nth_unstable_by(n - n_kept, f64::total_cmp);
-            let least = *least;
-            off.iter_mut()
-                .filter(|v| v.abs() < least)
-                .for_each(|v| *v = 0.0);
-        }
-        off
-    });
-    let trimmed: Vec<Vec<f64>> = trimmed.collect();
-    let merged = |at: usize| {
-        let all: f64 = trimmed
-            .iter()
-            .zip(shares)
-            .map(|(off, share)| off[at] * f64::from(*share))
-            .sum();
-        let agree = trimmed
-            .iter()
-            .zip(shares)
-            .filter(|(off, _)| off[at] * all > 0.0);
-        let (mut sum, mut weight) = (0.0, 0.0);
-        for (off, share) in agree {
-            sum += off[at] * f64::from(*share);
-            weight += f64::from(*share);
-        }
-        let add = if weight > 0.0 { sum / weight } else { 0.0 };
-        (mean[at] + add) as f32
-    };
-    (0..n).map(merged).collect()
 }
 
 pub(crate) fn name(layer: usize, expert: u16, part: &str) -> String {
@@ -242,28 +218,4 @@ fn matrices(source: &Checkpoint, layer: usize, expert: u16) -> Result<Matrices, 
         width,
         hidden,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ties_by_hand() {
-        let members = [
-            vec![2.0, 3.0, 0.0, 3.5],
-            vec![2.0, -1.0, 1.5, 3.5],
-            vec![2.0, -2.0, 1.5, 2.0],
-        ];
-        // By shares that favour the first, means are 2, 0.75, 0.75, 3.125. The largest difference of each is that of the
-        // second value: 2.25, -1.75 and -2.75, which weigh 1.125 against 1.125: nothing is added.
-        let tied = ties(&members, &[0.5, 0.25, 0.25], 0.25);
-        assert_eq!(tied, [2.0, 0.75, 0.75, 3.125]);
-        // Means 2 and 9.5 / 3. The largest difference of the first is 4, of value 0, and nobody else's is; those of the
-        // others are 9 - 9.5 / 3 and 0.5 - 9.5 / 3, of which the first is larger and stays.
-        let members = [vec![6.0, 0.0], vec![0.0, 9.0], vec![0.0, 0.5]];
-        assert_eq!(ties(&members, &[1.0 / 3.0; 3], 0.5), [6.0, 9.0]);
-        // One expert is itself.
-        assert_eq!(ties(&members[..1], &[1.0], 0.2), members[0]);
-    }
 }

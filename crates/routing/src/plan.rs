@@ -359,7 +359,10 @@ impl PlanLayer {
         };
         let (n, n_null) = (self.experts.len(), shape.n_null);
         if n == 0 {
-            return refuse("drops all experts".to_owned());
+            return refuse(format!(
+                "drops all experts; list at least {}",
+                shape.least().max(1)
+            ));
         }
         if self.keep_rows {
             // As many can be picked as before.
@@ -370,10 +373,12 @@ impl PlanLayer {
                 )),
             };
         }
-        if n + n_null < shape.top_k {
+        let top_k = shape.top_k;
+        if n + n_null < top_k {
             return refuse(format!(
-                "keeps {n} of {} experts, but a token is sent to {}",
-                self.of, shape.top_k
+                "keeps {n} of {} experts, but a token is sent to {top_k}; list at least {}",
+                self.of,
+                top_k - n_null
             ));
         }
         self.check_groups(shape)
@@ -409,15 +414,23 @@ impl PlanLayer {
             })
         };
         if expert.from.is_empty() {
-            return refuse("is made of no expert".to_owned());
+            return refuse(
+                "is made of no expert; name one in `from`, or take the entry out".to_owned(),
+            );
         }
         for id in &expert.from {
             match owner.get_mut(usize::from(*id)) {
                 None => {
-                    return refuse(format!("there is no expert {id} of {}", self.of));
+                    let last = self.of.saturating_sub(1);
+                    return refuse(format!(
+                        "there is no expert {id} of {}; they are 0 to {last}",
+                        self.of
+                    ));
                 }
                 Some(Some(other)) => {
-                    return refuse(format!("expert {id} is in entry {other} already"));
+                    return refuse(format!(
+                        "expert {id} is in entry {other} already; take it out of one of the two"
+                    ));
                 }
                 Some(free) => *free = Some(at),
             }

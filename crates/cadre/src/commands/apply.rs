@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use cadre_checkpoint::{Checkpoint, Conversion, tensor_specs};
 use cadre_engine::Steering;
 use cadre_engine::eval::Document;
@@ -70,7 +70,8 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     };
     let Baked { plan, conversion } = match plan {
         Some(plan) => Baked {
-            conversion: apply(&checkpoint, &plan, options)?,
+            conversion: apply(&checkpoint, &plan, options)
+                .with_context(|| misfit(args.plan.as_deref(), &checkpoint))?,
             plan,
         },
         None => bake(&checkpoint, &steering, options)?,
@@ -78,6 +79,7 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     for note in conversion.notes() {
         tracing::warn!("{note}");
     }
+    args.quality.check_budget(&conversion, &checkpoint)?;
     let work = Work {
         args,
         plan: &plan,
@@ -92,6 +94,12 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     let mut out = Out::new();
     work.say(&mut out, &paths, &made)?;
     out.finish()
+}
+
+/// Whose error it is when a plan does not fit.
+pub(crate) fn misfit(plan: Option<&Path>, checkpoint: &Checkpoint) -> String {
+    let plan = plan.unwrap_or(Path::new("the plan")).display();
+    format!("{plan} cannot be applied to {}", checkpoint.origin())
 }
 
 impl Work<'_> {

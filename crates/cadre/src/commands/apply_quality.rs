@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use cadre_checkpoint::{Checkpoint, kv_bytes_per_token, scratch_bytes};
+use cadre_checkpoint::{Checkpoint, Conversion, kv_bytes_per_token, scratch_bytes};
 use cadre_engine::eval::Document;
 use cadre_engine::{LoadOptions, Model, SessionOptions, StreamOptions};
 use cadre_reshape::{Limits, Quality, Report, Sources, measure};
@@ -48,8 +48,9 @@ pub(crate) struct QualityArgs {
     /// Threads for measuring; 0 means all that the system grants.
     #[arg(short, long, value_name = "N", default_value_t = 0, requires = "data")]
     threads: usize,
-    /// Memory that both models together may take while measuring, such as 8GiB; experts are then read from the disk.
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, requires = "data")]
+    /// Memory that writing may take, and while measuring both models together, such as 8GiB; experts are then read from the
+    /// disk. What cannot be done with so little is refused before anything is written; exit code 3.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     mem_budget: Option<u64>,
 }
 
@@ -69,6 +70,44 @@ impl QualityArgs {
         !self.data.is_empty()
     }
 
+    /// Refuses a budget that does not hold what `conversion` takes while it is written, or a model that is measured.
+    pub(crate) fn check_budget(
+        &self,
+        conversion: &Conversion<'_>,
+        checkpoint: &Checkpoint,
+    ) -> Result<()> {
+        let Some(budget) = self.mem_budget else {
+            return Ok(());
+        };
+        let needed = conversion.memory();
+        if budget < needed {
+            let text = format!(
+                "writing the output takes up to {} of memory, more than the budget of {}",
+                bytes(needed),
+                bytes(budget)
+            );
+            return Err(Failure::check(text)
+                .hint(format!(
+                    "allow --mem-budget {} or more; nothing was written",
+                    needed.div_ceil(1 << 20).to_string() + "MiB"
+                ))
+                .into());
+        }
+        if self.is_asked_for() {
+            let session = self.session(checkpoint);
+            streamed((budget / 2, "half of the budget"), checkpoint, &session)?;
+        }
+        Ok(())
+    }
+
+    /// How both models are run.
+    fn session(&self, before: &Checkpoint) -> SessionOptions {
+        SessionOptions {
+            n_ctx: Some(window(self.ctx_size, before)),
+            ..SessionOptions::default()
+        }
+    }
+
     /// The text as tokens: read before anything is written, so that a wrong name costs nothing.
     pub(crate) fn documents(&self, checkpoint: &Checkpoint) -> Result<Vec<Document>> {
         tokenized(&self.data, checkpoint)
@@ -83,10 +122,7 @@ impl QualityArgs {
         documents: &[Document],
     ) -> Result<Quality> {
         let window = window(self.ctx_size, before);
-        let session = SessionOptions {
-            n_ctx: Some(window),
-            ..SessionOptions::default()
-        };
+        let session = self.session(before);
         let models = [
             self.load(app, before, &session)?,
             self.load(app, after, &session)?,

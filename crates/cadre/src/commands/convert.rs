@@ -113,7 +113,8 @@ pub(crate) fn target(output: &Path, max_shard_size: Option<u64>) -> ConvertTo {
 
 /// Writes with a bar; says how to go on when interrupted.
 pub(crate) fn write(app: &App, conversion: &Conversion<'_>, output: &Path) -> Result<Vec<PathBuf>> {
-    check_space(output, conversion.n_bytes())?;
+    let there = conversion.unfinished_bytes(output);
+    check_space(output, conversion.n_bytes().saturating_sub(there))?;
     let _guard = app.interrupt.guard();
     let what = output.display().to_string();
     let bar = bytes_bar(&app.env, conversion.n_bytes(), what);
@@ -167,6 +168,7 @@ fn check_space(output: &Path, n_bytes: u64) -> Result<()> {
             folder.display(),
             bytes(free)
         ))
+        .hint("make room there, or write to another disk; nothing was written")
         .into());
     }
     Ok(())

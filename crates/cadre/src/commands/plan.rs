@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use cadre_checkpoint::Checkpoint;
 use cadre_reshape::{
     Amount, LayerSummary, MergeMethod, MergeOptions, Method, PruneOptions, ReshapeError, Scope,
@@ -14,6 +14,7 @@ use clap::{Subcommand, ValueEnum};
 use serde::Serialize;
 
 use crate::cli::App;
+use crate::commands::apply::misfit;
 use crate::commands::trace::write_file;
 use crate::commands::{plan_bits, plan_steer};
 use crate::failure::Failure;
@@ -90,10 +91,10 @@ struct FactorArgs {
     #[command(flatten)]
     merge: MergeArgs,
     /// Width of the products. A matrix of OUT x IN takes RANK x (OUT + IN) numbers.
-    #[arg(long, value_name = "N", default_value_t = 32)]
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = parse_rank)]
     rank: usize,
     /// The part of the rows of a matrix that is kept of what its product misses, from 0 to 1.
-    #[arg(long, value_name = "PART", default_value_t = 0.1)]
+    #[arg(long, value_name = "PART", default_value_t = 0.1, value_parser = parse_rest)]
     rest: f32,
 }
 
@@ -341,10 +342,23 @@ fn explained(error: ReshapeError) -> anyhow::Error {
     }
 }
 
+fn parse_rank(text: &str) -> Result<usize, String> {
+    let rank = text.parse().ok().filter(|rank| *rank > 0);
+    rank.ok_or_else(|| format!("`{text}` is no rank; expected a number from 1, such as 32"))
+}
+
+fn parse_rest(text: &str) -> Result<f32, String> {
+    let rest = text.parse().ok();
+    rest.filter(|rest| (0.0..=1.0).contains(rest))
+        .ok_or_else(|| format!("`{text}` is no part; expected a number from 0 to 1, such as 0.1"))
+}
+
 fn show(app: &App, args: &ShowArgs) -> Result<()> {
     let plan = read_plan(&args.plan)?;
     if args.checkpoint.is_given() {
-        plan.check(&shape_of(&args.checkpoint.open(app)?))?;
+        let checkpoint = args.checkpoint.open(app)?;
+        plan.check(&shape_of(&checkpoint))
+            .with_context(|| misfit(Some(&args.plan), &checkpoint))?;
     }
     let mut out = Out::new();
     match args.output {

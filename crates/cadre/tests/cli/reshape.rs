@@ -380,6 +380,7 @@ fn edited_plans_are_followed_or_refused_with_the_place() {
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
         let (code, error) = failure(&args);
         assert!(code == 1 && error.contains(words), "{error}");
+        assert!(error.contains("edited.json"), "{error}");
         assert!(!output.exists());
     };
     let experts = |plan: &Value| plan["layers"][1]["experts"].as_array().unwrap().clone();
@@ -563,11 +564,44 @@ fn what_a_plan_costs_is_measured_reported_and_may_be_too_much() {
         "{error}"
     );
     assert!(!refused.exists() && bench.path("why.md").exists());
+    assert_eq!(hidden(&bench), Vec::<String>::new());
+}
+
+#[test]
+fn a_budget_bounds_writing_or_is_refused_with_what_is_needed() {
+    let bench = Bench::new(tiny());
+    bench.prune(&["--keep", "0.5"]);
+    let (plan, small) = (bench.path("plan.json"), bench.path("small"));
+    let mut args = bench.apply_args(&plan, &small);
+    args.extend(["--mem-budget", "1MiB"]);
+    let (code, error) = failure(&args);
+    assert!(
+        code == 3 && error.contains("more than the budget of 1.00 MiB"),
+        "{error}"
+    );
+    // What it names is enough.
+    let named = error.split("--mem-budget ").nth(1).unwrap();
+    let named = named.split_whitespace().next().unwrap();
+    assert!(!small.exists());
+    let mut args = bench.apply_args(&plan, &small);
+    args.extend(["--mem-budget", named]);
+    stdout(&args);
+    assert!(small.join("config.json").exists());
+    // A model that cannot be measured with so little is refused before anything is written as well.
+    let data = bench.path("data.jsonl");
+    let other = bench.path("other");
+    let mut args = bench.apply_args(&plan, &other);
+    args.extend(["--mem-budget", named, "--data", arg(&data), "-c", "200000"]);
+    let (code, error) = failure(&args);
+    assert!(code == 1 && error.contains("half of the budget"), "{error}");
+    assert_eq!(hidden(&bench), Vec::<String>::new());
+}
+
+/// Hidden files beside the outputs.
+fn hidden(bench: &Bench) -> Vec<String> {
     let left = fs::read_dir(bench.folder.path()).unwrap();
-    let names: Vec<String> = left
-        .map(|one| one.unwrap().file_name().into_string().unwrap())
-        .collect();
-    assert!(!names.iter().any(|name| name.starts_with('.')), "{names:?}");
+    let names = left.map(|one| one.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| name.starts_with('.')).collect()
 }
 
 #[test]

@@ -54,6 +54,13 @@ pub trait Mixer: Debug + Send + Sync {
     /// A tensor of the source cannot be read.
     fn mix(&self, source: &Checkpoint, layer: usize, at: usize, part: &str) -> Result<Vec<f32>>;
 
+    /// Bytes of memory that [`Mixer::mix`] takes at most beside its result, for a part of `n` values.
+    fn memory(&self, source: &Checkpoint, n: usize) -> usize {
+        let _ = source;
+        // A matrix as it is stored, decoded, and once more as f32.
+        12 * n
+    }
+
     /// Whether that part is, byte for byte, the one of the expert whose row of the router it has. `part` may be about scales as well
     /// (`gate_proj.weight_scale_inv`), or begin only with the name of the matrix.
     fn keeps(&self, layer: usize, at: usize, part: &str) -> bool {

@@ -184,6 +184,13 @@ fn begin(partial: &Path, identity: &str) -> Result<()> {
     write_text(&mark, identity)
 }
 
+/// Bytes of the files of an unfinished folder.
+pub(super) fn unfinished_bytes(target: &Path) -> u64 {
+    let entries = fs::read_dir(hidden(target)).into_iter().flatten();
+    let files = entries.flatten().filter_map(|entry| entry.metadata().ok());
+    files.map(|metadata| metadata.len()).sum()
+}
+
 fn hidden(target: &Path) -> PathBuf {
     let name = target.file_name().unwrap_or_default().to_string_lossy();
     target.with_file_name(format!(".{name}.converting"))

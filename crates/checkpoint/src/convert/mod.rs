@@ -34,6 +34,9 @@ pub use formats::TargetDtype;
 pub use mixture::Mixture;
 use recipe::{Recipe, Weights};
 
+/// Buffers of writers, and what the system maps around what is read.
+const BUFFERS: u64 = 16 << 20;
+
 /// What a conversion makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConvertTo {
@@ -201,6 +204,23 @@ impl<'a> Conversion<'a> {
     #[must_use]
     pub fn n_bytes(&self) -> u64 {
         self.tensors.iter().map(|tensor| tensor.n_bytes()).sum()
+    }
+
+    /// Bytes of memory that [`Conversion::write`] takes at most, beside the program, what is open of the source, and the plan.
+    #[must_use]
+    pub fn memory(&self) -> u64 {
+        let tensors = self.tensors.iter();
+        let most = tensors.map(|tensor| tensor.recipe.memory(self.source, &tensor.plan));
+        most.max().unwrap_or(0) + BUFFERS
+    }
+
+    /// Bytes that an unfinished output at `target` takes already: they are written on, or given back first.
+    #[must_use]
+    pub fn unfinished_bytes(&self, target: &Path) -> u64 {
+        match self.options.target {
+            ConvertTo::Gguf { .. } => crate::gguf::unfinished_bytes(target),
+            ConvertTo::Folder { .. } => folder::unfinished_bytes(target),
+        }
     }
 
     /// Number of tensors to be written.

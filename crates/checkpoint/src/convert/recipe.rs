@@ -1,6 +1,6 @@
 //! How a tensor to be written is made of canonical tensors, and making it in pieces that fit in memory.
 
-use super::experts::Piece;
+use super::experts::{COPIED, Piece};
 use crate::Dtype;
 use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::{CheckpointError, Result};
@@ -102,6 +102,32 @@ impl Recipe {
         }
     }
 
+    /// Bytes of memory that making `written` takes at most. What is copied passes through in chunks; what is converted is there
+    /// as it is stored, decoded and encoded, a few million values at a time or, where it has to be whole, one matrix at a time.
+    pub(super) fn memory(&self, source: &Checkpoint, written: &TensorPlan) -> u64 {
+        let (n_matrices, values) = match written.shape.split_first() {
+            Some((n, rest)) if rest.len() > 1 => (*n, rest.iter().product()),
+            _ => (1, written.shape.iter().product::<usize>()),
+        };
+        let n = match self {
+            // A matrix is gathered first where its file has it in pieces.
+            Self::Rows(_) => 4 * values + 16 * values.min(CHUNK),
+            Self::Shifted { .. } | Self::Values(_) => 12 * values,
+            Self::KeysOfLatent { .. } | Self::JoinedLatent { .. } => 16 * n_matrices * values,
+            Self::TransposedInTurns(_) => 16 * values,
+            Self::Pieces(pieces) => {
+                let of_piece = |piece: &Piece| match piece {
+                    Piece::Stored(_) => 2 * COPIED,
+                    Piece::Zeros(n) => CHUNK.min(*n),
+                    Piece::Values(values) => 8 * values.len(),
+                    Piece::Mixed(mixed) => 8 * values + mixed.mixer.memory(source, values),
+                };
+                pieces.iter().map(of_piece).max().unwrap_or(0)
+            }
+        };
+        n as u64
+    }
+
     /// Makes the tensor `written`, by `weights` where errors do not count alike.
     pub(super) fn make(
         &self,
@@ -163,7 +189,11 @@ impl Maker<'_, '_> {
         let cols: usize = view.shape.iter().skip(1).product();
         let as_stored = view.dtype == self.dtype && view.scales.is_none();
         if as_stored && rows.order == Order::All {
-            return (self.sink)(&view.bytes);
+            for chunk in view.bytes.chunks(COPIED) {
+                (self.sink)(chunk)?;
+                self.checkpoint.release(chunk);
+            }
+            return Ok(());
         }
         let row_bytes = view.dtype.n_bytes(cols);
         let Some(row_bytes) = row_bytes.filter(|_| cols > 0) else {
@@ -179,6 +209,7 @@ impl Maker<'_, '_> {
                 let at = rows.order.source(row) * row_bytes;
                 buffer.extend_from_slice(&view.bytes[at..at + row_bytes]);
             }
+            self.checkpoint.release(&view.bytes);
             if as_stored {
                 (self.sink)(&buffer)?;
                 continue;
@@ -228,7 +259,9 @@ impl Maker<'_, '_> {
 
     /// All values of a tensor, finite.
     fn values(&self, name: &str) -> Result<Vec<f32>> {
-        let values = self.checkpoint.tensor(name)?.to_f32();
+        let view = self.checkpoint.tensor(name)?;
+        let values = view.to_f32();
+        self.checkpoint.release(&view.bytes);
         self.check(name, &values)?;
         Ok(values)
     }

@@ -455,9 +455,14 @@ impl<'a> Planner<'a> {
             return Err(CheckpointError::experts(
                 self.source.origin(),
                 format!(
-                    "experts of tensor `{}` ({}) cannot be mixed: its format or layout is not written; convert the model \
-                     first, such as to bf16 or q8_0",
-                    raw.name, raw.dtype
+                    "experts of tensor `{}` ({}) cannot be mixed, because its format or layout is not written here; {}",
+                    raw.name,
+                    raw.dtype,
+                    match self.source.is_gguf() {
+                        true => "convert the model first, such as to q8_0 or bf16",
+                        false =>
+                            "convert the model to a GGUF file in bf16 or q8_0 first, and record that",
+                    }
                 ),
             ));
         };

@@ -138,7 +138,7 @@ fn parse(lines: &[u8]) -> Earlier {
 }
 
 /// The number of parts in the first line of another file's journal.
-fn stale_parts(text: &[u8]) -> Option<usize> {
+pub(super) fn stale_parts(text: &[u8]) -> Option<usize> {
     let line = std::str::from_utf8(text).ok()?.lines().next()?;
     let (MAGIC, rest) = line.split_once(' ')? else {
         return None;

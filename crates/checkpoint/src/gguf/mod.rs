@@ -28,6 +28,7 @@ use crate::map::FileMap;
 pub use header::GgufTensor;
 use header::Header;
 pub use outline::{Outline, gguf_outline};
+pub(crate) use partial::unfinished_bytes;
 pub use plan::{GgufPlan, TensorPlan};
 pub use value::{Array, Value, ValueType};
 pub use writer::{GgufWriter, WriteOptions};

@@ -4,7 +4,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use super::plan::{PartLayout, Slot};
+use super::journal::stale_parts;
+use super::plan::{PartLayout, Slot, part_paths};
 use crate::error::{CheckpointError, Result};
 
 /// Bytes of the buffers for reading and writing.
@@ -65,6 +66,17 @@ pub(super) fn sync(path: &Path) -> Result<()> {
         .open(path)
         .and_then(|file| file.sync_all());
     synced.map_err(|error| CheckpointError::io("sync", path, error))
+}
+
+/// Bytes of the files that an unfinished writer left at `target`.
+pub(crate) fn unfinished_bytes(target: &Path) -> u64 {
+    let journal = fs::read(hidden(target, "journal")).unwrap_or_default();
+    let n_parts = stale_parts(&journal).unwrap_or(0);
+    let paths = part_paths(target, n_parts).unwrap_or_default();
+    let sizes = paths
+        .iter()
+        .filter_map(|path| fs::metadata(hidden(path, "partial")).ok());
+    sizes.map(|metadata| metadata.len()).sum()
 }
 
 /// `.NAME.what` beside `path`.
