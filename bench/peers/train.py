@@ -19,7 +19,7 @@ for it: fused AdamW, SDPA attention, and of the two expert implementations the b
 Prints a Markdown table and appends one line to bench/record/train-65m.jsonl.
 
 --loss N instead trains every side once for N steps from the same initial weights (PyTorch's) on the same text (bytes of
-recipes/data/synthetic, a fixed draw) at the same learning rates (warm-up over a tenth of the steps, then half a cosine), and
+recipes/data/synthetic, drawn by --draw) at the same learning rates (warm-up over a tenth of the steps, then half a cosine), and
 compares the cross entropies; the record is bench/record/train-65m-loss.jsonl. PyTorch's balance loss is taken per layer here,
 as Cadre takes it. `--until M` ends PyTorch's sides after step M; the same command without it goes on from there (in --work).
 """

@@ -385,7 +385,9 @@ mod tests {
     fn importance_is_what_finite_differences_say_and_is_smoothed() {
         let (recipe, model) = tiny();
         let mut gradients = GradientSum::default();
-        gradients.add(&model, &mut loss(&recipe, &model).backward(), 1.0);
+        gradients
+            .add(&model, &mut loss(&recipe, &model).backward(), 1.0)
+            .unwrap();
         let mut importance = zeros(&model);
         assert_eq!(
             importance.iter().map(Vec::len).collect::<Vec<_>>(),
