@@ -4,7 +4,7 @@
 
 The models are those of mixture.py. For every domain: a recording of its text, plans that keep a part of the experts, and nats
 per token on its held-out text: `uncurl`, `router-mass`, `random` with several seeds, and both by recordings of the other domains.
-What has been measured is kept in `--work`: the same command goes on after a stop. Prints Markdown, and draws the mean over domains.
+What has been measured is kept in `--work`: the same command goes on after a stop. Prints Markdown, draws the mean over domains, and appends to bench/record/knee.jsonl.
 """
 
 import argparse
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from bed import ROOT, Bench, Memory, arguments, moments
 from mixture import mixture, mixture_arguments
+
+from common import append_record, machine, now, pin, revision
 
 PLANS = ["uncurl", "router-mass"]
 OTHERS = ["uncurl, others", "router-mass, others"]
@@ -80,11 +82,11 @@ def mean_curve(result, method):
 
 def svg(all_curves, dense):
     """Mean nats over the share of the experts that stays, one line per number of experts and method."""
-    width, height, left, top = 640, 400, 60, 30
+    width, height, left, top, right = 725, 400, 60, 30, 225
     points = [p for result in all_curves.values() for m in result for p in mean_curve(result, m)]
     low, high = min([dense, *(y for _, y in points)]), max(y for _, y in points)
     least = min(x for x, _ in points)
-    px = lambda x: left + (width - left - 150) * (1 - x) / (1 - least)
+    px = lambda x: left + (width - left - right) * (1 - x) / (1 - least)
     py = lambda y: top + (height - top - 50) * (high - y) / (high - low)
     colours = {
         "uncurl": "#c1440e", "router-mass": "#1b6ca8", "uncurl, others": "#e2a07f", "router-mass, others": "#9dbfd9",
@@ -96,10 +98,12 @@ def svg(all_curves, dense):
         out.append(f'<text x="{px(x):.0f}" y="{height - 30}" text-anchor="middle">{x:g}</text>')
     for step in range(6):
         y = low + (high - low) * step / 5
-        out.append(f'<line x1="{left}" x2="{width - 150}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="#e0e0e0"/>')
+        out.append(f'<line x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="#e0e0e0"/>')
         out.append(f'<text x="{left - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:.1f}</text>')
-    out.append(f'<text x="{(left + width - 150) / 2}" y="{height - 10}" text-anchor="middle">share of the experts that stays</text>')
+    out.append(f'<text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle">share of the experts that stays</text>')
     out.append(f'<text x="{left}" y="16">nats per token, mean over domains</text>')
+    out.append(f'<line x1="{left}" x2="{width - right}" y1="{py(dense):.1f}" y2="{py(dense):.1f}" stroke="black" stroke-dasharray="2 3"/>')
+    out.append(f'<text x="{left + 6}" y="{py(dense) - 5:.1f}">the dense model</text>')
     row = 0
     for n, (experts, result) in enumerate(all_curves.items()):
         dash = "" if n == 0 else ' stroke-dasharray="5 3"'
@@ -107,8 +111,8 @@ def svg(all_curves, dense):
             path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in mean_curve(result, method))
             out.append(f'<polyline points="{path}" fill="none" stroke="{colours[method]}" stroke-width="2"{dash}/>')
             y = top + 10 + 16 * row
-            out.append(f'<line x1="{width - 140}" x2="{width - 116}" y1="{y}" y2="{y}" stroke="{colours[method]}" stroke-width="2"{dash}/>')
-            out.append(f'<text x="{width - 110}" y="{y + 4}">{method}, {experts}</text>')
+            out.append(f'<line x1="{width - right + 10}" x2="{width - right + 34}" y1="{y}" y2="{y}" stroke="{colours[method]}" stroke-width="2"{dash}/>')
+            out.append(f'<text x="{width - right + 40}" y="{y + 4}">{method}, {experts} experts</text>')
             row += 1
     out.append("</svg>")
     return "\n".join(out) + "\n"
@@ -119,10 +123,12 @@ def main():
     arguments(parser)
     mixture_arguments(parser)
     parser.add_argument("--experts", type=int, nargs=2, default=[8, 32])
-    parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.75, 0.5, 0.375, 0.25])
+    parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.75, 0.5, 0.25])
     parser.add_argument("--work", type=Path, default=ROOT / ".cache/dense/knee", help="folder of what has been made and measured")
     parser.add_argument("--svg", type=Path)
+    parser.add_argument("--no-record", action="store_true")
     args = parser.parse_args()
+    host = machine(args.threads, pin(args.threads))
     args.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(args, args.work)
     memory = Memory(args.work / "nats.json")
@@ -134,6 +140,14 @@ def main():
         for keep in (0.5, 0.25):
             if keep in of["uncurl"]:
                 print(f"{experts} experts, keep {keep}: {verdict(of, keep)}")
+    if not args.no_record:
+        append_record(
+            "knee",
+            {
+                "date": now(), "commit": revision(), "machine": host, "model": Path(args.model).name, "active": args.active,
+                "shared": args.shared, "tuned_steps": args.tune, "nats": memory.found,
+            },
+        )  # fmt: skip
     if args.svg:
         args.svg.write_text(svg(result, moments(dense)[0]), encoding="utf-8")
 
