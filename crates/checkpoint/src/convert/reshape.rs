@@ -461,7 +461,7 @@ impl<'a> Planner<'a> {
                     match self.source.is_gguf() {
                         true => "convert the model first, such as to q8_0 or bf16",
                         false =>
-                            "convert the model to a GGUF file in bf16 or q8_0 first, and record that",
+                            "convert the model first, to a GGUF file in bf16 or q8_0, and record that",
                     }
                 ),
             ));
