@@ -258,6 +258,11 @@ pub(crate) fn load_from(
 }
 
 impl ModelArgs {
+    /// In which format the weights are held.
+    pub(crate) fn quant(&self) -> Quant {
+        self.quant.quant()
+    }
+
     /// Opens and loads the model for a session like `session`, with a bar while it takes.
     pub(crate) fn load(&self, app: &App, session: &SessionOptions) -> Result<Loaded> {
         self.load_for(app, Seats::new(*session, 1))

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use cadre_checkpoint::Tokenizer;
-use cadre_engine::{Logits, Model, Observer, RoutingEvent, Session, SessionOptions};
+use cadre_engine::{Logits, Model, Observer, Quant, RoutingEvent, Session, SessionOptions};
 use cadre_reshape::{Usage, UsageOptions};
 use cadre_trace::{
     Columns, Part, Profile, Recording, Stats, StatsOptions, Step, TraceMeta, Written, html,
@@ -139,7 +139,7 @@ fn record(app: &App, args: &RecordArgs, output: &Path) -> Result<()> {
         norms: args.norms,
     };
     let meta = experts::meta(&loaded);
-    let identity = identity(&meta, columns, &sequences);
+    let identity = identity(&meta, (columns, args.model.quant()), &sequences);
     let recording = Recording::begin(output, &meta, columns, &identity)?;
     let n_before = recording.next_sequence();
     if n_before > 0 {
@@ -198,7 +198,11 @@ fn record(app: &App, args: &RecordArgs, output: &Path) -> Result<()> {
 }
 
 /// What the rows depend on.
-fn identity(meta: &TraceMeta, columns: Columns, sequences: &[Sequence]) -> String {
+fn identity(
+    meta: &TraceMeta,
+    (columns, quant): (Columns, Quant),
+    sequences: &[Sequence],
+) -> String {
     let mut hasher = Sha256::new();
     for sequence in sequences {
         hasher.update((sequence.domain.len() as u64).to_le_bytes());
@@ -210,7 +214,7 @@ fn identity(meta: &TraceMeta, columns: Columns, sequences: &[Sequence]) -> Strin
     }
     let digest = hasher.finalize();
     let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{meta:?} {columns:?} {digest}\n")
+    format!("{meta:?} {columns:?} {quant:?} {digest}\n")
 }
 
 /// Says which experts the text has hardly used, so that nobody decides about them by it.

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use cadre_testkit::{TinyMoe, assert_close};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::common::{self, arg, failure, logits, output, stdout};
 
@@ -15,6 +15,55 @@ fn values(report: &Value) -> Vec<f32> {
     rows.flat_map(|row| row.as_array().unwrap())
         .map(|v| v.as_f64().unwrap() as f32)
         .collect()
+}
+
+/// Mixtral calls an expert's matrices w1, w3 and w2; its factors have the names that are documented.
+#[test]
+fn factors_of_another_dialect_run_too() {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = |name: &str| scratch.path().join(name);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/mixtral/plain");
+    let digest = common::json(&["inspect", "-m", arg(&source), "--digest", "-o", "json"]);
+    let logits = |factor: Value, name: &str| {
+        let layers = [0, 1].map(|layer| {
+            let experts = json!([{"from": [0, 5], "weights": [1.0, 3.0], "align": true}, {"from": [1]}, {"from": [2]}]);
+            json!({"layer": layer, "of": 6, "experts": experts})
+        });
+        let mut plan = json!({
+            "version": 1,
+            "model": {"digest": digest["digest"], "architecture": "mixtral"},
+            "method": "m-smoe",
+            "options": {},
+            "layers": layers,
+        });
+        if factor != Value::Null {
+            plan["factor"] = factor;
+        }
+        let (plan_file, made) = (path("plan.json"), path(name));
+        fs::write(&plan_file, plan.to_string()).unwrap();
+        stdout(&[
+            "apply",
+            "-m",
+            arg(&source),
+            "--plan",
+            arg(&plan_file),
+            "-o",
+            arg(&made),
+        ]);
+        let tokens = ["--tokens", "5,17,20,3,9,7,8", "-o", "json"];
+        values(&common::json(
+            &[&["logits", "-m", arg(&made)][..], &tokens].concat(),
+        ))
+    };
+    let merged = logits(Value::Null, "merged");
+    let whole = logits(json!({"rank": 8, "rest": 0.0}), "whole");
+    assert_close("rank 8 of 8", &whole, &merged, 2e-4);
+    let stored = fs::read(path("whole").join("model.safetensors")).unwrap();
+    let header = String::from_utf8_lossy(&stored[..4096]).into_owned();
+    assert!(
+        header.contains(".experts.0.gate_proj.inner.weight"),
+        "{header}"
+    );
 }
 
 #[test]

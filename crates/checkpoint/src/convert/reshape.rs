@@ -364,7 +364,7 @@ impl<'a> Planner<'a> {
         (part, is_mixable): (&str, bool),
     ) -> Result<()> {
         if let Some(factors) = &self.experts.factors {
-            return self.factored(raw, place, expert, factors);
+            return self.factored(raw, place, (expert, part), factors);
         }
         for (at, new) in place.new.iter().enumerate() {
             let piece = match new {
@@ -386,17 +386,17 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
-    /// A matrix of one expert, in factors.
+    /// A matrix of one expert, in factors; `part` is its canonical name, which factors have in every dialect.
     fn factored(
         &mut self,
         raw: &Raw,
         place: Place<'_>,
-        expert: usize,
+        (expert, part): (usize, &str),
         factors: &Factors,
     ) -> Result<()> {
         let part = PARTS
             .iter()
-            .find(|part| raw.name.ends_with(&format!(".{part}.weight")));
+            .find(|known| part.strip_suffix(".weight") == Some(**known));
         let Some(part) = part.filter(|_| raw.dtype.torch_name().is_some()) else {
             let problem = format!(
                 "tensor `{}` ({}) cannot be written in factors: convert the model first, to a folder in bf16",
@@ -421,7 +421,10 @@ impl<'a> Planner<'a> {
                 continue;
             }
             let name = renamed(&raw.name, expert, at);
-            let stem = name.strip_suffix(".weight").unwrap_or(&name).to_owned();
+            let stem = match name.rsplitn(3, '.').nth(2) {
+                Some(prefix) => format!("{prefix}.{part}"),
+                None => (*part).to_owned(),
+            };
             for (what, ending, dtype, shape) in &written {
                 if shape[0] == 0 {
                     continue;
