@@ -116,6 +116,7 @@ mod tests {
             top_k: 2,
             n_null: 0,
             groups: Groups::NONE,
+            same_picks: false,
         };
         let (a, b): (&[f32], &[f32]) = (&[5.0, 0.0, 3.0, 2.0], &[1.0, 1.0, 7.0, 1.0]);
         write(&path("i.gguf"), "imatrix", &[(0, a), (2, b)]);

@@ -95,8 +95,16 @@ pub(crate) fn keep(
             problem: format!("is {share}, expected a part above 0 and up to 1, such as 0.5"),
         });
     }
+    if shape.same_picks && scope == Scope::Global {
+        return Err(ReshapeError::Option {
+            name: "scope",
+            problem: "is global, which keeps other experts in every layer, but one router picks the same ones in all: use `layer`"
+                .to_owned(),
+        });
+    }
+    let of_all = shape.same_picks.then(|| summed(scores));
     let units: Vec<Vec<Unit>> = (0..shape.layers.len())
-        .map(|at| units(shape, at, &scores[at]))
+        .map(|at| units(shape, at, of_all.as_ref().unwrap_or(&scores[at])))
         .collect();
     let least = shape.least() / shape.groups.n.max(1);
     let counts = match scope {
@@ -112,6 +120,18 @@ pub(crate) fn keep(
         ids
     });
     Ok(kept.collect())
+}
+
+/// The scores of all layers as one layer's, each as its part of the layer's sum.
+fn summed(scores: &[Vec<f64>]) -> Vec<f64> {
+    let mut result = vec![0.0; scores.first().map_or(0, Vec::len)];
+    for layer in scores {
+        let sum: f64 = layer.iter().sum();
+        for (all, score) in result.iter_mut().zip(layer) {
+            *all += if sum > 0.0 { score / sum } else { 0.0 };
+        }
+    }
+    result
 }
 
 /// The units of a layer, best first.
@@ -279,6 +299,7 @@ mod tests {
             top_k,
             n_null: 0,
             groups,
+            same_picks: false,
         }
     }
 
@@ -346,6 +367,23 @@ mod tests {
         for bad in [0.0, -1.0, 1.5, f64::NAN] {
             assert!(share(&shape, &scores, bad, Scope::Layer).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn one_router_for_all_layers_has_one_choice() {
+        let one = ModelShape {
+            same_picks: true,
+            ..shape(&[3, 3], 1, Groups::NONE)
+        };
+        // As parts of their sums: 0.5, 0.3, 0.2 and 0.1, 0.2, 0.7.
+        let scores = [vec![50.0, 30.0, 20.0], vec![1.0, 2.0, 7.0]];
+        let kept = share(&one, &scores, 0.67, Scope::Layer).unwrap();
+        assert_eq!(kept, [vec![0, 2], vec![0, 2]]);
+        let refused = share(&one, &scores, 0.67, Scope::Global).unwrap_err();
+        assert!(
+            refused.to_string().contains("picks the same ones"),
+            "{refused}"
+        );
     }
 
     #[test]

@@ -41,6 +41,7 @@ pub fn shape_of(checkpoint: &Checkpoint) -> ModelShape {
         },
         n_null: moe.n_null,
         groups,
+        same_picks: (moe.decoupled_router.as_ref()).is_some_and(|router| !router.per_layer),
     }
 }
 
@@ -70,5 +71,7 @@ pub fn shape_of_trace(usage: &Usage) -> Result<ModelShape> {
         top_k: meta.top_k,
         n_null: meta.n_null,
         groups: Groups::NONE,
+        // A model with one router is of an architecture that is asked.
+        same_picks: false,
     })
 }

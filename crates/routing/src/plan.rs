@@ -5,8 +5,10 @@
 //! made of: one that is kept, or several that are merged. What is named nowhere is dropped.
 
 mod error;
+mod shape;
 
 pub use error::PlanError;
+pub use shape::{Groups, ModelShape};
 
 use std::collections::BTreeMap;
 
@@ -119,53 +121,6 @@ impl PlanExpert {
     }
 }
 
-/// What a plan must fit: the experts of a model and how they are picked.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ModelShape {
-    /// Digest of the checkpoint.
-    pub digest: String,
-    /// Its `model_type`.
-    pub architecture: String,
-    /// The layers that have experts, ascending, and how many each has, null ones not counted.
-    pub layers: Vec<(usize, usize)>,
-    /// Experts that a token is sent to at least, so that no layer may have fewer; null ones count.
-    pub top_k: usize,
-    /// Null experts of each layer.
-    pub n_null: usize,
-    /// How experts are grouped; [`Groups::NONE`] where they are not.
-    pub groups: Groups,
-}
-
-/// Consecutive experts that are picked or left together (DeepSeek's routing).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Groups {
-    /// Number of groups; each has the same number of experts.
-    pub n: usize,
-    /// Groups that a token's experts come from.
-    pub keep: usize,
-    /// Experts that a group must have, because its score is made of so many.
-    pub least: usize,
-}
-
-impl Groups {
-    /// All experts are one group.
-    pub const NONE: Self = Self {
-        n: 1,
-        keep: 1,
-        least: 1,
-    };
-}
-
-impl ModelShape {
-    /// The fewest experts that a layer can be left with.
-    #[must_use]
-    pub fn least(&self) -> usize {
-        let Groups { n, keep, least } = self.groups;
-        let picked = self.top_k.saturating_sub(self.n_null).max(1);
-        n * least.max(picked.div_ceil(keep.max(1)))
-    }
-}
-
 impl Plan {
     /// Checks that the plan is one for the model of this `shape`, and that the model can be left with what it lists.
     ///
@@ -217,6 +172,22 @@ impl Plan {
             };
             return Err(PlanError::Layer { layer: no, problem });
         }
+        if shape.same_picks
+            && let Some(first) = self.layers.first()
+            && let Some(other) = self
+                .layers
+                .iter()
+                .find(|layer| !layer.keep_rows && !layer.has_experts_of(first))
+        {
+            let problem = format!(
+                "keeps other experts than layer {}, but one router picks the same experts in all layers; list the same in each",
+                first.layer
+            );
+            return Err(PlanError::Layer {
+                layer: other.layer,
+                problem,
+            });
+        }
         match wanted.next() {
             None => Ok(()),
             Some((layer, of)) => Err(PlanError::Layer {
@@ -267,6 +238,18 @@ impl Plan {
 }
 
 impl PlanLayer {
+    /// Whether its experts are made of those of `other`, in the same order.
+    fn has_experts_of(&self, other: &Self) -> bool {
+        let of = |layer: &Self| {
+            layer
+                .experts
+                .iter()
+                .map(|expert| expert.from.clone())
+                .collect::<Vec<_>>()
+        };
+        of(self) == of(other)
+    }
+
     /// For every expert the entry that it is a part of; `None` for those that go.
     #[must_use]
     pub fn entries(&self) -> Vec<Option<usize>> {
@@ -464,6 +447,7 @@ mod tests {
             top_k: 2,
             n_null: 0,
             groups: Groups::NONE,
+            same_picks: false,
         }
     }
 
@@ -636,6 +620,21 @@ mod tests {
         };
         refused(&one(&[&[0], &[2]]), &needs_two, "at least 2");
         assert_eq!((needs_two.least(), shape().least()), (4, 2));
+    }
+
+    #[test]
+    fn one_router_for_all_layers_keeps_the_same_experts_in_all() {
+        let shape = ModelShape {
+            same_picks: true,
+            ..shape()
+        };
+        let same: &[&[u16]] = &[&[0], &[3]];
+        plan(&[same, same]).check(&shape).unwrap();
+        refused(
+            &plan(&[same, &[&[0], &[2]]]),
+            &shape,
+            "keeps other experts than layer 1",
+        );
     }
 
     #[test]

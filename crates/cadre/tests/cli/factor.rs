@@ -57,7 +57,8 @@ fn factors_of_another_dialect_run_too() {
     };
     let merged = logits(Value::Null, "merged");
     let whole = logits(json!({"rank": 8, "rest": 0.0}), "whole");
-    assert_close("rank 8 of 8", &whole, &merged, 2e-4);
+    // Factors are rounded to bf16, as the matrices are.
+    assert_close("rank 8 of 8", &whole, &merged, 5e-3);
     let stored = fs::read(path("whole").join("model.safetensors")).unwrap();
     let header = String::from_utf8_lossy(&stored[..4096]).into_owned();
     assert!(

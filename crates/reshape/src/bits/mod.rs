@@ -325,6 +325,7 @@ mod tests {
             top_k: 1,
             n_null: 0,
             groups: Groups::NONE,
+            same_picks: false,
         }
     }
 

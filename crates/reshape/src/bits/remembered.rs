@@ -155,6 +155,7 @@ mod tests {
             top_k: 1,
             n_null: 0,
             groups: Groups::NONE,
+            same_picks: false,
         };
         let options = BitsOptions {
             max_increase: 0.05,

@@ -32,6 +32,7 @@ mod tests {
             top_k: 1,
             n_null: 0,
             groups: Groups::NONE,
+            same_picks: false,
         };
         let (one, two) = (scores(&shape, 1), scores(&shape, 2));
         assert_eq!(one, scores(&shape, 1));
