@@ -198,7 +198,10 @@ fn one_router_for_all_layers_keeps_the_same_experts_in_all() {
         pad: false,
     };
     let error = apply(&source, &plan, options).unwrap_err().to_string();
-    assert!(error.contains("all have to keep the same"), "{error}");
+    assert!(
+        error.contains("one router picks the same experts in all layers"),
+        "{error}"
+    );
 }
 
 #[test]
