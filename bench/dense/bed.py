@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
-from common import head, run  # noqa: E402
+from common import head, machine, pin, run  # noqa: E402
 
 
 def arguments(parser):
@@ -62,6 +62,17 @@ class Memory:
             partial.write_text(json.dumps(self.found), encoding="utf-8")
             partial.rename(self.path)
         return self.found[name]
+
+
+def opened(parser, name):
+    """Arguments of a benchmark that goes on after a stop, the machine, its working folder, and what has been measured."""
+    folder = ROOT / ".cache/dense" / name
+    parser.add_argument("--work", type=Path, default=folder, help="folder of what has been made and measured")
+    parser.add_argument("--no-record", action="store_true")
+    args = parser.parse_args()
+    host = machine(args.threads, pin(args.threads))
+    args.work.mkdir(parents=True, exist_ok=True)
+    return args, host, Bench(args, args.work), Memory(args.work / "nats.json")
 
 
 def moments(values):

@@ -10,10 +10,10 @@ What has been measured is kept in `--work`: the same command goes on after a sto
 import argparse
 from pathlib import Path
 
-from bed import ROOT, Bench, Memory, arguments, moments
+from bed import arguments, moments, opened
 from mixture import mixture, mixture_arguments
 
-from common import append_record, machine, now, pin, revision
+from common import append_record, now, revision
 
 PLANS = ["uncurl", "router-mass"]
 OTHERS = ["uncurl, others", "router-mass, others"]
@@ -124,14 +124,8 @@ def main():
     mixture_arguments(parser)
     parser.add_argument("--experts", type=int, nargs=2, default=[8, 32])
     parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.75, 0.5, 0.25])
-    parser.add_argument("--work", type=Path, default=ROOT / ".cache/dense/knee", help="folder of what has been made and measured")
     parser.add_argument("--svg", type=Path)
-    parser.add_argument("--no-record", action="store_true")
-    args = parser.parse_args()
-    host = machine(args.threads, pin(args.threads))
-    args.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args, args.work)
-    memory = Memory(args.work / "nats.json")
+    args, host, bench, memory = opened(parser, "knee")
     dense = [memory.get(f"dense {d}", lambda d=d: bench.nll(args.model, d)) for d in args.domains]
     print(f"| {', '.join([*PLANS, *OTHERS])}, random | {' | '.join(args.domains)} |")
     print(f"|---|{'---|' * len(args.domains)}\n| (dense) | {' | '.join(f'{x:.2f}' for x in dense)} |", flush=True)

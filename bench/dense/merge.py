@@ -14,10 +14,10 @@ import json
 import shutil
 from pathlib import Path
 
-from bed import ROOT, Bench, Memory, arguments, moments
+from bed import arguments, moments, opened
 from mixture import mixture, mixture_arguments
 
-from common import append_record, machine, now, pin, revision
+from common import append_record, now, revision
 
 # By name: arguments of `cadre plan`, and whether every member of a group weighs the same.
 VARIANTS = {
@@ -92,13 +92,7 @@ def main():
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--rank", type=int, default=24)
     parser.add_argument("--rest", type=float, default=0.1)
-    parser.add_argument("--work", type=Path, default=ROOT / ".cache/dense/merge", help="folder of what has been made and measured")
-    parser.add_argument("--no-record", action="store_true")
-    args = parser.parse_args()
-    host = machine(args.threads, pin(args.threads))
-    args.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args, args.work)
-    memory = Memory(args.work / "nats.json")
+    args, host, bench, memory = opened(parser, "merge")
     moe = mixture(bench, args.experts)
     whole = {d: memory.get(f"whole {d}", lambda d=d: bench.nll(moe, d)) for d in args.domains}
     before = expert_bytes(moe)

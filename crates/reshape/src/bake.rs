@@ -10,7 +10,7 @@ use std::fmt;
 
 use cadre_checkpoint::{Checkpoint, CheckpointError, Conversion, Mixer, NewExpert, RouterConfig};
 use cadre_routing::Steering;
-use cadre_routing::plan::{ModelShape, PLAN_VERSION, Plan, PlanExpert, PlanLayer, PlannedModel};
+use cadre_routing::plan::{ModelShape, Plan, PlanExpert};
 use cadre_routing::steer::{Experts, Layers};
 
 use crate::apply::{Applying, apply_with};
@@ -203,27 +203,12 @@ fn masked(shape: &ModelShape, mask: &Experts) -> Result<BTreeMap<usize, Vec<u16>
 /// The plan that drops what is masked.
 fn kept(shape: &ModelShape, mask: &Experts) -> Result<Plan> {
     let dropped = masked(shape, mask)?;
-    let layers = shape.layers.iter().map(|(layer, of)| {
+    let experts = shape.layers.iter().map(|(layer, of)| {
         let gone = dropped.get(layer).map_or(&[][..], Vec::as_slice);
         let stay = (0..*of as u16).filter(|expert| !gone.contains(expert));
-        PlanLayer {
-            layer: *layer,
-            of: *of,
-            keep_rows: false,
-            experts: stay.map(PlanExpert::kept).collect(),
-        }
+        stay.map(PlanExpert::kept).collect()
     });
-    Ok(Plan {
-        version: PLAN_VERSION,
-        model: PlannedModel {
-            digest: shape.digest.clone(),
-            architecture: shape.architecture.clone(),
-        },
-        method: "steer".to_owned(),
-        options: BTreeMap::new(),
-        factor: None,
-        layers: layers.collect(),
-    })
+    Ok(Plan::of(shape, "steer", experts))
 }
 
 /// The layers that an entry of `rule` is about, and how many experts each has.

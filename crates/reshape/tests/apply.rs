@@ -1,7 +1,6 @@
 //! Applying plans: what is kept is copied to the byte in every layout, the rest follows, and unfinished work is gone on with.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use cadre_checkpoint::{
@@ -10,7 +9,7 @@ use cadre_checkpoint::{
 };
 use cadre_engine::{LoadOptions, Logits, NoObserver, SessionOptions, load};
 use cadre_reshape::{Applying, apply, plan_json, shape_of};
-use cadre_routing::plan::{ModelShape, PLAN_VERSION, Plan, PlanExpert, PlanLayer, PlannedModel};
+use cadre_routing::plan::{ModelShape, Plan, PlanExpert};
 use cadre_testkit::{TinyMoe, golden_dir};
 
 const GGUF: ConvertTo = ConvertTo::Gguf {
@@ -26,24 +25,11 @@ fn target(source: &Checkpoint) -> ConvertTo {
 
 /// A plan whose layers keep what `kept` gives for their number of experts.
 fn plan_of(shape: &ModelShape, kept: impl Fn(usize, usize) -> Vec<u16>) -> Plan {
-    let layers = shape.layers.iter().enumerate();
-    let layers = layers.map(|(at, (layer, of))| PlanLayer {
-        layer: *layer,
-        of: *of,
-        keep_rows: false,
-        experts: kept(at, *of).into_iter().map(PlanExpert::kept).collect(),
+    let experts = shape.layers.iter().enumerate().map(|(at, (_, of))| {
+        let ids = kept(at, *of).into_iter();
+        ids.map(PlanExpert::kept).collect()
     });
-    Plan {
-        version: PLAN_VERSION,
-        model: PlannedModel {
-            digest: shape.digest.clone(),
-            architecture: shape.architecture.clone(),
-        },
-        method: "test".to_owned(),
-        options: BTreeMap::new(),
-        factor: None,
-        layers: layers.collect(),
-    }
+    Plan::of(shape, "test", experts)
 }
 
 fn all(shape: &ModelShape) -> Plan {

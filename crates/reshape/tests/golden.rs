@@ -2,14 +2,12 @@
 //! pick them (`golden/reshape/`, made by `golden/make/reshape.py`).
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-use std::collections::BTreeMap;
-
 use cadre_checkpoint::{
     Checkpoint, Conversion, ConvertOptions, ConvertTo, Dtype, QuantizeOptions, TargetDtype,
 };
 use cadre_engine::{LoadOptions, Logits, NoObserver, SessionOptions, load};
 use cadre_reshape::{Applying, apply, shape_of};
-use cadre_routing::plan::{PLAN_VERSION, Plan, PlanExpert, PlanLayer, PlannedModel};
+use cadre_routing::plan::{Plan, PlanExpert};
 use cadre_testkit::{assert_close, golden_dir};
 use serde_json::Value;
 
@@ -25,24 +23,10 @@ const TOLERANCE: f32 = 1e-4;
 
 fn plan(checkpoint: &Checkpoint, keep: &[Vec<u16>]) -> Plan {
     let shape = shape_of(checkpoint);
-    let layers = shape.layers.iter().zip(keep);
-    let layers = layers.map(|((layer, of), ids)| PlanLayer {
-        layer: *layer,
-        of: *of,
-        keep_rows: false,
-        experts: ids.iter().copied().map(PlanExpert::kept).collect(),
-    });
-    Plan {
-        version: PLAN_VERSION,
-        model: PlannedModel {
-            digest: shape.digest.clone(),
-            architecture: shape.architecture.clone(),
-        },
-        method: "golden".to_owned(),
-        options: BTreeMap::new(),
-        factor: None,
-        layers: layers.collect(),
-    }
+    let experts = keep
+        .iter()
+        .map(|ids| ids.iter().copied().map(PlanExpert::kept).collect());
+    Plan::of(&shape, "golden", experts)
 }
 
 fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<f32> {

@@ -3,12 +3,11 @@
 //! Counted over all threads, which is why this file has a process of its own and one test.
 
 use std::alloc::System;
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use cadre_checkpoint::ConvertTo;
 use cadre_reshape::{Applying, apply, shape_of};
-use cadre_routing::plan::{PLAN_VERSION, Plan, PlanExpert, PlanFactor, PlanLayer, PlannedModel};
+use cadre_routing::plan::{Plan, PlanExpert, PlanFactor};
 use cadre_testkit::TinyMoe;
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
@@ -68,21 +67,10 @@ fn merging_takes_what_is_foretold_however_many_are_merged() {
         edit(&mut one);
         one
     };
-    let plan = |one: PlanExpert, factor| Plan {
-        version: PLAN_VERSION,
-        model: PlannedModel {
-            digest: shape.digest.clone(),
-            architecture: shape.architecture.clone(),
-        },
-        method: "test".to_owned(),
-        options: BTreeMap::new(),
-        factor,
-        layers: vec![PlanLayer {
-            layer: 0,
-            of: usize::from(N_EXPERTS),
-            keep_rows: false,
-            experts: vec![PlanExpert::kept(0), one],
-        }],
+    let plan = |one: PlanExpert, factor| {
+        let mut plan = Plan::of(&shape, "test", [vec![PlanExpert::kept(0), one]]);
+        plan.factor = factor;
+        plan
     };
     let factor = PlanFactor {
         rank: 16,

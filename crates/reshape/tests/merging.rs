@@ -12,7 +12,7 @@ use cadre_engine::{Logits, NoObserver, SessionOptions, load};
 use cadre_reshape::{
     Amount, Applying, MergeMethod, MergeOptions, Scope, Similarity, apply, merge, shape_of,
 };
-use cadre_routing::plan::{PLAN_VERSION, Plan, PlanExpert, PlanLayer, PlannedModel};
+use cadre_routing::plan::{Plan, PlanExpert};
 use cadre_testkit::{Random, TinyMoe};
 use task::{TASKS, cost, halves, moments, options, root, usage};
 
@@ -94,29 +94,21 @@ fn planted(source: &Checkpoint, folder: &Path, noise: f32) -> Checkpoint {
 /// Every expert of the lower half merged with its copy in the upper one, rows of the router kept.
 fn pairs(checkpoint: &Checkpoint, align: bool) -> Plan {
     let shape = shape_of(checkpoint);
-    let layers = shape.layers.iter().map(|(layer, of)| PlanLayer {
-        layer: *layer,
-        of: *of,
-        keep_rows: true,
-        experts: (0..*of as u16 / 2)
+    let experts = shape.layers.iter().map(|(_, of)| {
+        let half = *of as u16 / 2;
+        (0..half)
             .map(|id| PlanExpert {
-                from: vec![id, id + *of as u16 / 2],
+                from: vec![id, id + half],
                 align,
                 ..PlanExpert::kept(id)
             })
-            .collect(),
+            .collect()
     });
-    Plan {
-        version: PLAN_VERSION,
-        model: PlannedModel {
-            digest: shape.digest.clone(),
-            architecture: shape.architecture.clone(),
-        },
-        method: "test".to_owned(),
-        options: std::collections::BTreeMap::new(),
-        factor: None,
-        layers: layers.collect(),
+    let mut plan = Plan::of(&shape, "test", experts);
+    for layer in &mut plan.layers {
+        layer.keep_rows = true;
     }
+    plan
 }
 
 fn applied(checkpoint: &Checkpoint, plan: &Plan, folder: &Path) -> Checkpoint {

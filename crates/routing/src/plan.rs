@@ -122,6 +122,33 @@ impl PlanExpert {
 }
 
 impl Plan {
+    /// A plan for the model of this `shape`, with these experts in its layers, which keep no rows but theirs.
+    #[must_use]
+    pub fn of(
+        shape: &ModelShape,
+        method: &str,
+        experts: impl IntoIterator<Item = Vec<PlanExpert>>,
+    ) -> Self {
+        let layers = shape.layers.iter().zip(experts);
+        let layers = layers.map(|((layer, of), experts)| PlanLayer {
+            layer: *layer,
+            of: *of,
+            keep_rows: false,
+            experts,
+        });
+        Self {
+            version: PLAN_VERSION,
+            model: PlannedModel {
+                digest: shape.digest.clone(),
+                architecture: shape.architecture.clone(),
+            },
+            method: method.to_owned(),
+            options: BTreeMap::new(),
+            factor: None,
+            layers: layers.collect(),
+        }
+    }
+
     /// Checks that the plan is one for the model of this `shape`, and that the model can be left with what it lists.
     ///
     /// # Errors

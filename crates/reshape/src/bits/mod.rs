@@ -17,7 +17,7 @@ mod trial;
 use std::collections::BTreeMap;
 
 use cadre_checkpoint::Dtype;
-use cadre_routing::plan::{ModelShape, PLAN_VERSION, Plan, PlanExpert, PlanLayer, PlannedModel};
+use cadre_routing::plan::{ModelShape, Plan, PlanExpert};
 
 use crate::error::Result;
 
@@ -262,29 +262,18 @@ pub fn plan(
         0 => None,
         index => names.get(*index).map(|dtype| dtype.name().to_lowercase()),
     };
-    let layers = shape.layers.iter().zip(&chosen.formats);
-    let layers = layers.map(|((layer, of), formats)| PlanLayer {
-        layer: *layer,
-        of: *of,
-        keep_rows: false,
-        experts: (0..)
+    let experts = chosen.formats.iter().map(|formats| {
+        (0..)
             .zip(formats)
             .map(|(id, index)| PlanExpert {
                 format: format(index),
                 ..PlanExpert::kept(id)
             })
-            .collect(),
+            .collect()
     });
     Plan {
-        version: PLAN_VERSION,
-        model: PlannedModel {
-            digest: shape.digest.clone(),
-            architecture: shape.architecture.clone(),
-        },
-        method: "bits".to_owned(),
         options,
-        factor: None,
-        layers: layers.collect(),
+        ..Plan::of(shape, "bits", experts)
     }
 }
 

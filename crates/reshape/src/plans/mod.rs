@@ -8,7 +8,7 @@ mod uncurl;
 
 use std::collections::BTreeMap;
 
-use cadre_routing::plan::{ModelShape, PLAN_VERSION, Plan, PlanExpert, PlanLayer, PlannedModel};
+use cadre_routing::plan::{ModelShape, Plan, PlanExpert};
 
 use crate::error::{ReshapeError, Result};
 use crate::select::{Amount, Scope, keep};
@@ -314,24 +314,11 @@ fn made(
     options: BTreeMap<String, String>,
     layers: Vec<Vec<PlanExpert>>,
 ) -> Result<Plan> {
-    let layers = layers.into_iter().zip(&shape.layers);
-    let layers = layers.map(|(experts, (layer, of))| PlanLayer {
-        layer: *layer,
-        of: *of,
-        keep_rows,
-        experts,
-    });
-    let plan = Plan {
-        version: PLAN_VERSION,
-        model: PlannedModel {
-            digest: shape.digest.clone(),
-            architecture: shape.architecture.clone(),
-        },
-        method: method.to_owned(),
-        options,
-        factor: None,
-        layers: layers.collect(),
-    };
+    let mut plan = Plan::of(shape, method, layers);
+    plan.options = options;
+    for layer in &mut plan.layers {
+        layer.keep_rows = keep_rows;
+    }
     plan.check(shape)?;
     Ok(plan)
 }
