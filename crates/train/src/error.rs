@@ -112,7 +112,7 @@ pub enum TrainError {
         differences: Vec<String>,
     },
     /// The output folder belongs to another recipe.
-    #[error("{} holds a run of a different recipe:{}\nset another [output] dir, or pass --fresh to delete that run and start over", path.display(), listed(differences))]
+    #[error("{} holds a run of a different recipe:{}\nchoose another output folder, or pass --fresh to delete that run and start over", path.display(), listed(differences))]
     OtherRun {
         /// The output folder.
         path: PathBuf,

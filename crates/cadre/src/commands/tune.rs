@@ -8,6 +8,7 @@ use cadre_train::log::{EvalRecord, evaluations};
 use cadre_train::methods::start::Part;
 use cadre_train::recipe::{Recipe, Source};
 use cadre_train::recover::Recovery;
+use cadre_train::trainer;
 use clap::ValueEnum;
 use serde_json::json;
 
@@ -71,6 +72,9 @@ pub(crate) struct Args {
     /// Seed of the order of the text.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
+    /// Deletes what an earlier run left in the folder, but for its model, and starts over.
+    #[arg(long)]
+    fresh: bool,
     /// Threads; 0 takes one per core.
     #[arg(short, long, value_name = "N", default_value_t = 0)]
     threads: usize,
@@ -120,6 +124,9 @@ pub(crate) fn run(app: &App, args: &Args) -> Result<()> {
     };
     let recipe = recovery.recipe()?;
     train::start_threads(args.threads)?;
+    if args.fresh {
+        trainer::forget(&recipe)?;
+    }
     let (model, after) = train::watched(app, &recipe)?;
     let model = model?;
     let log = evaluations(&recipe.output.dir.join("log.jsonl"))?;

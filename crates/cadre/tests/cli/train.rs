@@ -397,6 +397,14 @@ fn a_pruned_model_recovers() {
         text.contains("nll before") && text.contains(&format!("{:.4}", nll("before"))),
         "{text}"
     );
+    // Other options are another run, which may take the place of this one.
+    let other = [&tune[..], &["--seed", "1"]].concat();
+    let (_, errors) = failure(&other);
+    assert!(
+        errors.contains("seed: 0 in the run, 1 in the recipe") && errors.contains("--fresh"),
+        "{errors}"
+    );
+    stdout(&[&other[..], &["--fresh"]].concat());
     let (code, errors) = failure(&[&tune[..], &["--heldout", arg(&data)]].concat());
     assert!(
         code == 2 && errors.contains("every text needs both"),
